@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help install demo test slow check bench format clean
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(INSTALLED)  ## prepare .venv with everything pinned; does nothing when nothing changed
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev]'
+	mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ip2p
+	touch $@
+
+demo: install  ## encode, train and edit real pictures, and end with a contact sheet
+	$(BIN)/python examples/openmoji/demo.py
+
+test: install  ## the tests that take less than a minute each
+	$(BIN)/pytest -m "not slow"
+
+slow: install  ## the tests that take longer; none at all (pytest's status 5) is no failure
+	$(BIN)/pytest -m slow || test $$? -eq 5
+
+check: install  ## lint, format and types, as CI runs them
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright
+
+bench: install  ## measure the loader and the training step
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/step.py
+
+format: install  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove .venv and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
