@@ -1,0 +1,1 @@
+"""From images and instructions to the cache: the frozen encoders run once over a dataset."""

@@ -1,0 +1,23 @@
+"""`ip2p-encode`: a dataset and a Stable Diffusion checkpoint in, a cache out."""
+
+import sys
+from collections.abc import Sequence
+
+from .config import TRAIN_ONLY, EncodeConfig
+from .settings import parse, user_errors
+
+PROG = "ip2p-encode"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `argv` defaults to the command line."""
+    with user_errors(PROG):
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(EncodeConfig, arguments, PROG, dict.fromkeys(TRAIN_ONLY, "ip2p-train"))
+        from .run import encode  # only now: torch takes seconds to import, and --help shall not
+
+        encode(config)
+
+
+if __name__ == "__main__":
+    main()

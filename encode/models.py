@@ -1,0 +1,101 @@
+"""The frozen VAE and text encoder(s), and what they compute."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from .checkpoint import Checkpoint
+from .errors import ModelError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+
+
+class Encoders:
+    """The VAE and the text encoder(s) of a checkpoint, frozen, on one device."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype | None = None,
+    ):
+        self.checkpoint, self.device = checkpoint, device
+        # SDXL's own VAE overflows in float16, so it runs in float32 unless asked otherwise.
+        self.vae_dtype = vae_dtype or (torch.float32 if checkpoint.is_sdxl else dtype)
+        self.vae = self._load_vae(self.vae_dtype)
+        self.tokenizers = [_load_tokenizer(checkpoint.folder / name) for name in checkpoint.tokenizers]
+        self.text_encoders = [self._load_text_encoder(name, dtype) for name in checkpoint.text_encoders]
+
+    def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        vae = AutoencoderKL.from_pretrained(self.checkpoint.vae_folder, variant=self.checkpoint.variant, dtype=dtype)
+        vae.requires_grad_(False).eval()
+        return vae.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _load_text_encoder(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        folder, variant = self.checkpoint.folder / name, self.checkpoint.variant
+        encoder = kind.from_pretrained(folder, variant=variant, dtype=dtype)
+        return encoder.requires_grad_(False).eval().to(self.device)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _float32_vae(self) -> AutoencoderKL:
+        return self._load_vae(torch.float32)
+
+    @torch.inference_mode()
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
+
+        Returns:
+            Mean and log variance of the posterior, unscaled, (B, 8, h, w) float16 on the CPU. What half precision
+            cannot hold is encoded again in float32; what is then still not finite stays so.
+        """
+        moments = self._moments(self.vae, pixels)
+        bad = ~moments.isfinite().flatten(1).all(dim=1)  # (B,)
+        if self.vae_dtype != torch.float32 and bad.any():
+            moments[bad] = self._moments(self._float32_vae, pixels[bad.to(pixels.device)])
+        return moments.cpu()
+
+    def _moments(self, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+        images = 2 * (pixels.to(self.device, non_blocking=True).float() / 255) - 1  # diffusers' order of operations
+        images = images.to(dtype=vae.dtype, memory_format=torch.channels_last)
+        posterior = vae.encode(images).latent_dist  # type: ignore[union-attr]
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 8, h, w)
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encode instructions, padded to the tokenizer's length; padding is kept, since the UNet attends to it.
+
+        SDXL: the penultimate hidden states of both encoders side by side, and the pooled embedding of the second.
+
+        Returns:
+            Text (B, 77, d) and pooled (B, 1280) or None, float16 on the CPU.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.checkpoint.is_sdxl)
+            if self.checkpoint.is_sdxl:
+                hidden.append(output.hidden_states[-2])
+                pooled = output[0].half().cpu()  # the last encoder's projection stays
+            else:
+                hidden.append(output[0])
+        return torch.cat(hidden, dim=-1).half().cpu(), pooled

@@ -1,0 +1,165 @@
+"""From missing units to committed ones: images are read in worker processes, encoded here, written beside that."""
+
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .cache import Cache, Unit, content_key
+from .errors import SourceError
+from .images import ImageError, decode, square
+from .models import Encoders
+from .planner import Item, Rows, text_key
+from .sources import Source
+from .writer import UnitWriter
+
+Work = tuple[list[Unit], Rows]
+NOT_FINITE = "the encoding is not finite, in float32 either"
+
+
+class Read(NamedTuple):
+    """A pair whose files were read: its sizes, or the reason why it cannot be used."""
+
+    row: int
+    item: Item
+    sizes: tuple[int, ...]  # original width and height, edited width and height, crop top and left
+    reason: str | None
+
+
+class _Images(Dataset):
+    """The images of rows, read and resized in worker processes."""
+
+    def __init__(self, source: Source, rows: Sequence[tuple[int, Item]], resolution: int, resize_mode: str):
+        self.source, self.rows, self.resolution, self.resize_mode = source, rows, resolution, resize_mode
+
+    def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
+        row, item = self.rows[n]
+        files = self.source[item.position][:2]
+        try:
+            if content_key(*(file or b"" for file in files)) != item.pair:
+                raise ImageError("the files changed while the dataset was being encoded")
+            images = [decode(file or b"") for file in files]
+            squares = [square(image, self.resolution, self.resize_mode) for image in images]
+        except ImageError as error:
+            return Read(row, item, (), str(error)), None
+        sizes = (*images[0].size, *images[1].size, *squares[0][1])
+        return Read(row, item, sizes, None), np.stack([pixels for pixels, _ in squares])  # (2, 3, H, W)
+
+
+def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor | None]:
+    pixels = [pair for _, pair in batch if pair is not None]
+    stacked = torch.from_numpy(np.concatenate(pixels)) if pixels else None  # (2B, 3, H, W) uint8
+    return [read for read, _ in batch], stacked
+
+
+def _quiet_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered once, by the main process
+
+
+class Pipeline:
+    """Encodes units of a cache, one after the other.
+
+    Args:
+        cache: an open cache whose arrays are large enough.
+        encoders: VAE and text encoder(s).
+        batch_size: pairs in one batch of the VAE.
+        workers: processes that read images.
+        fail: stop at the first sample that cannot be encoded, instead of setting it aside.
+    """
+
+    def __init__(self, cache: Cache, encoders: Encoders, *, batch_size: int, workers: int, fail: bool):
+        self.cache, self.encoders = cache, encoders
+        self.batch_size, self.workers, self.fail = batch_size, workers, fail
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def run(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
+        """Encode and commit all of `work`; counts text rows and pairs on `bar`."""
+        with self._writer:
+            for (unit,), rows in (item for item in work if item[0][0].kind == "text"):
+                self._encode_texts(unit, rows, bar)
+            self._encode_images([item for item in work if item[0][0].kind == "images"], source, bar)
+            self._wait()
+
+    def _encode_texts(self, unit: Unit, rows: Rows, bar: tqdm) -> None:
+        writer = UnitWriter(self.cache, unit)
+        for batch in _batches(sorted(rows.items()), 2 * self.batch_size):
+            text, pooled = self.encoders.embed([instruction for _, instruction in batch])
+            for n, (row, instruction) in enumerate(batch):
+                values = {"text": text[n].numpy()} | ({} if pooled is None else {"pooled": pooled[n].numpy()})
+                if not writer.put(row, text_key(instruction), values):
+                    self._set_aside(row, text_key(instruction), f"instruction {instruction!r}", NOT_FINITE, [writer])
+            bar.update(len(batch))
+        self._commit([writer])
+
+    def _encode_images(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
+        rows_in_order: list[tuple[int, Item]] = []
+        batches: list[list[int]] = []
+        for _, rows in work:  # a batch never crosses a unit
+            start = len(rows_in_order)
+            batches += map(list, _batches(range(start, start + len(rows)), self.batch_size))
+            rows_in_order += sorted(rows.items())
+        encoding = self.cache.manifest["encoding"]
+        loader = DataLoader(
+            _Images(source, rows_in_order, encoding["resolution"], encoding["resize_mode"]),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.encoders.device.type == "cuda",
+            worker_init_fn=_quiet_worker,
+        )
+        loaded = iter(loader)
+        for units, rows in work:
+            writers = {unit.view: UnitWriter(self.cache, unit) for unit in units}
+            for _ in _batches(range(len(rows)), self.batch_size):
+                reads, pixels = next(loaded)
+                self._encode_batch(reads, pixels, writers)
+                bar.update(len(reads))
+            self._commit(list(writers.values()))
+
+    def _encode_batch(self, reads: list[Read], pixels: torch.Tensor | None, writers: dict[int, UnitWriter]) -> None:
+        good = [read for read in reads if read.reason is None]
+        for row, item, _, reason in reads:
+            if reason is not None:
+                self._set_aside(row, item.pair, f"sample {item.key}", reason, writers.values())
+        if pixels is None:
+            return
+        for view, writer in writers.items():
+            seen = pixels.flip(-1) if self.cache.views[view] == "flip" else pixels
+            moments = self.encoders.moments(seen).unflatten(0, (len(good), 2)).numpy()  # (B, 2, 8, h, w)
+            channels = moments.shape[2] // 2
+            for (row, item, sizes, _), (original, edited) in zip(good, moments, strict=True):
+                values = {"original": original[:channels], "edited": edited}
+                if not writer.put(row, item.pair, values, sizes):
+                    self._set_aside(row, item.pair, f"sample {item.key}", NOT_FINITE, [writer])
+
+    def _set_aside(self, row: int, key: str, name: str, reason: str, writers: Iterable[UnitWriter]) -> None:
+        if self.fail:
+            raise SourceError(f"{name}: {reason} (--on_error quarantine would go on without it)")
+        for writer in writers:
+            writer.quarantine(row, key, reason)
+
+    def _commit(self, writers: Sequence[UnitWriter]) -> None:
+        """Write while the next unit is being encoded."""
+        self._wait()
+        self._writing = self._writer.submit(commit, writers)
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
+        self._writing = None
+
+
+def commit(writers: Iterable[UnitWriter]) -> None:
+    """Write units one after the other."""
+    for writer in writers:
+        writer.commit()
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

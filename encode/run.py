@@ -1,0 +1,194 @@
+"""The whole encode in order: plan what is missing, encode it, settle the table of samples."""
+
+import os
+import shutil
+from collections import Counter
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pyarrow as pa
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from .cache import Cache, shard_rows
+from .checkpoint import Checkpoint, find_checkpoint
+from .config import EncodeConfig
+from .errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .manifest import describe, differences, row_shapes
+from .planner import assign, index, missing, settle
+from .sources import Source, open_source
+from .writer import exclusive, needed_bytes, prepare, share, write_state
+
+
+def encode(config: EncodeConfig) -> None:
+    """Encode what the cache lacks of the dataset, on any number of processes, and say what was done.
+
+    Raises:
+        Ip2pError: anything the user can mend.
+    """
+    state = PartialState(timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting for long
+    with state.main_process_first():
+        checkpoint = find_checkpoint(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            vae=config.pretrained_vae_model_name_or_path,
+            cache_dir=config.cache_dir,
+            without=["unet"],
+        )
+        check_resolution(config.resolution, checkpoint.vae_scale_factor)
+        source = open_source(config)
+    with exclusive(config.cache) if state.is_main_process else nullcontext() as lock:
+        if lock:
+            plan(config, source, checkpoint, state.num_processes)
+            share(lock)
+        state.wait_for_everyone()
+        encode_missing(config, source, checkpoint, state)
+        state.wait_for_everyone()
+        if lock:
+            finish(Cache.open(config.cache))
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse a resolution that the VAE cannot divide."""
+    if resolution % factor:
+        lower = resolution // factor * factor
+        near = f"{lower} or {lower + factor}" if lower else str(factor)
+        raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {factor}, such as {near}")
+
+
+def plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes: int) -> None:
+    """Write which sample goes where: the manifest, and a samples table of which a part is pending."""
+    old = open_existing(config)
+    manifest = describe(config, source, checkpoint, processes)
+    shapes = row_shapes(checkpoint, config.resolution)
+    rows = manifest["shard_rows"] = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
+    if old:
+        check_same(old, manifest)
+        if len(old.views) > len(manifest["views"]):  # what has a flipped view keeps it, and so what is new gets it
+            manifest["views"] = old.views
+    views, commits = len(manifest["views"]), old.commits() if old else {}
+    samples = known_samples(old, manifest)
+    if samples is None:
+        samples = index(source, workers(config))
+    samples = settle(assign(samples, commits, rows, retry=config.retry_quarantined), commits, rows, views)
+    if config.on_error == "fail":
+        stop_at_quarantined(samples)
+    announce(config, samples, needed_bytes(missing(samples, commits, rows, views), shapes, rows))
+    prepare(config.cache, shapes, samples, views)
+    write_state(config.cache, manifest | {"counts": counts(samples)}, samples)
+
+
+def open_existing(config: EncodeConfig) -> Cache | None:
+    """The cache as it is, or None where there is none yet."""
+    folder = config.cache
+    if (folder / "manifest.json").is_file():
+        return Cache.open(folder)
+    if any((folder / "commits").glob("*.json")):
+        raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
+    if stray := [path.name for path in folder.iterdir() if path.name not in (".lock", "commits", "data.zarr")]:
+        raise CacheError(f"--cache {folder} holds other files ({stray[0]}, …): name a new or an empty folder")
+    return None
+
+
+def check_same(old: Cache, manifest: dict[str, Any]) -> None:
+    """Refuse to mix two encodings in one cache, and say where they differ.
+
+    Raises:
+        CacheMismatch: the cache was made by another model or with other settings.
+    """
+    if different := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
+        raise CacheMismatch(
+            f"{old.folder} was encoded differently: name another folder with --cache, or encode as it was made\n"
+            + "\n".join(different)
+        )
+
+
+def known_samples(old: Cache | None, manifest: dict[str, Any]) -> pa.Table | None:
+    """The samples table of an earlier run over the very same dataset, if it is sound."""
+    if not old or old.manifest["dataset"] != manifest["dataset"]:
+        return None
+    try:
+        old.check_files()
+    except CacheError:
+        return None
+    return old.samples()
+
+
+def workers(config: EncodeConfig) -> int:
+    """Processes that read images; the encoders keep a core of their own."""
+    cores = len(os.sched_getaffinity(0))
+    return min(8, cores - 1) if config.dataloader_num_workers is None else config.dataloader_num_workers
+
+
+def counts(samples: pa.Table) -> dict[str, int]:
+    """Samples by status."""
+    return dict(Counter(samples["status"].to_pylist()))
+
+
+def stop_at_quarantined(samples: pa.Table) -> None:
+    """For --on_error fail: stop at the first sample that stands aside before anything is encoded."""
+    for key, reason in zip(samples["key"].to_pylist(), samples["reason"].to_pylist(), strict=True):
+        if reason:
+            raise SourceError(f"sample {key}: {reason} (--on_error quarantine would go on without it)")
+
+
+def announce(config: EncodeConfig, samples: pa.Table, needed: int) -> None:
+    """Say how much is to be done and what it takes on the disk.
+
+    Raises:
+        CacheError: less is free than needed.
+    """
+    pending = counts(samples).get("pending", 0)
+    if not pending:
+        return
+    free = shutil.disk_usage(config.cache).free
+    size = f"{needed / 2**20:,.0f} MiB ({needed / pending / 2**10:,.0f} KiB each)"
+    print(f"{pending:,} of {len(samples):,} samples to encode: {size} in {config.cache}, {free / 2**30:,.1f} GiB free")
+    if needed > free:
+        raise CacheError(f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: make space or move --cache")
+
+
+def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint, state: PartialState) -> None:
+    """Encode this process's share of the missing units."""
+    cache = Cache.open(config.cache)
+    work = list(missing(cache.samples(), cache.commits(), cache.shard_rows, len(cache.views)))
+    mine = work[state.process_index :: state.num_processes]
+    if not mine:
+        return
+    from .models import DTYPES, Encoders  # seconds to import, and a finished cache needs no encoders
+    from .pipeline import Pipeline
+
+    vae_dtype = DTYPES[config.vae_precision] if config.vae_precision else None
+    pipeline = Pipeline(
+        cache,
+        Encoders(checkpoint, torch.device(state.device or "cpu"), DTYPES[config.mixed_precision], vae_dtype),
+        batch_size=config.encode_batch_size,
+        workers=workers(config),
+        fail=config.on_error == "fail",
+    )
+    rows = sum(len(rows) for _, rows in mine)
+    with tqdm(total=rows, desc="encode", unit="row", disable=not state.is_local_main_process) as bar:
+        pipeline.run(mine, source, bar)
+
+
+def finish(cache: Cache) -> None:
+    """Settle the samples table and say what the cache holds now."""
+    before = cache.manifest["counts"]
+    samples = settle(cache.samples(), cache.commits(), cache.shard_rows, len(cache.views))
+    found = counts(samples)
+    if found != before:
+        write_state(cache.folder, cache.manifest | {"counts": found}, samples)
+    if pending := found.get("pending", 0):
+        raise CacheError(f"{pending:,} samples are still missing in {cache.folder}: run the same command again")
+    fresh = before.get("pending", 0)
+    done = f"encoded {fresh:,} samples" if fresh else "nothing to encode"
+    print(f"{done}: {cache.folder} holds all {found.get('ok', 0):,} samples of {cache.manifest['dataset']['name']}")
+    if quarantined := found.get("quarantined", 0):
+        reasons = Counter(filter(None, samples["reason"].to_pylist())).most_common(3)
+        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons)
+        print(
+            f"{quarantined:,} samples stand aside ({shown}): `ip2p-cache info {cache.folder} --quarantined` lists them"
+        )

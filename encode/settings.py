@@ -1,0 +1,113 @@
+"""Turns command lines and YAML files into a configuration dataclass, and errors into lines a user can act on."""
+
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import Ip2pError, SettingsError
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], argv: Sequence[str], prog: str, elsewhere: Mapping[str, str]) -> Config:
+    """Read `argv` into an instance of the dataclass `config`.
+
+    `--config run.yaml` stands for the flags that the file holds; later flags win. `elsewhere` maps flags of other
+    commands to the command that takes them.
+
+    Raises:
+        SettingsError: an unknown flag or value, with the nearest right one, or a flag of another command.
+    """
+    import tyro  # here, because nothing else in a worker process needs it
+
+    arguments = _expand_config(list(argv))
+    _check(config, arguments, prog, elsewhere)
+    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
+
+
+def dump(config: object) -> dict[str, object]:
+    """The resolved configuration as plain values that YAML and JSON can hold, without secrets."""
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if "token" not in name}
+
+
+@contextlib.contextmanager
+def user_errors(prog: str) -> Iterator[None]:
+    """Show `Ip2pError` and Ctrl-C as a line instead of a traceback; exit with status 2 and 130."""
+    try:
+        yield
+    except Ip2pError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped; the same command continues from what is saved", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _expand_config(arguments: list[str]) -> list[str]:
+    """Replace each `--config FILE` by the flags that the YAML file holds, where it stands."""
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            expanded.append(argument)
+            continue
+        path = value if equals else next(rest, "")
+        expanded += _flags_of(Path(path))
+    return expanded
+
+
+def _flags_of(path: Path) -> list[str]:
+    try:
+        # BaseLoader keeps every scalar as text, so that `no` and `1e-5` mean what they say.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"--config {path} holds no `flag: value` lines")
+    flags: list[str] = []
+    for name, value in values.items():
+        if value in ("true", "false"):
+            flags += [f"--{name}"] if value == "true" else []
+        elif value not in ("null", "", []):
+            flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _check(config: type, arguments: Sequence[str], prog: str, elsewhere: Mapping[str, str]) -> None:
+    """Answer mistyped names and choices in one line, before tyro would in ten."""
+    hints = get_type_hints(config)
+    known = [field.name for field in dataclasses.fields(config)]
+    for position, argument in enumerate(arguments):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in known:
+            following = value if equals else (*arguments[position + 1 : position + 2], "")[0]
+            _check_choice(name, hints[name], following)
+        elif name in elsewhere:
+            raise SettingsError(f"--{name} belongs to {elsewhere[name]}: give it there, {prog} does not take it")
+        elif name != "help":
+            near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+            hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists them all"
+            raise SettingsError(f"unknown flag --{name}{hint}")
+
+
+def _check_choice(name: str, hint: object, value: str) -> None:
+    if get_origin(hint) is not Literal:
+        return
+    choices = [str(choice) for choice in get_args(hint)]
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, n=1)
+        mean = f"; did you mean {near[0]}?" if near else ""
+        raise SettingsError(f"--{name} {value}: expected one of {', '.join(choices)}{mean}")

@@ -1,0 +1,165 @@
+"""Writes a cache: the empty arrays, whole units with their commit records, and one encode at a time."""
+
+import contextlib
+import errno
+import fcntl
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import zarr
+
+from .cache import Cache, Unit, file_record, shard_rows, sync, write_record, write_table
+from .errors import CacheError
+from .manifest import RowShapes
+from .planner import Rows
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[TextIO]:
+    """Hold a cache for oneself. The operating system lets go of the lock when its process dies.
+
+    Raises:
+        CacheError: another process writes to this cache, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise CacheError(f"--cache {folder} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheError(f"{folder} is being written by another ip2p-encode: wait for it or stop it") from None
+        yield lock
+
+
+def share(lock: TextIO) -> None:
+    """Turn the lock of a planned encode into one that all its processes hold, so that no other encode can begin."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, views: int) -> None:
+    """Create the Zarr arrays, or enlarge them to hold all rows of `samples` and all views.
+
+    float16, chunks inside shards, no compression, NaN where nothing is written: so a shard's data is one plain
+    C-order array, which can be mapped into memory.
+    """
+    (folder / "commits").mkdir(parents=True, exist_ok=True)
+    for leftover in (folder / "data.zarr").rglob("*.partial"):  # of a killed process
+        leftover.unlink()
+    group = zarr.open_group(folder / "data.zarr", mode="a", zarr_format=3)
+    for kind, shapes in row_shapes.items():
+        column = "row" if kind == "images" else "text_row"
+        rows = max(samples[column].to_pylist(), default=-1) + 1
+        shard, chunk = shard_rows(kind, shapes.values())
+        for name, shape in shapes.items():
+            lead = (max(rows, 1), views) if kind == "images" else (max(rows, 1),)
+            if isinstance(array := group.get(name), zarr.Array):
+                lead = tuple(map(max, lead, array.shape))
+                if array.shape != (*lead, *shape):
+                    array.resize((*lead, *shape))
+                continue
+            one = (1,) * (len(lead) - 1)
+            group.create_array(
+                name,
+                shape=(*lead, *shape),
+                shards=(shard, *one, *shape),
+                chunks=(chunk, *one, *shape),
+                dtype="float16",
+                compressors=None,
+                fill_value=math.nan,
+                # Dense even where all values are NaN: the reader maps a shard only if nothing is left out of it.
+                config={"write_empty_chunks": True},
+            )
+
+
+def needed_bytes(work: Iterable[tuple[list[Unit], Rows]], row_shapes: RowShapes, rows: Mapping[str, int]) -> int:
+    """Bytes that units with these rows take on the disk; a unit reaches to its last row."""
+    size = {kind: sum(2 * math.prod(shape) for shape in shapes.values()) for kind, shapes in row_shapes.items()}
+    return sum((max(content) % rows[unit.kind] + 1) * size[unit.kind] for units, content in work for unit in units)
+
+
+def write_state(folder: Path, manifest: dict[str, Any], samples: pa.Table) -> None:
+    """Write the samples table, and the manifest with the checksums of all small files."""
+    write_table(folder / "samples.parquet", samples)
+    small = [folder / "samples.parquet", *sorted((folder / "data.zarr").glob("**/zarr.json"))]
+    files = {str(path.relative_to(folder)): file_record(path) for path in small}
+    write_record(folder / "manifest.json", manifest | {"files": files})
+
+
+class UnitWriter:
+    """Collects the rows of one unit and writes them at once: all of them, then the record that makes them exist."""
+
+    def __init__(self, cache: Cache, unit: Unit):
+        self.cache, self.unit = cache, unit
+        self.arrays = cache.arrays(unit.kind, mode="r+")
+        self.rows = cache.shard_rows[unit.kind]
+        self.first = unit.shard * self.rows
+        self.stop = min(self.first + self.rows, next(iter(self.arrays.values())).shape[0])
+        lead = self.stop - self.first
+        self.keys: list[str | None] = [None] * self.rows
+        self.sizes: list[Sequence[int] | None] = [None] * self.rows
+        self.quarantined: dict[str, str] = {}
+        self.buffers = {
+            name: np.full((lead, *array.shape[2 if unit.kind == "images" else 1 :]), np.nan, np.float16)
+            for name, array in self.arrays.items()
+        }
+
+    def put(self, row: int, key: str, values: dict[str, np.ndarray], sizes: Sequence[int] | None = None) -> bool:
+        """Take one row, unless a value is not finite; returns whether it was taken."""
+        finite = all(np.isfinite(value).all() for value in values.values())
+        if finite:
+            at = row - self.first
+            self.keys[at], self.sizes[at] = key, sizes
+            for name, value in values.items():
+                self.buffers[name][at] = value
+        return finite
+
+    def quarantine(self, row: int, key: str, reason: str) -> None:
+        """Record why a row stays empty."""
+        self.keys[row - self.first] = key
+        self.quarantined[str(row - self.first)] = reason
+
+    def commit(self) -> None:
+        """Write all arrays, wait for the disk, then write the record.
+
+        Raises:
+            CacheError: the disk is full; everything committed so far stays.
+        """
+        try:
+            files = {path: self._write(name, path) for name, path in self._paths().items()}
+            record = {
+                "kind": self.unit.kind,
+                "shard": self.unit.shard,
+                "view": self.unit.view,
+                "keys": self.keys,
+                "sizes": self.sizes if self.unit.kind == "images" else None,
+                "quarantined": self.quarantined,
+                "files": files,
+            }
+            write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CacheError(
+                f"no space left for {self.cache.folder}: free some and run the same command, it goes on from here"
+            ) from None
+
+    def _paths(self) -> dict[str, str]:
+        return {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
+
+    def _write(self, name: str, path: str) -> dict[str, Any]:
+        values, array = self.buffers[name], self.arrays[name]
+        if self.unit.kind == "images":
+            array[self.first : self.stop, self.unit.view : self.unit.view + 1] = values[:, None]
+        else:
+            array[self.first : self.stop] = values
+        file = self.cache.folder / path
+        sync(file)
+        sync(file.parent)
+        return file_record(file)
