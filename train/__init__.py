@@ -1,0 +1,1 @@
+"""From the cache to a trained pipeline: only the UNet runs."""

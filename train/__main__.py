@@ -1,0 +1,23 @@
+"""`ip2p-train`: a cache and a Stable Diffusion checkpoint in, an InstructPix2Pix pipeline out."""
+
+import sys
+from collections.abc import Sequence
+
+from ..encode.settings import parse, user_errors
+from .config import TrainConfig, encode_only
+
+PROG = "ip2p-train"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; `argv` defaults to the command line."""
+    with user_errors(PROG):
+        arguments = sys.argv[1:] if argv is None else argv
+        config = parse(TrainConfig, arguments, PROG, dict.fromkeys(encode_only(), "ip2p-encode"))
+        from .loop import train  # only now: torch takes seconds to import, and --help shall not
+
+        train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The flags of `ip2p-train`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from ..encode.config import EncodeConfig
+from ..encode.errors import SettingsError
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train an InstructPix2Pix UNet from a cache that ip2p-encode made."""
+
+    pretrained_model_name_or_path: str
+    """Stable Diffusion to start from, the one that the cache was encoded with: a Hub id or a folder. A base with 4
+    input channels is widened to 8; one that has 8 already is continued."""
+    cache: Path
+    """Cache folder, written by ip2p-encode."""
+    output_dir: Path
+    """Where checkpoints, logs and the finished pipeline go."""
+    revision: str | None = None
+    """Revision of the model on the Hub."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    non_ema_revision: str | None = None
+    """Revision of the UNet on the Hub, if it is another."""
+    cache_dir: Path | None = None
+    """Where huggingface_hub keeps downloads."""
+    max_train_samples: int | None = None
+    """Use only this many samples of the cache, from the first on."""
+    seed: int | None = None
+    """Decides order, noise, timesteps and dropout. Without one, a seed is drawn and recorded."""
+    train_batch_size: int = 16
+    """Samples in one batch of one process."""
+    num_train_epochs: int = 100
+    """Passes over the dataset, unless --max_train_steps is given."""
+    max_train_steps: int | None = None
+    """Optimizer steps in all."""
+    gradient_accumulation_steps: int = 1
+    """Batches in one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Save memory by computing activations twice."""
+    learning_rate: float = 1e-4
+    """Learning rate after the warm-up."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size, accumulation steps and processes."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant"
+    """Schedule of the learning rate, counted in optimizer steps."""
+    lr_warmup_steps: int = 500
+    """Optimizer steps over which the learning rate rises; `constant` has none."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of Adam's second moment."""
+    adam_weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to Adam's denominator."""
+    use_8bit_adam: bool = False
+    """Keep Adam's moments in 8 bits; needs bitsandbytes."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped."""
+    conditioning_dropout_prob: tuple[float, ...] = (0.05,)
+    """Probability of dropping the instruction alone, both conditions, and the image alone: one number for all three,
+    or three. Classifier-free guidance needs it (section 3.2.1 of the InstructPix2Pix paper)."""
+    use_ema: bool = False
+    """Average the weights over time, and save the average."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward and backward pass. Default: that of accelerate's own configuration."""
+    allow_tf32: bool = False
+    """Let float32 products use the TF32 format on NVIDIA GPUs."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Attention by xformers instead of PyTorch."""
+    checkpointing_steps: int = 500
+    """Optimizer steps from one checkpoint to the next."""
+    checkpoints_total_limit: int | None = None
+    """Keep only this many checkpoints, the newest."""
+    resume_from_checkpoint: str | None = None
+    """Continue from a checkpoint folder, or from the newest one with `latest`; `auto` starts anew if there is none."""
+    report_to: str = "tensorboard"
+    """Tracker: tensorboard, wandb, comet_ml, all or none. OUTPUT_DIR/metrics.jsonl is written in any case."""
+    logging_dir: str = "logs"
+    """Folder of the tracker, inside the output folder."""
+    logging_steps: int = 10
+    """Optimizer steps over which the reported loss is averaged."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
+            self._at_least(1, name)
+        for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "logging_steps"):
+            self._at_least(1, name)
+        for name in ("seed", "lr_warmup_steps", "learning_rate", "max_grad_norm"):
+            self._at_least(0, name)
+        dropout = self.conditioning_dropout_prob
+        if len(dropout) not in (1, 3) or min(dropout) < 0 or sum(self.dropout) > 1 + 1e-9:
+            raise SettingsError(
+                f"--conditioning_dropout_prob {' '.join(map(str, dropout))}: expected one number from 0 to 1/3, "
+                "or three that sum to at most 1"
+            )
+
+    def _at_least(self, least: int, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise SettingsError(f"--{name} {value}: expected {least} or more")
+
+    @property
+    def dropout(self) -> tuple[float, float, float]:
+        """Probabilities of dropping the instruction alone, both, and the image alone."""
+        first, *rest = self.conditioning_dropout_prob
+        both, image = rest or (first, first)
+        return first, both, image
+
+
+def encode_only() -> set[str]:
+    """Flags that `ip2p-encode` takes and `ip2p-train` does not."""
+    mine = {field.name for field in dataclasses.fields(TrainConfig)}
+    return {field.name for field in dataclasses.fields(EncodeConfig)} - mine

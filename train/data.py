@@ -1,0 +1,199 @@
+"""Batches on the device: which samples come when, gathered from the cache by one background thread.
+
+The samples of all epochs form one endless sequence, each epoch a permutation of the dataset, and every step takes
+the next `batch size x processes x accumulation` of it. So no batch is ever partial, and a run that is resumed on
+another number of processes goes on where it stopped: nothing in the epoch is lost or repeated.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..encode.cache import Cache
+from ..encode.errors import CacheError
+from ..encode.planner import NULL_PROMPT, text_key
+from ..encode.reader import Reader
+from .objective import Batch, Null
+
+AHEAD = 4  # batches whose rows the disk is asked for in advance
+RING = 3  # batches in memory: one in use, one ready, one being gathered
+
+
+class Samples(NamedTuple):
+    """The samples of a cache as columns."""
+
+    rows: np.ndarray  # (N,)
+    text_rows: np.ndarray  # (N,)
+    time_ids: np.ndarray  # (N, 6): original height and width, crop top and left, target height and width
+
+    @classmethod
+    def of(cls, cache: Cache, limit: int | None) -> "Samples":
+        """All samples that are encoded, in the order of the dataset.
+
+        Raises:
+            CacheError: the encode was not finished, or no sample is usable.
+        """
+        table = cache.samples()
+        status = table["status"].to_numpy(zero_copy_only=False)
+        if pending := int((status == "pending").sum()):
+            raise CacheError(
+                f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
+                "run the same ip2p-encode again"
+            )
+        table = table.filter(status == "ok").slice(0, limit)
+        if len(table) == 0:
+            raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
+        side = cache.manifest["encoding"]["resolution"]
+        names = ("original_height", "original_width", "crop_top", "crop_left")
+        sizes = [table[name].to_numpy() for name in names] + [np.full(len(table), side)] * 2
+        return cls(table["row"].to_numpy(), table["text_row"].to_numpy(), np.stack(sizes, axis=1).astype(np.float32))
+
+
+class Order:
+    """Which sample, and which view of it, stands at each position of the endless sequence."""
+
+    def __init__(self, samples: int, views: int, seed: int):
+        self.samples, self.views, self.seed = samples, views, seed
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sample numbers and views at positions `start` to `start + count`, (count,) each."""
+        positions = np.arange(start, start + count)
+        epochs, places = np.divmod(positions, self.samples)
+        chosen = [self._epoch(int(epoch)) for epoch in epochs]
+        numbers = np.array([order[place] for (order, _), place in zip(chosen, places, strict=True)])
+        views = np.array([coins[place] for (_, coins), place in zip(chosen, places, strict=True)])
+        return numbers, views
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            self._epochs = {known: value for known, value in self._epochs.items() if known >= epoch - 1}
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epochs[epoch] = rng.permutation(self.samples), rng.integers(0, self.views, self.samples)
+        return self._epochs[epoch]
+
+
+def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:
+    """The cached encoding of the empty instruction, which lies in text row 0."""
+    record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
+    if record["keys"][0] != text_key(NULL_PROMPT):
+        raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
+    parts = {}
+    for name in ("text", "pooled"):
+        if array := reader.arrays.get(name):
+            parts[name] = np.empty((1, *array.row_shape), np.float16)
+            array.take(np.zeros(1, np.int64), parts[name])
+    return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
+
+
+class Batches:
+    """An endless iterator over `Batch`es on the device.
+
+    A background thread gathers rows into a ring of (pinned) buffers and, on a GPU, copies them on a stream of its
+    own. `waited` counts the seconds that training waited here.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Samples,
+        order: Order,
+        device: torch.device,
+        *,
+        batch_size: int,
+        start: int,
+        stride: int,
+    ):
+        self._reader, self._samples, self._order, self._device = reader, samples, order, device
+        self._batch_size, self._start, self._stride = batch_size, start, stride
+        self.waited = 0.0
+        self._free: queue.Queue[Slot | None] = queue.Queue()
+        self._ready: queue.Queue[tuple[Batch, Slot] | Exception] = queue.Queue()
+        self._in_use: Slot | None = None
+        for _ in range(RING):
+            self._free.put(Slot(reader, batch_size, device))
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._in_use is not None:  # on the CPU a batch is the buffer itself, so it is given back only now
+            self._free.put(self._in_use)
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.waited += time.perf_counter() - began
+        if isinstance(item, Exception):
+            raise item
+        batch, self._in_use = item
+        self._in_use.hand_over(batch)
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread once it has filled the buffers that are free."""
+        self._free.put(None)  # wakes it
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for step in range(AHEAD):
+                self._reader.will_need(*self._rows(step)[:3])
+            for step in itertools.count():
+                self._reader.will_need(*self._rows(step + AHEAD)[:3])
+                slot = self._free.get()
+                if slot is None:
+                    return
+                self._ready.put((slot.fill(self._reader, *self._rows(step)), slot))
+        except Exception as error:  # raised where the batch is waited for
+            self._ready.put(error)
+
+    def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        numbers, views = self._order(self._start + step * self._stride, self._batch_size)
+        rows, text_rows, time_ids = (column[numbers] for column in self._samples)
+        return rows, views, text_rows, time_ids
+
+
+class Slot:
+    """The buffers of one batch in the ring."""
+
+    def __init__(self, reader: Reader, batch_size: int, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copied = torch.cuda.Event() if self.stream else None
+        shapes = {name: (batch_size, *array.row_shape) for name, array in reader.arrays.items()}
+        self.buffers = {
+            name: torch.empty(shape, dtype=torch.float16, pin_memory=self.stream is not None)
+            for name, shape in shapes.items()
+        }
+
+    def fill(
+        self, reader: Reader, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, time_ids: np.ndarray
+    ) -> Batch:
+        """Gather a batch, and begin to copy it to the device."""
+        if self.copied:
+            self.copied.synchronize()  # the copy of the batch that was here before
+        reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
+        tensors = dict(self.buffers)
+        if "pooled" in tensors:
+            tensors["time_ids"] = torch.from_numpy(time_ids)
+        if self.stream and self.copied:
+            with torch.cuda.stream(self.stream):
+                tensors = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
+                self.copied.record(self.stream)
+        return Batch(**tensors)
+
+    def hand_over(self, batch: Batch) -> None:
+        """Let the stream that trains wait for the copy, and own its memory."""
+        if self.copied:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.copied)
+            for part in batch:
+                if part is not None:
+                    part.record_stream(stream)

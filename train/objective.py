@@ -1,0 +1,115 @@
+"""What training computes: from cached moments, text and random draws to the loss.
+
+Pure functions of their arguments, so that a test can hand in the draws. Everything up to the UNet's input and all
+of the loss is float32: in bfloat16, `add_noise` shifts the ratio of noise to signal by a quarter at small timesteps.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Samples as the cache holds them, on the device."""
+
+    original: Tensor  # (B, 4, h, w) posterior mean, unscaled
+    edited: Tensor  # (B, 8, h, w) posterior mean and log variance, unscaled
+    text: Tensor  # (B, 77, d)
+    pooled: Tensor | None = None  # (B, 1280) SDXL
+    time_ids: Tensor | None = None  # (B, 6) SDXL: original height and width, crop top and left, target height and width
+
+
+class Draws(NamedTuple):
+    """All randomness of one batch."""
+
+    posterior: Tensor  # (B, 4, h, w) standard normal: which latent of the edited image's posterior
+    noise: Tensor  # (B, 4, h, w) standard normal
+    timesteps: Tensor  # (B,) integers
+    dropout: Tensor  # (B,) uniform in [0, 1)
+
+
+class Null(NamedTuple):
+    """The encoding of the empty instruction."""
+
+    text: Tensor  # (1, 77, d)
+    pooled: Tensor | None = None  # (1, 1280)
+
+
+def draw(batch: Batch, train_timesteps: int, *position: int) -> Draws:
+    """Draw what a batch needs, as a function of its position alone: (seed, step, micro-batch, rank)."""
+    device, latents = batch.original.device, batch.original.shape
+    state = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+    return Draws(
+        torch.randn(latents, generator=generator, device=device),
+        torch.randn(latents, generator=generator, device=device),
+        torch.randint(0, train_timesteps, latents[:1], generator=generator, device=device),
+        torch.rand(latents[:1], generator=generator, device=device),
+    )
+
+
+def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
+    """Sample the edited image's latent from its posterior and scale it, (B, 4, h, w) float32.
+
+    This is the one place where the cache's raw numbers are scaled.
+    """
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return (mean + torch.exp(0.5 * log_variance) * posterior) * scaling_factor
+
+
+def drop_conditioning(
+    batch: Batch, null: Null, uniform: Tensor, dropout: tuple[float, float, float]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Conditioning dropout (InstructPix2Pix, section 3.2.1) with one uniform number per sample.
+
+    `dropout` are the probabilities of dropping the text alone, both, and the image alone; they are bands of `uniform`
+    in this order, as in diffusers' script.
+
+    Returns:
+        Text (B, 77, d), image (B, 4, h, w) and pooled text (B, 1280) or None, with the dropped ones replaced by the
+        encoding of the empty instruction, and by zeros.
+    """
+    text_alone, both, image_alone = dropout
+    no_text = uniform < text_alone + both  # (B,)
+    no_image = (uniform >= text_alone) & (uniform < text_alone + both + image_alone)
+    text = torch.where(no_text[:, None, None], null.text, batch.text)
+    image = batch.original.float().masked_fill(no_image[:, None, None, None], 0)
+    pooled = None
+    if batch.pooled is not None:
+        pooled = torch.where(no_text[:, None], null.pooled, batch.pooled)  # type: ignore[arg-type]
+    return text, image, pooled
+
+
+def loss(
+    unet: torch.nn.Module,
+    scheduler: DDPMScheduler,
+    batch: Batch,
+    draws: Draws,
+    null: Null,
+    *,
+    scaling_factor: float,
+    dropout: tuple[float, float, float],
+) -> Tensor:
+    """Mean squared error of the UNet's prediction, a float32 scalar."""
+    latents = target_latents(batch.edited, draws.posterior, scaling_factor)  # (B, 4, h, w)
+    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
+    text, image, pooled = drop_conditioning(batch, null, draws.dropout, dropout)
+    added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": batch.time_ids}
+    prediction = unet(
+        torch.cat([noisy, image], dim=1), draws.timesteps, text.float(), added_cond_kwargs=added, return_dict=False
+    )[0]
+    return F.mse_loss(prediction.float(), target(scheduler, latents, draws))
+
+
+def target(scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> Tensor:
+    """What the UNet shall predict, (B, 4, h, w): the noise, or the velocity (Salimans and Ho, 2022)."""
+    kind = scheduler.config["prediction_type"]
+    if kind == "epsilon":
+        return draws.noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
+    raise ValueError(f"prediction_type {kind} is neither epsilon nor v_prediction")
