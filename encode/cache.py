@@ -193,7 +193,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise CacheError(f"{path} cannot be read ({error.strerror})") from None
     if content != _sealed(content):
         raise CacheError(f"{path} is damaged (wrong checksum): delete it and run the same ip2p-encode again")
-    return json.loads(content)
+    record = json.loads(content)
+    del record["crc32c"]
+    return record
 
 
 def _sealed(content: bytes) -> bytes:

@@ -1,0 +1,77 @@
+"""Fixtures that many tests share: tiny checkpoints, a tiny dataset, a finished cache."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more, and some tests start processes
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the datasets library's cache out of the user's home."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> None:
+    """accelerate keeps its settings for a whole process; each test stands for a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 1.x checkpoint."""
+    return tiny.checkpoint(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL checkpoint."""
+    return tiny.checkpoint(tmp_path_factory.mktemp("models") / "sdxl", sdxl=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of ten pairs with seven different instructions."""
+    return tiny.dataset(tmp_path_factory.mktemp("data") / "pairs", tiny.pairs(10))
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., None]:
+    """Run `ip2p-encode` in this process; flags are keyword arguments."""
+    from ip2p.encode.__main__ import main
+
+    def run(model: Path, dataset: Path, cache: Path, **flags: object) -> None:
+        options = {
+            "pretrained_model_name_or_path": model,
+            "dataset_name": dataset,
+            "cache": cache,
+            "resolution": 16,
+            "dataloader_num_workers": 0,
+        }
+        main(tiny.arguments(options | flags))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, sd: Path, data: Path, encode: Callable[..., None]) -> Path:
+    """A finished cache of the ten pairs with both views; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("caches") / "sd"
+    encode(sd, data, folder, random_flip=True)
+    return folder

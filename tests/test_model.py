@@ -1,0 +1,71 @@
+"""Tests of train/model.py: the UNet before the first step."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+
+from ip2p.encode.checkpoint import Checkpoint
+from ip2p.encode.errors import ModelError
+from ip2p.train.config import TrainConfig
+from ip2p.train.model import load_unet, widen
+
+
+def config(model: Path) -> TrainConfig:
+    return TrainConfig(str(model), cache=Path("cache"), output_dir=Path("out"))
+
+
+@pytest.mark.parametrize("sdxl", [False, True])
+def test_widened_unet_equals_the_base_for_any_condition(sdxl: bool) -> None:
+    """Before training the output is the base model's, bit for bit up to summation order, whatever the image."""
+    torch.manual_seed(0)
+    base = tiny.unet(4, sdxl=sdxl)
+    wide = UNet2DConditionModel.from_config(base.config)
+    wide.load_state_dict(base.state_dict())
+    widen(wide)
+    latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 77, base.config["cross_attention_dim"])
+    timesteps = torch.tensor([1, 500, 999])
+    added = {"text_embeds": torch.randn(3, 32), "time_ids": torch.full((3, 6), 16.0)} if sdxl else None
+    expected = base(latents, timesteps, text, added_cond_kwargs=added).sample
+    for _ in range(3):
+        condition = 10 * torch.randn(3, 4, 8, 8)
+        found = wide(torch.cat([latents, condition], 1), timesteps, text, added_cond_kwargs=added).sample
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_widening_copies_the_bias_and_updates_the_configuration(sd: Path) -> None:
+    """conv_in keeps weight and bias for the latent, gets zeros for the image, and the saved config says 8."""
+    base = UNet2DConditionModel.from_pretrained(sd, subfolder="unet")
+    wide = load_unet(config(sd), Checkpoint(sd))
+    assert torch.equal(wide.conv_in.bias, base.conv_in.bias)  # type: ignore[arg-type]
+    assert torch.equal(wide.conv_in.weight[:, :4], base.conv_in.weight)
+    assert not wide.conv_in.weight[:, 4:].any()
+    assert wide.config["in_channels"] == 8
+
+
+def test_an_8_channel_base_is_continued_unchanged(tmp_path: Path) -> None:
+    """A model that is an instruction editor already keeps every weight."""
+    model = tiny.checkpoint(tmp_path / "wide", in_channels=8)
+    base = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    loaded = load_unet(config(model), Checkpoint(model))
+    assert loaded.config["in_channels"] == 8
+    for name, weight in base.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_a_base_with_other_input_channels_is_refused(tmp_path: Path) -> None:
+    """An inpainting model has 9 channels: the error names what was found and what was expected."""
+    model = tiny.checkpoint(tmp_path / "inpainting", in_channels=9)
+    with pytest.raises(ModelError, match="9 input channels, expected 4 .* or 8"):
+        load_unet(config(model), Checkpoint(model))
+
+
+def test_a_missing_unet_is_one_clear_line(sd: Path, tmp_path: Path) -> None:
+    """A checkpoint without a UNet folder is answered with the folder's name."""
+    shutil.copytree(sd, tmp_path / "sd")
+    shutil.rmtree(tmp_path / "sd" / "unet")
+    with pytest.raises(ModelError, match="holds no UNet"):
+        load_unet(config(tmp_path / "sd"), Checkpoint(tmp_path / "sd"))

@@ -1,0 +1,182 @@
+"""Tests of train/objective.py: what training computes."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from ip2p.train.config import TrainConfig
+from ip2p.train.objective import Batch, Draws, Null, draw, drop_conditioning, loss, target_latents
+
+SCALING = 0.18215
+EVEN = (0.05, 0.05, 0.05)
+
+
+def scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+
+
+def batch(size: int = 4, *, dtype: torch.dtype = torch.float16, sdxl: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(size, *shape, generator=generator).to(dtype)
+
+    if sdxl:
+        return Batch(normal(4, 8, 8), normal(8, 8, 8), normal(77, 48), normal(32), torch.full((size, 6), 16.0))
+    return Batch(normal(4, 8, 8), normal(8, 8, 8), normal(77, 16))
+
+
+def null(*, sdxl: bool = False) -> Null:
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randn(1, 77, 48 if sdxl else 16, generator=generator).half()
+    return Null(text, torch.randn(1, 32, generator=generator).half() if sdxl else None)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return tiny.unet(8)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_loss_equals_a_reference_made_of_diffusers_own_calls(unet: UNet2DConditionModel, kind: str) -> None:
+    """Given latents and draws, the loss is what diffusers' script computes, to 1e-6 in float32."""
+    samples, nothing, noising = batch(), null(), scheduler(kind)
+    draws = draw(samples, 1000, 3, 0, 0, 0)._replace(dropout=torch.tensor([0.02, 0.07, 0.12, 0.9]))
+
+    posterior = DiagonalGaussianDistribution(samples.edited.float())
+    latents = (posterior.mean + posterior.std * draws.posterior) * SCALING
+    noisy = noising.add_noise(latents, draws.noise, draws.timesteps)
+    text = samples.text.float().clone()
+    text[:2] = nothing.text.float()  # 0.02 drops the text, 0.07 both
+    image = samples.original.float().clone()
+    image[1:3] = 0  # 0.07 drops both, 0.12 the image
+    wanted = draws.noise if kind == "epsilon" else noising.get_velocity(latents, draws.noise, draws.timesteps)
+    predicted = unet(torch.cat([noisy, image], dim=1), draws.timesteps, text).sample
+    reference = F.mse_loss(predicted.float(), wanted.float(), reduction="mean")
+
+    ours = loss(unet, noising, samples, draws, nothing, scaling_factor=SCALING, dropout=EVEN)
+    assert ours.dtype == torch.float32
+    assert ours.item() == pytest.approx(reference.item(), abs=1e-6)
+
+
+def test_sdxl_loss_equals_a_reference_and_drops_the_pooled_text_with_the_text() -> None:
+    """SDXL's pooled embedding is replaced exactly where the text is."""
+    torch.manual_seed(0)
+    unet = tiny.unet(8, sdxl=True)
+    samples, nothing, noising = batch(sdxl=True), null(sdxl=True), scheduler()
+    assert samples.pooled is not None
+    assert nothing.pooled is not None
+    draws = draw(samples, 1000, 3, 0, 0, 0)._replace(dropout=torch.tensor([0.02, 0.07, 0.12, 0.9]))
+    text, pooled = samples.text.float().clone(), samples.pooled.float().clone()
+    text[:2], pooled[:2] = nothing.text.float(), nothing.pooled.float()
+    image = samples.original.float().clone()
+    image[1:3] = 0
+    latents = target_latents(samples.edited, draws.posterior, SCALING)
+    noisy = noising.add_noise(latents, draws.noise, draws.timesteps)
+    added = {"text_embeds": pooled, "time_ids": samples.time_ids}
+    predicted = unet(torch.cat([noisy, image], 1), draws.timesteps, text, added_cond_kwargs=added).sample
+    ours = loss(unet, noising, samples, draws, nothing, scaling_factor=SCALING, dropout=EVEN)
+    assert ours.item() == pytest.approx(F.mse_loss(predicted, draws.noise).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "no_text", "no_image"),
+    [
+        (0.0, True, False),
+        (0.0499, True, False),
+        (0.05, True, True),
+        (0.0999, True, True),
+        (0.1, False, True),
+        (0.1499, False, True),
+        (0.1501, False, False),
+        (0.999, False, False),
+    ],
+)
+def test_each_dropout_band_drops_what_it_should(uniform: float, no_text: bool, no_image: bool) -> None:
+    """[0, p) drops the text, [p, 2p) both, [2p, 3p) the image, as in diffusers' script."""
+    samples, nothing = batch(1), null()
+    text, image, _ = drop_conditioning(samples, nothing, torch.tensor([uniform], dtype=torch.float64), EVEN)
+    assert torch.equal(text, nothing.text if no_text else samples.text)
+    assert torch.equal(image, torch.zeros_like(image) if no_image else samples.original.float())
+
+
+@pytest.mark.parametrize("dropout", [EVEN, (0.1, 0.02, 0.3), (1 / 3, 1 / 3, 1 / 3), (0.0, 0.0, 0.0)])
+def test_dropout_frequencies_over_100_000_draws_are_the_probabilities(dropout: tuple[float, float, float]) -> None:
+    """Text alone, both and image alone are dropped as often as asked for, within five standard deviations."""
+    count = 100_000
+    small = Batch(torch.ones(count, 1, 1, 1), torch.ones(count, 2, 1, 1), torch.ones(count, 1, 1))
+    uniform = draw(small, 1000, 11, 0, 0, 0).dropout
+    text, image, _ = drop_conditioning(small, Null(torch.zeros(1, 1, 1)), uniform, dropout)
+    no_text, no_image = text.flatten() == 0, image.flatten() == 0
+    found = [(no_text & ~no_image), (no_text & no_image), (~no_text & no_image)]
+    for mask, probability in zip(found, dropout, strict=True):
+        spread = 5 * np.sqrt(probability * (1 - probability) / count)
+        assert mask.float().mean().item() == pytest.approx(probability, abs=spread + 1e-9)
+
+
+def test_two_draws_of_a_sample_differ_and_have_the_cached_mean_and_variance() -> None:
+    """The target is drawn afresh from the cached posterior each time, never a frozen sample."""
+    moments = torch.cat([torch.full((1, 4, 8, 8), 1.5), torch.full((1, 4, 8, 8), np.log(0.25))], dim=1).half()
+    samples = Batch(torch.zeros(1, 4, 8, 8), moments, torch.zeros(1, 77, 16))
+    drawn = [target_latents(moments, draw(samples, 1000, 5, step, 0, 0).posterior, SCALING) for step in range(400)]
+    assert not torch.equal(drawn[0], drawn[1])
+    values = torch.cat(drawn) / SCALING  # 400 * 256 numbers
+    assert values.mean().item() == pytest.approx(1.5, abs=0.01)
+    assert values.var().item() == pytest.approx(0.25, abs=0.01)
+
+
+def test_draws_are_a_function_of_position() -> None:
+    """Seed, step, micro-batch and rank each change the draws, and nothing else does."""
+    samples = batch()
+    reference = draw(samples, 1000, 1, 2, 3, 4)
+    torch.randn(100)  # the global generator does not matter
+    for first, second in zip(reference, draw(samples, 1000, 1, 2, 3, 4), strict=True):
+        assert torch.equal(first, second)
+    for other in [(0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)]:
+        assert not torch.equal(reference.noise, draw(samples, 1000, *other).noise)
+    assert not torch.equal(reference.noise, reference.posterior)
+
+
+def test_timesteps_cover_the_whole_schedule_evenly() -> None:
+    """Timesteps are uniform over 0 to T - 1, both ends included."""
+    small = Batch(torch.ones(50_000, 1, 1, 1), torch.ones(50_000, 2, 1, 1), torch.ones(50_000, 1, 1))
+    timesteps = draw(small, 10, 1, 0, 0, 0).timesteps
+    assert timesteps.bincount(minlength=10).float().div(50_000).tolist() == pytest.approx([0.1] * 10, abs=0.01)
+
+
+def test_noising_is_float32_even_when_the_unet_is_not(unet: UNet2DConditionModel) -> None:
+    """Half precision enters in the UNet alone: its input is made in float32."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, *args: object, **kwargs: object) -> tuple[torch.Tensor]:
+            seen.append(sample.dtype)
+            return (sample[:, :4].bfloat16(),)
+
+    samples = batch()
+    value = loss(
+        Spy(), scheduler(), samples, draw(samples, 1000, 1, 0, 0, 0), null(), scaling_factor=SCALING, dropout=EVEN
+    )
+    assert seen == [torch.float32]
+    assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("given", "bands"), [((0.1,), (0.1, 0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3))])
+def test_one_probability_stands_for_three(given: tuple[float, ...], bands: tuple[float, float, float]) -> None:
+    """`--conditioning_dropout_prob` takes one number, or one for text alone, both, image alone."""
+    config = TrainConfig("model", cache="cache", output_dir="out", conditioning_dropout_prob=given)  # type: ignore[arg-type]
+    assert config.dropout == bands
+
+
+def test_draws_have_the_shapes_that_their_comments_say() -> None:
+    """Each draw has one entry per sample."""
+    draws = draw(batch(3), 1000, 0, 0, 0, 0)
+    assert isinstance(draws, Draws)
+    assert [tuple(part.shape) for part in draws] == [(3, 4, 8, 8), (3, 4, 8, 8), (3,), (3,)]

@@ -1,0 +1,130 @@
+"""Tests of encode/reader.py: our reader and zarr-python see the same numbers."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import zarr
+
+from ip2p.encode import cache as cache_module
+from ip2p.encode.cache import Cache, file_record, shard_rows, write_record
+from ip2p.encode.errors import CacheError
+from ip2p.encode.reader import Reader
+
+Encode = Callable[..., None]
+
+
+def a_file(folder: Path) -> Path:
+    """The first file below a folder."""
+    return min(path for path in folder.rglob("*") if path.is_file())
+
+
+def compare(folder: Path) -> None:
+    """Every row of every view, in random order, against zarr-python."""
+    cache = Cache.open(folder)
+    reader, group = Reader(cache), zarr.open_group(folder / "data.zarr", mode="r")
+    table = cache.samples().filter(np.array(cache.samples()["status"].to_pylist()) == "ok")
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(table))
+    rows, text_rows = table["row"].to_numpy()[order], table["text_row"].to_numpy()[order]
+    views = rng.integers(0, len(cache.views), len(order))
+    out = {name: np.empty((len(order), *array.row_shape), np.float16) for name, array in reader.arrays.items()}
+    reader.will_need(rows, views, text_rows)
+    reader.take(out, rows, views, text_rows)
+    for name, found in out.items():
+        array = np.asarray(group[name][:])  # type: ignore[index]
+        expected = array[text_rows] if name in ("text", "pooled") else array[rows, views]
+        assert np.isfinite(expected).all()
+        assert np.array_equal(found, expected), name
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("count", [64, 130])
+def test_reader_and_zarr_python_agree(
+    family: str,
+    flip: bool,
+    count: int,
+    tmp_path: Path,
+    encode: Encode,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Full shards and a partial last one, one view and two, SD and SDXL."""
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 64)
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(count))
+    encode(request.getfixturevalue(family), data, tmp_path / "cache", random_flip=flip)
+    assert len(list((tmp_path / "cache" / "commits").glob("images-v0-*"))) == -(-count // 64)
+    compare(tmp_path / "cache")
+
+
+def test_a_cache_that_grew_is_read_right(sd: Path, tmp_path: Path, encode: Encode) -> None:
+    """A partial shard keeps its place when new shards follow it."""
+    for count in (10, 25):
+        encode(sd, tiny.dataset(tmp_path / "data", tiny.pairs(count)), tmp_path / "cache", random_flip=True)
+    compare(tmp_path / "cache")
+
+
+def test_shards_that_others_wrote_are_read_through_zarr_python(cache: Path, tmp_path: Path) -> None:
+    """Compressed arrays cannot be mapped: they are read once, and give the same numbers."""
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    group = zarr.open_group(folder / "data.zarr", mode="a")
+    for name in ("original", "edited", "text"):
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        values, chunks, shards = np.asarray(array[:]), array.chunks, array.shards
+        group.create_array(
+            name, data=values, chunks=chunks, shards=shards, compressors="auto", fill_value=np.nan, overwrite=True
+        )
+    for path in (folder / "commits").glob("*.json"):
+        record = cache_module.read_record(path)
+        record["files"] = {file: file_record(folder / file) for file in record["files"]}
+        write_record(path, record)
+    compare(folder)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_missing_or_short_shard_is_refused(cache: Path, tmp_path: Path, damage: str) -> None:
+    """zarr-python would read NaN there without a word; the reader names the file and the mend."""
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    shard = a_file(folder / "data.zarr" / "edited" / "c")
+    if damage == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CacheError, match="edited.*verify"):
+        Reader(Cache.open(folder))
+
+
+def test_a_damaged_shard_index_is_refused(cache: Path, tmp_path: Path) -> None:
+    """A bit flipped in the index at the end of a shard fails its checksum."""
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    shard = a_file(folder / "data.zarr" / "text" / "c")
+    content = bytearray(shard.read_bytes())
+    content[-50] ^= 4
+    shard.write_bytes(content)
+    with pytest.raises(CacheError, match="checksum of its index"):
+        Reader(Cache.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "expected"),
+    [
+        ("images", [(4, 32, 32), (8, 32, 32)], (1024, 64)),
+        ("images", [(4, 64, 64), (8, 64, 64)], (512, 64)),
+        ("images", [(4, 128, 128), (8, 128, 128)], (128, 64)),
+        ("text", [(77, 768)], (272, 16)),
+        ("text", [(77, 2048), (1280,)], (96, 16)),
+    ],
+)
+def test_shards_keep_to_their_limits(kind: str, shapes: list[tuple[int, ...]], expected: tuple[int, int]) -> None:
+    """At most 1024 rows and 32 MiB, whole chunks and whole pages, for SD and SDXL at 256, 512 and 1024 pixels."""
+    rows, chunk = shard_rows(kind, shapes)
+    assert (rows, chunk) == expected
+    assert rows % chunk == 0
+    for shape in shapes:
+        assert rows * 2 * np.prod(shape) <= 32 * 2**20
+        assert rows * 2 * np.prod(shape) % 4096 == 0
