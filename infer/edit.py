@@ -1,0 +1,200 @@
+"""Edits pictures by instruction with the InstructPix2Pix pipelines of diffusers (SD and SDXL)."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from .errors import EditError
+from .guidance import Guidance
+from .models import SDXL, check_kind, load, scheduler_like
+from .pictures import Picture, open_picture
+
+# torch and diffusers are imported where work begins: they take seconds, and `--help` must not wait for them.
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+
+class Editor:
+    """A trained InstructPix2Pix pipeline that edits pictures, one or many, by instruction.
+
+    >>> editor = Editor("OUT")
+    >>> editor.edit("house.jpg", "make it snowy")[0].save("snowy.png")
+
+    A picture depends on its input, prompt, seed and settings alone, whatever else is edited beside it: each
+    picture has a random generator of its own, on the CPU, so the noise is the same on every device. (Matrix
+    kernels may round differently at another batch size; in float32 that is about one level of 255 at most.)
+
+    Args:
+        model: folder in diffusers' layout, as `ip2p-train` saves it, or Hub id; or a loaded pipeline, whose
+            device and dtype stay.
+        device: "cuda", "mps", "cpu" …; default: the accelerator if there is one.
+        dtype: a torch dtype or its name; default: float16 on CUDA, float32 elsewhere.
+        variant: variant of the weight files, such as "fp16".
+        revision: branch, tag or commit on the Hub.
+        scheduler: diffusers' class name of a scheduler to put in the place of the pipeline's own, "Scheduler"
+            and case optional: "DDIM", "EulerAncestralDiscrete".
+
+    Attributes:
+        pipeline: the diffusers pipeline underneath.
+
+    Raises:
+        EditError: the model cannot be loaded, or is no InstructPix2Pix model; the scheduler does not fit it.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | DiffusionPipeline,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        scheduler: str | None = None,
+    ) -> None:
+        self.pipeline: DiffusionPipeline
+        if isinstance(model, (str, os.PathLike)):
+            self.pipeline = load(os.fspath(model), device, dtype, variant, revision)
+        else:
+            unet = getattr(model, "unet", None)
+            check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)
+            self.pipeline = model
+        if scheduler is not None:
+            self.pipeline.scheduler = scheduler_like(self.pipeline.scheduler, scheduler)
+
+    @property
+    def resolution(self) -> int:
+        """The long side in pixels that the UNet was trained for (`sample_size` in its configuration)."""
+        size = self.pipeline.unet.config.sample_size or 64
+        return (max(size) if isinstance(size, (list, tuple)) else size) * self.pipeline.vae_scale_factor
+
+    def working_size(self, size: tuple[int, int], resolution: int | None = None) -> tuple[int, int]:
+        """(width, height) at which a picture of `size` is edited.
+
+        The long side becomes `resolution`, up or down, because the UNet is at its best at the size it was
+        trained for; the aspect stays, both sides rounded to multiples of what the VAE divides by (8 for SD).
+        """
+        factor = self.pipeline.vae_scale_factor
+        long = self.resolution if resolution is None else resolution
+        if long < factor or long % factor:
+            raise EditError(f"resolution {long} is not a multiple of {factor}, by which the VAE divides")
+        width, height = (max(factor, round(side * long / max(size) / factor) * factor) for side in size)
+        return width, height
+
+    def edit(
+        self,
+        images: Picture | Sequence[Picture],
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        num_images: int = 1,
+        num_inference_steps: int = 20,
+        image_guidance_scale: float = 1.5,
+        guidance_scale: float = 10.0,
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | None = None,
+        resolution: int | None = None,
+        batch_size: int = 4,
+    ) -> list[Image.Image]:
+        """Edit each picture by its prompt.
+
+        The defaults for steps and scales are those with which diffusers' InstructPix2Pix guide checks a
+        training: quick, and strong enough to see what was learned. The paper's own are 100, 1.5 and 7.5.
+
+        Args:
+            images: picture or pictures: PIL images, paths, or bytes of image files, of any mode and size.
+            prompts: instruction or instructions; a single picture or prompt goes with each of the other.
+            seed: the k-th picture of each pair is drawn with `seed + k`.
+            num_images: how many different pictures each pair gives.
+            num_inference_steps: denoising steps.
+            image_guidance_scale: how closely to keep to the input picture, >= 0. Values below 1 are computed,
+                where the pipelines would silently drop all guidance.
+            guidance_scale: how closely to follow the prompt, >= 0. Values up to 1 are computed likewise.
+            guidance_rescale: 0 to 1, pulls back the contrast that guidance adds (arXiv 2305.08891, 3.4).
+            negative_prompt: what to steer away from.
+            resolution: long side in pixels while editing; default: `self.resolution`. See `working_size`.
+            batch_size: pictures edited at once; those of one working size share a batch.
+
+        Returns:
+            `num_images` RGB pictures for each pair, side by side, in the order of the pairs, each of the size
+            of its input.
+
+        Raises:
+            EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
+        """
+        import torch
+
+        pairs = _pair(images, prompts)
+        guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale)
+        self._check(seed, num_images, num_inference_steps, batch_size)
+        inputs = [open_picture(image) for image, _ in pairs]
+        sizes = [self.working_size(image.size, resolution) for image in inputs]
+        # One entry for each picture to make; those of one size side by side, since a batch is one tensor.
+        order = [(index, k) for index in sorted(range(len(pairs)), key=sizes.__getitem__) for k in range(num_images)]
+        edited: dict[tuple[int, int], Image.Image] = {}
+        for size, group in itertools.groupby(order, key=lambda entry: sizes[entry[0]]):
+            entries = list(group)
+            for batch in (entries[i : i + batch_size] for i in range(0, len(entries), batch_size)):
+                # Each picture is passed once for each of its outputs: with `num_images_per_prompt` the
+                # pipelines repeat prompts and pictures in different orders, and pair them wrongly.
+                pictures = self._denoise(
+                    image=[inputs[index].resize(size, Image.Resampling.LANCZOS) for index, _ in batch],
+                    prompt=[pairs[index][1] for index, _ in batch],
+                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                    generator=[torch.Generator().manual_seed(seed + k) for _, k in batch],
+                    num_inference_steps=num_inference_steps,
+                    guidance=guidance,
+                )
+                for (index, k), picture in zip(batch, pictures, strict=True):
+                    edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
+        return [edited[index, k] for index in range(len(pairs)) for k in range(num_images)]
+
+    def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
+        """Run the pipeline once, on pictures of one size."""
+        import torch
+
+        pipeline: Any = self.pipeline
+        if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
+            arguments |= {"width": image[0].width, "height": image[0].height}
+        # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
+        arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
+        try:
+            with guidance.inside(pipeline.unet) if guidance.changes else contextlib.nullcontext():
+                return pipeline(image=image, **arguments).images
+        except torch.OutOfMemoryError:
+            width, height = image[0].size
+            raise EditError(
+                f"out of memory with {len(image)} pictures of {width} x {height} at once: "
+                "lower --batch_size or --resolution"
+            ) from None
+
+    def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
+        scheduler = self.pipeline.scheduler
+        most = scheduler.config.num_train_timesteps
+        if not 1 <= steps <= most:
+            raise EditError(f"num_inference_steps is {steps}, expected 1 to {most}")
+        try:
+            scheduler.set_timesteps(steps)
+        except ValueError as error:  # PNDM, for one, may need four steps
+            raise EditError(f"{type(scheduler).__name__} cannot do {steps} num_inference_steps: {error}") from error
+        if num_images < 1 or batch_size < 1:
+            raise EditError(f"num_images is {num_images} and batch_size {batch_size}, expected at least 1")
+        if not 0 <= seed <= 2**63 - num_images:
+            raise EditError(f"seed is {seed}, expected 0 to 2**63 - num_images")
+
+
+def _pair(images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> list[tuple[Picture, str]]:
+    pictures = [images] if isinstance(images, (Image.Image, bytes, str, os.PathLike)) else list(images)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not all(text.strip() for text in texts):
+        raise EditError("the prompt is empty: say what to change, such as 'make it snowy'")
+    count = max(len(pictures), len(texts))
+    if {len(pictures), len(texts)} - {1, count}:
+        raise EditError(f"{len(pictures)} pictures and {len(texts)} prompts: give as many, or one of either")
+    return list(zip(pictures * (count // max(1, len(pictures))), texts * (count // max(1, len(texts))), strict=True))

@@ -1,0 +1,88 @@
+"""Names and writes edited pictures, each with its settings inside, and knows which are there already."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .config import InferConfig
+from .errors import EditError
+from .inputs import Job
+
+# The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
+CHUNK = "ip2p"
+
+# What a picture depends on, beside its input, prompt and seed. Batch size and device are not among them.
+SETTINGS = (
+    "model", "revision", "variant", "dtype", "scheduler", "num_inference_steps", "image_guidance_scale",
+    "guidance_scale", "guidance_rescale", "negative_prompt", "resolution",
+)  # fmt: skip
+
+
+def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
+    """The files of each job's pictures, `config.num_images` each.
+
+    Raises:
+        EditError: one file for several inputs, an ending other than .png, or an input would be overwritten.
+    """
+    output = Path(config.output)
+    if output.is_dir() or not output.suffix:
+        folder, stems = output, [job.stem for job in jobs]
+    elif output.suffix.lower() != ".png":
+        raise EditError(f"--output {output}: expected a folder, or a name that ends in .png")
+    elif len(jobs) > 1:
+        raise EditError(f"--output {output} is one file for {len(jobs)} inputs: give a folder")
+    else:
+        folder, stems = output.parent, [output.stem]
+    endings = [""] if config.num_images == 1 else [f"_{k}" for k in range(config.num_images)]
+    paths = [[folder / f"{stem}{ending}.png" for ending in endings] for stem in stems]
+    inputs = {job.path.resolve() for job in jobs if job.path}
+    for path in (path for group in paths for path in group):
+        if path.resolve() in inputs:
+            raise EditError(f"--output {output} would overwrite the input {path}: give another folder or name")
+    return paths
+
+
+def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
+    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture."""
+    common = {name: getattr(config, name) for name in SETTINGS}
+    common |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
+    return [json.dumps(common | {"seed": config.seed + k}, ensure_ascii=False) for k in range(config.num_images)]
+
+
+def model_stamp(model: str) -> str | None:
+    """A hash of names, sizes and times of a local model's files: trained further, its pictures are redone.
+
+    A model on the Hub has none: its name and `--revision` stand for it.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    # The pipeline's own parts: a training folder also holds checkpoints and logs, which do not matter here.
+    parts = [path for path in folder.glob("*/*") if (path.parent / "config.json").is_file()]
+    parts += folder.glob("scheduler/*")
+    stamps = sorted((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts)
+    return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+
+
+def is_there(path: Path, settings: str) -> bool:
+    """Whether `path` is a picture that was made with these very settings."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(CHUNK) == settings
+    except OSError:
+        return False
+
+
+def save(picture: Image.Image, path: Path, settings: str) -> None:
+    """Write a PNG whole or not at all, so that a file that is there is a finished one."""
+    info = PngInfo()
+    info.add_itxt(CHUNK, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    picture.save(unfinished, format="PNG", pnginfo=info)
+    os.replace(unfinished, path)
