@@ -4,6 +4,7 @@
     ├── SettingsError   a flag or a configuration file
     ├── SourceError     a dataset
     ├── ModelError      a checkpoint
+    ├── TrainError      a training run that cannot go on
     └── CacheError      a cache
         └── CacheMismatch   a cache that belongs to another model or other settings
 
@@ -26,6 +27,10 @@ class SourceError(Ip2pError):
 
 class ModelError(Ip2pError):
     """A checkpoint that cannot be read, or is not of the expected kind."""
+
+
+class TrainError(Ip2pError):
+    """A training run that cannot go on as it is."""
 
 
 class CacheError(Ip2pError):

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+import tiny
 from ip2p.train.config import TrainConfig
-from ip2p.train.objective import Batch, Draws, Null, draw, drop_conditioning, loss, target_latents
+from ip2p.train.objective import Batch, Draws, Null, Objective, drop_conditioning, target_latents
 
 SCALING = 0.18215
 EVEN = (0.05, 0.05, 0.05)
@@ -38,6 +38,15 @@ def null(*, sdxl: bool = False) -> Null:
     return Null(text, torch.randn(1, 32, generator=generator).half() if sdxl else None)
 
 
+def objective(kind: str = "epsilon", *, sdxl: bool = False, **options: float) -> Objective:
+    return Objective(scheduler(kind), null(sdxl=sdxl), SCALING, EVEN, **options)
+
+
+def draw(samples: Batch, timesteps: int, *position: int) -> Draws:
+    """Draws for a schedule of some number of timesteps."""
+    return Objective(DDPMScheduler(timesteps), Null(torch.zeros(1)), 1.0, EVEN).draw(samples, *position)
+
+
 @pytest.fixture(scope="module")
 def unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
@@ -61,7 +70,7 @@ def test_loss_equals_a_reference_made_of_diffusers_own_calls(unet: UNet2DConditi
     predicted = unet(torch.cat([noisy, image], dim=1), draws.timesteps, text).sample
     reference = F.mse_loss(predicted.float(), wanted.float(), reduction="mean")
 
-    ours = loss(unet, noising, samples, draws, nothing, scaling_factor=SCALING, dropout=EVEN)
+    ours = objective(kind).loss(unet, samples, draws)
     assert ours.dtype == torch.float32
     assert ours.item() == pytest.approx(reference.item(), abs=1e-6)
 
@@ -82,7 +91,7 @@ def test_sdxl_loss_equals_a_reference_and_drops_the_pooled_text_with_the_text() 
     noisy = noising.add_noise(latents, draws.noise, draws.timesteps)
     added = {"text_embeds": pooled, "time_ids": samples.time_ids}
     predicted = unet(torch.cat([noisy, image], 1), draws.timesteps, text, added_cond_kwargs=added).sample
-    ours = loss(unet, noising, samples, draws, nothing, scaling_factor=SCALING, dropout=EVEN)
+    ours = objective(sdxl=True).loss(unet, samples, draws)
     assert ours.item() == pytest.approx(F.mse_loss(predicted, draws.noise).item(), abs=1e-6)
 
 
@@ -161,9 +170,7 @@ def test_noising_is_float32_even_when_the_unet_is_not(unet: UNet2DConditionModel
             return (sample[:, :4].bfloat16(),)
 
     samples = batch()
-    value = loss(
-        Spy(), scheduler(), samples, draw(samples, 1000, 1, 0, 0, 0), null(), scaling_factor=SCALING, dropout=EVEN
-    )
+    value = objective().loss(Spy(), samples, draw(samples, 1000, 1, 0, 0, 0))
     assert seen == [torch.float32]
     assert value.dtype == torch.float32
 
@@ -180,3 +187,28 @@ def test_draws_have_the_shapes_that_their_comments_say() -> None:
     draws = draw(batch(3), 1000, 0, 0, 0, 0)
     assert isinstance(draws, Draws)
     assert [tuple(part.shape) for part in draws] == [(3, 4, 8, 8), (3, 4, 8, 8), (3,), (3,)]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_timesteps_as_in_its_paper(unet: UNet2DConditionModel, kind: str) -> None:
+    """Each sample's error is multiplied by min(SNR, 5) / SNR, for velocity by min(SNR, 5) / (SNR + 1)."""
+    samples, noising = batch(), scheduler(kind)
+    draws = draw(samples, 1000, 7, 0, 0, 0)._replace(timesteps=torch.tensor([1, 200, 600, 999]))
+    alphas = noising.alphas_cumprod[draws.timesteps]
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=5) / (snr + (kind == "v_prediction"))
+    expected = (objective(kind).losses(unet, samples, draws) * weights).mean()
+    assert weights[0] < 1
+    found = objective(kind, snr_gamma=5).loss(unet, samples, draws)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_offset_noise_is_shared_by_a_channel_and_leaves_the_other_draws_alone() -> None:
+    """An offset adds one number per sample and channel to the noise."""
+    samples = batch()
+    plain, offset = objective().draw(samples, 1, 2, 3, 4), objective(noise_offset=0.1).draw(samples, 1, 2, 3, 4)
+    difference = offset.noise - plain.noise
+    assert difference.std(dim=(2, 3)).max() < 1e-6
+    assert difference.mean(dim=(2, 3)).std().item() == pytest.approx(0.1, rel=0.6)
+    assert torch.equal(offset.posterior, plain.posterior)
+    assert torch.equal(offset.timesteps, plain.timesteps)

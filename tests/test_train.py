@@ -1,5 +1,6 @@
 """Tests of whole training runs on a tiny model: resuming, accumulation, precision, and the pipeline that comes out."""
 
+import errno
 import gc
 import json
 import signal
@@ -7,19 +8,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import tiny
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+import tiny
 from ip2p.encode.errors import SettingsError
 from ip2p.train.__main__ import main
 from ip2p.train.checkpoint import find
 from ip2p.train.metrics import Metrics
-from ip2p.train.objective import Batch, Draws
+from ip2p.train.objective import Batch, Draws, Objective
 
 FLAGS = {
     "train_batch_size": 2,
@@ -52,7 +56,7 @@ main(sys.argv[1:])
 """
 
 
-def states(checkpoint: Path) -> dict[str, object]:
+def states(checkpoint: Path) -> dict[str, Any]:
     """UNet, EMA, optimizer and schedule of a checkpoint."""
     files = {path.name: path for path in checkpoint.iterdir() if not path.name.startswith("random_states")}
     loaded = {name: torch.load(path) for name, path in files.items() if path.suffix in (".pkl", ".bin")}
@@ -136,7 +140,7 @@ def test_accumulated_steps_have_the_gradient_of_one_large_batch(sd: Path, cache:
     seen = {}
     for name, size, steps in (("halves", 5, 2), ("whole", 10, 1)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ip2p.train.loop.draw", fixed_draw)
+            patch.setattr(Objective, "draw", fixed_draw)
             changed = {"train_batch_size": size, "gradient_accumulation_steps": steps, "lr_scheduler": "constant"}
             changed |= {"max_train_steps": 1, "use_ema": False, "adam_epsilon": 1.0}  # SGD-like: no division by ~0
             main(flags(sd, cache, tmp_path / name, **changed))
@@ -145,7 +149,7 @@ def test_accumulated_steps_have_the_gradient_of_one_large_batch(sd: Path, cache:
         torch.testing.assert_close(seen["halves"][name], weight, rtol=0, atol=1e-7)
 
 
-def fixed_draw(batch: Batch, *_: int) -> Draws:
+def fixed_draw(_: Objective, batch: Batch, *position: int) -> Draws:
     """The same noise for every sample."""
     size = batch.original.shape[0]
     noise = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8).repeat(size, 1, 1, 1)
@@ -189,7 +193,70 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(SystemExit) as stopped:
         main(flags(sd, cache, tmp_path / "out", learning_rate=1e30, lr_scheduler="constant"))
     assert stopped.value.code == 2
-    assert "the loss is nan" in capsys.readouterr().err
+    assert "no finite gradient in the last" in capsys.readouterr().err
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """One bad batch costs one step: weights stay finite, and the count of skipped steps is reported."""
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    def poisoned(self: Objective, unet: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
+        seen[len(seen)] = {name: weight.detach().clone() for name, weight in unet.named_parameters()}
+        value = original(self, unet, batch, draws)
+        return value * float("nan") if len(seen) == 3 else value
+
+    original = Objective.loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "loss", poisoned)
+        main(flags(sd, cache, tmp_path / "out", max_train_steps=5, lr_scheduler="constant"))
+    assert_same(seen[3], seen[2])  # the third step changed nothing
+    assert not torch.equal(seen[2]["conv_in.weight"], seen[1]["conv_in.weight"])
+    assert not torch.equal(seen[4]["conv_in.weight"], seen[3]["conv_in.weight"])
+    metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["skipped_steps"] == 1
+    assert metrics["loss"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_exactly(
+    sd: Path, cache: Path, straight: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Stopped during step 7, resumed, and equal to the undisturbed run bit for bit."""
+
+    def stop(self: Metrics, step: int, *rest: object, original: Callable[..., None] = Metrics.step) -> None:
+        if step == 7:
+            signal.raise_signal(number)
+        original(self, step, *rest)
+
+    arguments = flags(sd, cache, tmp_path, checkpointing_steps=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "step", stop)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-7"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([*arguments, "--resume_from_checkpoint", "auto"])
+    assert_same(states(tmp_path / "checkpoint-20"), states(straight / "checkpoint-20"))
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_previous_one(
+    sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The torn checkpoint is removed and the answer names the last good one."""
+
+    def full(self: Accelerator, folder: str, original: Callable[..., Path] = Accelerator.save_state) -> None:
+        original(self, folder)
+        if "checkpoint-6" in folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        with pytest.raises(SystemExit):
+            main(flags(sd, cache, tmp_path, checkpointing_steps=3))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert "checkpoint-6 cannot be written" in (text := capsys.readouterr().err)
+    assert "checkpoint-3 is the last" in text
 
 
 def living_models() -> dict[int, str]:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import (
+    DDPMScheduler,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..encode.cache import sync
 from ..encode.checkpoint import Checkpoint, weight_files
-from ..encode.errors import CacheMismatch, SettingsError
+from ..encode.errors import CacheMismatch, SettingsError, TrainError
 
 INCOMPLETE = ".incomplete"
 
@@ -51,13 +52,25 @@ class Progress:
 
 
 def save(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> None:
-    """Save a checkpoint under a temporary name, rename it when it is on the disk, and drop the oldest beyond `limit`."""
+    """Save a checkpoint under a temporary name, rename it once it is on the disk, drop the oldest beyond `limit`.
+
+    Raises:
+        TrainError: it cannot be written; the checkpoints that are there stay.
+    """
     final = output_dir / f"checkpoint-{step}"
     temporary = final.with_name(final.name + INCOMPLETE)
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in the libraries below
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = f"{there[-1][1].name} is the last" if (there := checkpoints(output_dir)) else "there is none yet"
+        raise TrainError(
+            f"checkpoint-{step} cannot be written ({str(error).splitlines()[0]}): make space in {output_dir} and "
+            f"continue with --resume_from_checkpoint latest; {last}"
+        ) from None
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in [*temporary.rglob("*"), temporary]:
@@ -116,7 +129,9 @@ def resume(accelerator: Accelerator, folder: Path) -> None:
         raise SettingsError(f"{folder} cannot be resumed from: {str(error).strip().splitlines()[0]}") from None
 
 
-def export(unet: UNet2DConditionModel, checkpoint: Checkpoint, resolution: int, output_dir: Path) -> None:
+def export(
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, resolution: int, output_dir: Path
+) -> None:
     """Save the finished pipeline, its frozen parts in the precision in which they were found."""
     unet.register_to_config(sample_size=resolution // checkpoint.vae_scale_factor)
     options: dict[str, Any] = {"unet": unet, "variant": checkpoint.variant, "dtype": dtypes(checkpoint)}
@@ -128,6 +143,9 @@ def export(unet: UNet2DConditionModel, checkpoint: Checkpoint, resolution: int, 
         pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
             checkpoint.folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
         )
+    if scheduler.config["rescale_betas_zero_snr"]:  # inference must end where training did
+        changed = {name: scheduler.config[name] for name in ("rescale_betas_zero_snr", "timestep_spacing")}
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changed)
     pipeline.save_pretrained(output_dir)
 
 

@@ -66,14 +66,26 @@ class TrainConfig:
     conditioning_dropout_prob: tuple[float, ...] = (0.05,)
     """Probability of dropping the instruction alone, both conditions, and the image alone: one number for all three,
     or three. Classifier-free guidance needs it (section 3.2.1 of the InstructPix2Pix paper)."""
+    snr_gamma: float | None = None
+    """Weigh timesteps by min-SNR with this clip; its paper recommends 5."""
+    noise_offset: float = 0.0
+    """Strength of noise that a whole channel shares, such as 0.1."""
+    rescale_betas_zero_snr: bool = False
+    """Let the noise schedule end in pure noise; for models with v-prediction."""
     use_ema: bool = False
     """Average the weights over time, and save the average."""
+    ema_decay: float = 0.9999
+    """Largest decay of the average; early on it is (1 + step) / (10 + step)."""
+    ema_steps: int = 1
+    """Optimizer steps from one update of the average to the next."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the forward and backward pass. Default: that of accelerate's own configuration."""
     allow_tf32: bool = False
     """Let float32 products use the TF32 format on NVIDIA GPUs."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attention by xformers instead of PyTorch."""
+    compile: bool = False
+    """Compile the UNet with torch.compile: some minutes at the start, faster steps after that."""
     checkpointing_steps: int = 500
     """Optimizer steps from one checkpoint to the next."""
     checkpoints_total_limit: int | None = None
@@ -90,10 +102,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             self._at_least(1, name)
-        for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "logging_steps"):
+        for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "logging_steps", "ema_steps"):
             self._at_least(1, name)
-        for name in ("seed", "lr_warmup_steps", "learning_rate", "max_grad_norm"):
+        for name in ("seed", "lr_warmup_steps", "learning_rate", "max_grad_norm", "snr_gamma", "noise_offset"):
             self._at_least(0, name)
+        if not 0 <= self.ema_decay <= 1:
+            raise SettingsError(f"--ema_decay {self.ema_decay}: expected a number from 0 to 1")
         dropout = self.conditioning_dropout_prob
         if len(dropout) not in (1, 3) or min(dropout) < 0 or sum(self.dropout) > 1 + 1e-9:
             raise SettingsError(

@@ -9,6 +9,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -64,11 +65,12 @@ class Order:
 
     def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and views at positions `start` to `start + count`, (count,) each."""
-        positions = np.arange(start, start + count)
-        epochs, places = np.divmod(positions, self.samples)
-        chosen = [self._epoch(int(epoch)) for epoch in epochs]
-        numbers = np.array([order[place] for (order, _), place in zip(chosen, places, strict=True)])
-        views = np.array([coins[place] for (_, coins), place in zip(chosen, places, strict=True)])
+        epochs, places = np.divmod(np.arange(start, start + count), self.samples)
+        numbers, views = np.empty_like(places), np.empty_like(places)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            order, coins = self._epoch(epoch)
+            numbers[here], views[here] = order[places[here]], coins[places[here]]
         return numbers, views
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,14 +145,16 @@ class Batches:
 
     def _work(self) -> None:
         try:
-            for step in range(AHEAD):
-                self._reader.will_need(*self._rows(step)[:3])
+            ahead: deque[tuple[np.ndarray, ...]] = deque()  # rows that the disk was asked for
             for step in itertools.count():
-                self._reader.will_need(*self._rows(step + AHEAD)[:3])
+                ahead.append(self._rows(step))
+                self._reader.will_need(*ahead[-1][:3])
+                if len(ahead) <= AHEAD:
+                    continue
                 slot = self._free.get()
                 if slot is None:
                     return
-                self._ready.put((slot.fill(self._reader, *self._rows(step)), slot))
+                self._ready.put((slot.fill(self._reader, *ahead.popleft()), slot))
         except Exception as error:  # raised where the batch is waited for
             self._ready.put(error)
 

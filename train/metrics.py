@@ -8,56 +8,81 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..encode.errors import Ip2pError
+from ..encode.errors import TrainError
+
+PATIENCE = 5  # steps in a row that may be skipped
 
 
 class Metrics:
-    """Collects losses on the device and reports their mean once in a while, so that no step waits for the GPU."""
+    """Collects what steps yield on the device and reports it once in a while, so that no step waits for the GPU."""
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, *, every: int, total: int, done: int):
         self.accelerator, self.every, self.total = accelerator, every, total
         self.file = output_dir / "metrics.jsonl"
         self.bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
         self.losses: list[torch.Tensor] = []
+        self.last_loss = float("nan")
+        self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
         self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
 
-    def step(self, step: int, loss: torch.Tensor, lr: float, samples: int, waited: float) -> None:
-        """Take the loss of one optimizer step, a scalar on the device, and report if it is time.
+    def step(
+        self, step: int, loss: torch.Tensor, skipped: torch.Tensor, lr: float, samples: int, waited: float
+    ) -> None:
+        """Take what one optimizer step yields, and report if it is time.
 
         Args:
+            loss: scalar on the device.
+            skipped: 1 on the device if the step changed nothing, because a gradient was not finite; else 0.
             samples: seen in this step by all processes.
             waited: seconds that this process has waited for data in all.
 
         Raises:
-            Ip2pError: the loss is not finite.
+            TrainError: step after step is skipped.
         """
         self.losses.append(loss)
+        self.skipped = self.skipped + skipped
+        self.in_a_row = (self.in_a_row + 1) * skipped
         self.samples += samples
         self.bar.update()
         if len(self.losses) == self.every or step == self.total:
             self._report(step, lr, waited)
 
     def _report(self, step: int, lr: float, waited: float) -> None:
-        mean = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()  # type: ignore[union-attr]
+        mean = torch.stack(self.losses).nanmean()
+        values = self.accelerator.reduce(torch.stack([mean, self.skipped, self.in_a_row]), "mean")
+        self.last_loss, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
         seconds = time.perf_counter() - self.since
-        values = {
-            "loss": mean,
+        shown = {
+            "loss": self.last_loss,
             "lr": lr,
             "samples_per_second": self.samples / seconds,
             "waiting_for_data": (waited - self.waited) / seconds,
+            "skipped_steps": int(skipped),
         }
+        if self.accelerator.device.type == "cuda":
+            shown["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.losses, self.samples, self.waited, self.since = [], 0, waited, time.perf_counter()
+        self.write(step, shown)
+        self.bar.set_postfix_str(
+            f"loss {self.last_loss:.4f}, lr {lr:.1e}, {shown['samples_per_second']:.1f} samples/s, "
+            f"waiting for data {shown['waiting_for_data']:.1%}" + (f", {skipped:.0f} skipped" if skipped else "")
+        )
+        if in_a_row >= PATIENCE:
+            raise TrainError(
+                f"no finite gradient in the last {in_a_row:.0f} steps (loss {self.last_loss}): continue from the last "
+                "checkpoint with a smaller --learning_rate, or with --mixed_precision bf16 or no"
+            )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write numbers of a step to metrics.jsonl and to the trackers."""
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
-        shown = {"loss": f"{mean:.4f}", "lr": f"{lr:.1e}", "samples/s": f"{values['samples_per_second']:.1f}"}
-        self.bar.set_postfix(shown | {"waiting": f"{values['waiting_for_data']:.1%}"})
-        if not torch.isfinite(torch.tensor(mean)):
-            raise Ip2pError(
-                f"the loss is {mean} since step {step - self.every}: resume from the last checkpoint with a smaller "
-                "--learning_rate, or with --mixed_precision bf16 or no"
-            )
+
+    def pause(self) -> None:
+        """Leave the time since the last report, which was not spent on training, out of the rate."""
+        self.since = time.perf_counter()
 
     def close(self) -> None:
         """Close the bar."""

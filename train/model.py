@@ -35,6 +35,8 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
                 f"--enable_xformers_memory_efficient_attention: {str(error).splitlines()[0]} "
                 "(pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is used then)"
             ) from None
+    if config.compile:
+        unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

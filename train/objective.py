@@ -1,15 +1,16 @@
 """What training computes: from cached moments, text and random draws to the loss.
 
-Pure functions of their arguments, so that a test can hand in the draws. Everything up to the UNet's input and all
+Nothing here draws on hidden state, so that a test can hand in the draws. Everything up to the UNet's input and all
 of the loss is float32: in bfloat16, `add_noise` shifts the ratio of noise to signal by a quarter at small timesteps.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 
@@ -39,17 +40,71 @@ class Null(NamedTuple):
     pooled: Tensor | None = None  # (1, 1280)
 
 
-def draw(batch: Batch, train_timesteps: int, *position: int) -> Draws:
-    """Draw what a batch needs, as a function of its position alone: (seed, step, micro-batch, rank)."""
-    device, latents = batch.original.device, batch.original.shape
-    state = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-    return Draws(
-        torch.randn(latents, generator=generator, device=device),
-        torch.randn(latents, generator=generator, device=device),
-        torch.randint(0, train_timesteps, latents[:1], generator=generator, device=device),
-        torch.rand(latents[:1], generator=generator, device=device),
-    )
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of InstructPix2Pix (arXiv 2211.09800, equation 2), and the randomness that it needs.
+
+    Attributes:
+        scheduler: the base model's noise schedule and prediction type.
+        null: the encoding of the empty instruction.
+        scaling_factor: of the VAE's latents.
+        dropout: probabilities of dropping the instruction alone, both conditions, and the image alone.
+        snr_gamma: clip of the signal-to-noise ratio that weighs timesteps (min-SNR, arXiv 2303.09556).
+        noise_offset: strength of the noise that a whole channel shares, which lets a model learn brightness
+            (crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+
+    scheduler: DDPMScheduler
+    null: Null
+    scaling_factor: float
+    dropout: tuple[float, float, float]
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+
+    def draw(self, batch: Batch, *position: int) -> Draws:
+        """Draw what a batch needs, as a function of its position alone: (seed, step, micro-batch, rank)."""
+        device, latents = batch.original.device, batch.original.shape
+        state = np.random.SeedSequence(position).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+        draws = Draws(
+            torch.randn(latents, generator=generator, device=device),
+            torch.randn(latents, generator=generator, device=device),
+            torch.randint(0, len(self.scheduler.alphas_cumprod), latents[:1], generator=generator, device=device),
+            torch.rand(latents[:1], generator=generator, device=device),
+        )
+        if self.noise_offset:
+            shared = torch.randn((*latents[:2], 1, 1), generator=generator, device=device)
+            draws = draws._replace(noise=draws.noise + self.noise_offset * shared)
+        return draws
+
+    def loss(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """Mean squared error of the UNet's prediction, a float32 scalar."""
+        losses = self.losses(unet, batch, draws)
+        if self.snr_gamma is not None:
+            losses = losses * self._min_snr_weights(draws.timesteps, self.snr_gamma)
+        return losses.mean()
+
+    def losses(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """Mean squared error of each sample, unweighted, (B,) float32."""
+        latents = target_latents(batch.edited, draws.posterior, self.scaling_factor)  # (B, 4, h, w)
+        noisy = self.scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
+        text, image, pooled = drop_conditioning(batch, self.null, draws.dropout, self.dropout)
+        added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": batch.time_ids}
+        prediction = unet(
+            torch.cat([noisy, image], dim=1), draws.timesteps, text.float(), added_cond_kwargs=added, return_dict=False
+        )[0]
+        return (prediction.float() - self.target(latents, draws)).square().flatten(1).mean(dim=1)
+
+    def target(self, latents: Tensor, draws: Draws) -> Tensor:
+        """What the UNet shall predict, (B, 4, h, w): the noise, or the velocity (arXiv 2202.00512)."""
+        if self.scheduler.config["prediction_type"] == "v_prediction":
+            return self.scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
+        return draws.noise
+
+    def _min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        snr = compute_snr(self.scheduler, timesteps)  # (B,)
+        velocity = self.scheduler.config["prediction_type"] == "v_prediction"
+        return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
 
 def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
@@ -82,34 +137,3 @@ def drop_conditioning(
     if batch.pooled is not None:
         pooled = torch.where(no_text[:, None], null.pooled, batch.pooled)  # type: ignore[arg-type]
     return text, image, pooled
-
-
-def loss(
-    unet: torch.nn.Module,
-    scheduler: DDPMScheduler,
-    batch: Batch,
-    draws: Draws,
-    null: Null,
-    *,
-    scaling_factor: float,
-    dropout: tuple[float, float, float],
-) -> Tensor:
-    """Mean squared error of the UNet's prediction, a float32 scalar."""
-    latents = target_latents(batch.edited, draws.posterior, scaling_factor)  # (B, 4, h, w)
-    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
-    text, image, pooled = drop_conditioning(batch, null, draws.dropout, dropout)
-    added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": batch.time_ids}
-    prediction = unet(
-        torch.cat([noisy, image], dim=1), draws.timesteps, text.float(), added_cond_kwargs=added, return_dict=False
-    )[0]
-    return F.mse_loss(prediction.float(), target(scheduler, latents, draws))
-
-
-def target(scheduler: DDPMScheduler, latents: Tensor, draws: Draws) -> Tensor:
-    """What the UNet shall predict, (B, 4, h, w): the noise, or the velocity (Salimans and Ho, 2022)."""
-    kind = scheduler.config["prediction_type"]
-    if kind == "epsilon":
-        return draws.noise
-    if kind == "v_prediction":
-        return scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
-    raise ValueError(f"prediction_type {kind} is neither epsilon nor v_prediction")

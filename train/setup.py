@@ -1,0 +1,106 @@
+"""What a training run is made of: devices, base model, noise schedule, optimizer, seed."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from ..encode.cache import Cache
+from ..encode.checkpoint import Checkpoint, find_checkpoint
+from ..encode.errors import CacheMismatch, ModelError, SettingsError
+from ..encode.manifest import differences
+from ..encode.settings import dump
+from .config import TrainConfig
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Set up devices, processes and trackers."""
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    folders = ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir))
+    tracker = None if config.report_to == "none" else config.report_to
+    try:
+        return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
+    except ValueError as error:
+        raise SettingsError(f"{error} (--mixed_precision {config.mixed_precision}, --report_to {tracker})") from None
+
+
+def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
+    """Find the model, and make sure that the cache was encoded with its VAE and text encoder.
+
+    Raises:
+        CacheMismatch: it was not; the message says where they differ.
+    """
+    with accelerator.main_process_first():
+        checkpoint = find_checkpoint(
+            config.pretrained_model_name_or_path,
+            revision=config.revision,
+            variant=config.variant,
+            vae=cache.manifest["model"]["vae"],
+            cache_dir=config.cache_dir,
+        )
+    names = ("in the cache", f"in {config.pretrained_model_name_or_path}")
+    if different := differences(cache.manifest, {"identity": checkpoint.identity()}, ["identity"], names):
+        raise CacheMismatch(
+            f"{cache.folder} was not encoded with {config.pretrained_model_name_or_path}: train the model that it was "
+            f"made with ({cache.manifest['model']['name']}), or run ip2p-encode with this one into another --cache\n"
+            + "\n".join(different)
+        )
+    return checkpoint
+
+
+def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:
+    """The noise schedule that the base model was trained with, down to pure noise if that is asked for.
+
+    Raises:
+        ModelError: the model predicts neither noise nor velocity.
+        SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
+            at its end (arXiv 2305.08891, section 3.3).
+    """
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if config.rescale_betas_zero_snr else {}
+    scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
+    kind = scheduler.config["prediction_type"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
+    if config.rescale_betas_zero_snr and kind != "v_prediction":
+        raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
+    return scheduler
+
+
+def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW, fused or in 8 bits."""
+    scale = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    options: dict[str, Any] = {
+        "lr": config.learning_rate * (scale if config.scale_lr else 1),
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW(unet.parameters(), fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SettingsError("--use_8bit_adam needs bitsandbytes (pip install 'ip2p[gpu]'), or leave it out") from None
+    return AdamW8bit(unet.parameters(), **options)
+
+
+def agreed_seed(config: TrainConfig) -> int:
+    """The seed of the flags, or a drawn one that all processes agree on."""
+    seed = [secrets.randbits(32) if config.seed is None else config.seed]
+    broadcast_object_list(seed)
+    return seed[0]
+
+
+def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:
+    """Keep the resolved configuration beside the results, where `--config` can read it, and tell the trackers."""
+    if accelerator.is_main_process:
+        settings = dump(config) | {"seed": seed}
+        Path(config.output_dir, "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        accelerator.init_trackers("ip2p", {name: str(value) for name, value in settings.items()})
