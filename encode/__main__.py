@@ -1,9 +1,10 @@
 """`ip2p-encode`: a dataset and a Stable Diffusion checkpoint in, a cache out."""
 
+import gc
 import sys
 from collections.abc import Sequence
 
-from .config import TRAIN_ONLY, EncodeConfig
+from .config import REFUSED, EncodeConfig
 from .settings import parse, user_errors
 
 PROG = "ip2p-encode"
@@ -13,9 +14,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
-        config = parse(EncodeConfig, arguments, PROG, dict.fromkeys(TRAIN_ONLY, "ip2p-train"))
+        config = parse(EncodeConfig, arguments, PROG, REFUSED)
         from .run import encode  # only now: torch takes seconds to import, and --help shall not
 
+        gc.freeze()  # what was imported stays: the collector needs a second to go through it, again and again
         encode(config)
 
 

@@ -47,8 +47,9 @@ SAMPLES = pa.schema(
         ("row", pa.int64()),  # in original and edited; -1 if it was never tried
         ("text_row", pa.int64()),  # in text and pooled; -1 if it was never tried
         *[(f"{side}_{what}", pa.int32()) for side in ("original", "edited") for what in ("width", "height")],
-        ("crop_top", pa.int32()),  # of the crop in the resized original
-        ("crop_left", pa.int32()),
+        ("crop_top", pa.list_(pa.int32())),  # in each view, of the square in the resized original
+        ("crop_left", pa.list_(pa.int32())),
+        ("flip", pa.bool_()),  # whether training may show it flipped
         ("status", pa.string()),  # ok, pending, quarantined
         ("reason", pa.string()),
     ]
@@ -107,9 +108,9 @@ class Cache:
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
         manifest = read_record(folder / "manifest.json")
-        if manifest["format"] != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise CacheError(
-                f"{folder} has cache format {manifest['format']}, this version of ip2p reads {FORMAT}: encode anew"
+                f"{folder} has cache format {manifest.get('format')}, this version of ip2p reads {FORMAT}: encode anew"
             )
         return cls(folder, manifest)
 
@@ -191,8 +192,17 @@ def read_record(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as error:
         raise CacheError(f"{path} cannot be read ({error.strerror})") from None
+    return unseal(content, str(path))
+
+
+def unseal(content: bytes, name: str) -> dict[str, Any]:
+    """The record in the bytes of a file called `name`, after a look at its checksum.
+
+    Raises:
+        CacheError: different from what was written.
+    """
     if content != _sealed(content):
-        raise CacheError(f"{path} is damaged (wrong checksum): delete it and run the same ip2p-encode again")
+        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
     record = json.loads(content)
     del record["crc32c"]
     return record

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from .errors import ModelError
+from .single_file import converted
 
 
 class Checkpoint:
@@ -39,6 +40,8 @@ class Checkpoint:
         self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
         self.scaling_factor: float = vae.get("scaling_factor", 0.18215)
         self.shift_factor: float | None = vae.get("shift_factor")
+        self.vae_overflows: bool = self.is_sdxl and vae.get("force_upcast", True)
+        """Whether the VAE exceeds float16 inside, as SDXL's own does; those that were mended declare it."""
 
     def _has(self, part: str) -> bool:
         return self.index.get(part, [None, None])[1] is not None
@@ -50,6 +53,15 @@ class Checkpoint:
     @property
     def tokenizers(self) -> list[str]:
         return [encoder.replace("text_encoder", "tokenizer") for encoder in self.text_encoders]
+
+    def variant_in(self, folder: Path) -> str | None:
+        """The variant, if this part has it: another checkpoint's VAE need not."""
+        there = self.variant and any(f".{self.variant}" in path.name for path in folder.iterdir())
+        return self.variant if there else None
+
+    def vae_precision(self, asked: str | None, mixed: str) -> str:
+        """The precision of the VAE: as asked for, or else float32 if it overflows and that of the rest if not."""
+        return asked or ("no" if self.vae_overflows else mixed)
 
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon or v_prediction."""
@@ -86,36 +98,55 @@ def find_checkpoint(
     revision: str | None = None,
     variant: str | None = None,
     vae: str | None = None,
+    single_file_config: str | None = None,
     cache_dir: Path | None = None,
     without: Sequence[str] = (),
 ) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
 
     Raises:
-        ModelError: neither a folder nor a model that the Hub answers for, or not in diffusers' layout.
+        ModelError: neither a folder, nor a single file, nor a model that the Hub answers for.
     """
-    folder, vae_folder = Path(model), Path(vae) if vae else None
-    try:
-        if not folder.is_dir():
-            from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
+    folder = Path(model)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        if variant:
+            raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {model} is a single file")
+        folder = converted(folder, single_file_config, cache_dir)
+    elif not folder.is_dir():
+        folder = _download(model, revision, variant, cache_dir, without)
+    return Checkpoint(folder, variant, _find_vae(vae, cache_dir) if vae else None)
 
-            skipped = dict.fromkeys((*without, "safety_checker", "feature_extractor"))
-            downloaded = DiffusionPipeline.download(
-                model, revision=revision, variant=variant, cache_dir=cache_dir, **skipped
-            )
-            folder = Path(downloaded)
-        if vae_folder and not vae_folder.is_dir():
-            files = ["config.json", "*.safetensors"]
-            vae_folder = Path(snapshot_download(str(vae), cache_dir=cache_dir, allow_patterns=files))
+
+def _download(
+    model: str, revision: str | None, variant: str | None, cache_dir: Path | None, without: Sequence[str]
+) -> Path:
+    from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
+
+    skipped = dict.fromkeys((*without, "safety_checker", "feature_extractor"))
+    try:
+        folder = DiffusionPipeline.download(model, revision=revision, variant=variant, cache_dir=cache_dir, **skipped)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{model} is neither a folder here nor a model that the Hub answers for: {reason} "
-            "(--pretrained_model_name_or_path)"
+            f"{model} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for: "
+            f"{str(error).strip().splitlines()[0]} (--pretrained_model_name_or_path)"
         ) from None
-    if vae_folder and (vae_folder / "vae").is_dir():
-        vae_folder = vae_folder / "vae"
-    return Checkpoint(folder, variant, vae_folder)
+    return Path(folder)
+
+
+def _find_vae(vae: str, cache_dir: Path | None) -> Path:
+    """The folder of a VAE, which may be that of a whole checkpoint."""
+    folder = Path(vae)
+    if not folder.is_dir():
+        files = ["config.json", "diffusion_pytorch_model*.safetensors"]
+        patterns = [*files, *(f"vae/{file}" for file in files)]
+        try:
+            folder = Path(snapshot_download(vae, cache_dir=cache_dir, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the VAE {vae} is neither a folder here nor a model that the Hub answers for: "
+                f"{str(error).strip().splitlines()[0]} (--pretrained_vae_model_name_or_path)"
+            ) from None
+    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import Any
 from .cache import CONVENTION, FORMAT
 from .checkpoint import Checkpoint
 from .config import EncodeConfig
-from .images import BACKGROUND
+from .images import view_names
 from .settings import dump
 from .sources import Source
 
@@ -24,6 +24,7 @@ def describe(config: EncodeConfig, source: Source, checkpoint: Checkpoint, proce
             "revision": config.revision,
             "variant": config.variant,
             "vae": config.pretrained_vae_model_name_or_path,
+            "single_file_config": config.single_file_config,
             "prediction_type": checkpoint.prediction_type(),
         },
         "identity": checkpoint.identity(),
@@ -31,11 +32,11 @@ def describe(config: EncodeConfig, source: Source, checkpoint: Checkpoint, proce
             "convention": CONVENTION,
             "resolution": config.resolution,
             "resize_mode": config.resize_mode,
-            "background": BACKGROUND,
+            "background": config.background,
             "mixed_precision": config.mixed_precision,
-            "vae_precision": config.vae_precision,
+            "vae_precision": checkpoint.vae_precision(config.vae_precision, config.mixed_precision),
         },
-        "views": list(config.views),
+        "views": view_names(config.crops if config.resize_mode == "random_crop" else None, config.random_flip),
         "dataset": {
             "name": source.name,
             "split": config.split,

@@ -30,24 +30,23 @@ class Encoders:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
-        vae_dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype,
     ):
-        self.checkpoint, self.device = checkpoint, device
-        # SDXL's own VAE overflows in float16, so it runs in float32 unless asked otherwise.
-        self.vae_dtype = vae_dtype or (torch.float32 if checkpoint.is_sdxl else dtype)
-        self.vae = self._load_vae(self.vae_dtype)
+        self.checkpoint, self.device, self.vae_dtype = checkpoint, device, vae_dtype
+        self.vae = self._load_vae(vae_dtype)
         self.tokenizers = [_load_tokenizer(checkpoint.folder / name) for name in checkpoint.tokenizers]
         self.text_encoders = [self._load_text_encoder(name, dtype) for name in checkpoint.text_encoders]
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(self.checkpoint.vae_folder, variant=self.checkpoint.variant, dtype=dtype)
+        folder = self.checkpoint.vae_folder
+        vae = AutoencoderKL.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
         vae.requires_grad_(False).eval()
         return vae.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _load_text_encoder(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
         kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-        folder, variant = self.checkpoint.folder / name, self.checkpoint.variant
-        encoder = kind.from_pretrained(folder, variant=variant, dtype=dtype)
+        folder = self.checkpoint.folder / name
+        encoder = kind.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
         return encoder.requires_grad_(False).eval().to(self.device)  # type: ignore[arg-type]
 
     @functools.cached_property

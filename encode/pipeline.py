@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .cache import Cache, Unit, content_key
 from .errors import SourceError
-from .images import ImageError, decode, square
+from .images import Geometry, ImageError, View
 from .models import Encoders
 from .planner import Item, Rows, text_key
 from .sources import Source
@@ -27,33 +27,31 @@ class Read(NamedTuple):
 
     row: int
     item: Item
-    sizes: tuple[int, ...]  # original width and height, edited width and height, crop top and left
+    sizes: list[tuple[int, ...]]  # by view: original width and height, edited width and height, crop top and left
     reason: str | None
 
 
 class _Images(Dataset):
     """The images of rows, read and resized in worker processes."""
 
-    def __init__(self, source: Source, rows: Sequence[tuple[int, Item]], resolution: int, resize_mode: str):
-        self.source, self.rows, self.resolution, self.resize_mode = source, rows, resolution, resize_mode
+    def __init__(self, source: Source, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
+        self.source, self.rows, self.geometry = source, rows, geometry
 
     def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
-        row, item = self.rows[n]
+        row, item, views = self.rows[n]
         files = self.source[item.position][:2]
         try:
             if content_key(*(file or b"" for file in files)) != item.pair:
                 raise ImageError("the files changed while the dataset was being encoded")
-            images = [decode(file or b"") for file in files]
-            squares = [square(image, self.resolution, self.resize_mode) for image in images]
+            pixels, sizes = self.geometry.read(files, item.pair, views)
         except ImageError as error:
-            return Read(row, item, (), str(error)), None
-        sizes = (*images[0].size, *images[1].size, *squares[0][1])
-        return Read(row, item, sizes, None), np.stack([pixels for pixels, _ in squares])  # (2, 3, H, W)
+            return Read(row, item, [], str(error)), None
+        return Read(row, item, sizes, None), pixels  # (V, 2, 3, H, W)
 
 
 def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor | None]:
     pixels = [pair for _, pair in batch if pair is not None]
-    stacked = torch.from_numpy(np.concatenate(pixels)) if pixels else None  # (2B, 3, H, W) uint8
+    stacked = torch.from_numpy(np.concatenate(pixels, axis=1)) if pixels else None  # (V, 2B, 3, H, W) uint8
     return [read for read, _ in batch], stacked
 
 
@@ -98,15 +96,15 @@ class Pipeline:
         self._commit([writer])
 
     def _encode_images(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
-        rows_in_order: list[tuple[int, Item]] = []
+        rows_in_order: list[tuple[int, Item, list[View]]] = []
         batches: list[list[int]] = []
-        for _, rows in work:  # a batch never crosses a unit
+        for units, rows in work:  # a batch never crosses a unit
+            views = [View.parse(self.cache.views[unit.view]) for unit in units]
             start = len(rows_in_order)
             batches += map(list, _batches(range(start, start + len(rows)), self.batch_size))
-            rows_in_order += sorted(rows.items())
-        encoding = self.cache.manifest["encoding"]
+            rows_in_order += [(row, item, views) for row, item in sorted(rows.items())]
         loader = DataLoader(
-            _Images(source, rows_in_order, encoding["resolution"], encoding["resize_mode"]),
+            _Images(source, rows_in_order, Geometry.of(self.cache.manifest["encoding"])),
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=_collate,
@@ -115,27 +113,26 @@ class Pipeline:
         )
         loaded = iter(loader)
         for units, rows in work:
-            writers = {unit.view: UnitWriter(self.cache, unit) for unit in units}
+            writers = [UnitWriter(self.cache, unit) for unit in units]
             for _ in _batches(range(len(rows)), self.batch_size):
                 reads, pixels = next(loaded)
                 self._encode_batch(reads, pixels, writers)
                 bar.update(len(reads))
-            self._commit(list(writers.values()))
+            self._commit(writers)
 
-    def _encode_batch(self, reads: list[Read], pixels: torch.Tensor | None, writers: dict[int, UnitWriter]) -> None:
+    def _encode_batch(self, reads: list[Read], pixels: torch.Tensor | None, writers: Sequence[UnitWriter]) -> None:
         good = [read for read in reads if read.reason is None]
         for row, item, _, reason in reads:
             if reason is not None:
-                self._set_aside(row, item.pair, f"sample {item.key}", reason, writers.values())
+                self._set_aside(row, item.pair, f"sample {item.key}", reason, writers)
         if pixels is None:
             return
-        for view, writer in writers.items():
-            seen = pixels.flip(-1) if self.cache.views[view] == "flip" else pixels
+        for view, (writer, seen) in enumerate(zip(writers, pixels, strict=True)):
             moments = self.encoders.moments(seen).unflatten(0, (len(good), 2)).numpy()  # (B, 2, 8, h, w)
             channels = moments.shape[2] // 2
             for (row, item, sizes, _), (original, edited) in zip(good, moments, strict=True):
                 values = {"original": original[:channels], "edited": edited}
-                if not writer.put(row, item.pair, values, sizes):
+                if not writer.put(row, item.pair, values, sizes[view]):
                     self._set_aside(row, item.pair, f"sample {item.key}", NOT_FINITE, [writer])
 
     def _set_aside(self, row: int, key: str, name: str, reason: str, writers: Iterable[UnitWriter]) -> None:

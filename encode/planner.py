@@ -5,6 +5,7 @@ killed, whatever shards it had finished and whatever number of processes goes on
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Item(NamedTuple):
 
 
 NULL_PROMPT = ""
-SIZES = [name for name in SAMPLES.names if name.endswith(("_width", "_height")) or name.startswith("crop_")]
+SIZES = [name for name in SAMPLES.names if name.endswith(("_width", "_height"))]
 
 
 def text_key(instruction: str) -> str:
@@ -134,6 +135,13 @@ def _located(kind: str, commits: Commits, shard_rows: int, retry: bool) -> dict[
     return good if retry else bad | good
 
 
+def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
+    """Note which samples may be shown flipped: those whose instruction does not match `pattern`, if it is not none."""
+    never = re.compile(pattern, re.IGNORECASE) if pattern not in ("none", "") else None
+    flip = [not (never and never.search(instruction)) for instruction in samples["instruction"].to_pylist()]
+    return samples.set_column(samples.column_names.index("flip"), "flip", pa.array(flip, pa.bool_()))
+
+
 def settle(samples: pa.Table, commits: Commits, shard_rows: Mapping[str, int], views: int) -> pa.Table:
     """Bring status, reason and sizes up to date with the commit records.
 
@@ -154,8 +162,10 @@ def settle(samples: pa.Table, commits: Commits, shard_rows: Mapping[str, int], v
         columns["status"][n] = "quarantined" if reasons else "ok" if complete else "pending"
         columns["reason"][n] = reasons[0] if reasons else None
         if complete and not reasons:
-            for name, value in zip(SIZES, records[0][0]["sizes"][i], strict=True):
+            sizes = [record["sizes"][i] for record, _ in records[:views]]
+            for name, value in zip(SIZES, sizes[0], strict=False):
                 columns[name][n] = value
+            columns["crop_top"][n], columns["crop_left"][n] = map(list, list(zip(*sizes, strict=True))[-2:])
     return pa.Table.from_pydict(columns, schema=SAMPLES)
 
 

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class MappedArray:
         shard_bytes = shard_rows * self._row_bytes
         self._size = slots * shard_bytes
         self._base = _map(None, self._size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+        weakref.finalize(self, _libc.munmap, self._base, self._size).atexit = False  # a thread may still be reading
         direct, foreign = [], []
         for shard in shards:
             plain = shard_bytes % mmap.PAGESIZE == 0 and _plain_bytes(shard.path, array, self._row_bytes)
@@ -93,10 +95,6 @@ class MappedArray:
             start = self._base + row * self._row_bytes
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             _libc.madvise(page, start + self._row_bytes - page, mmap.MADV_WILLNEED)
-
-    def __del__(self) -> None:
-        if base := getattr(self, "_base", None):
-            _libc.munmap(base, self._size)
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
@@ -144,10 +142,12 @@ class Reader:
     """
 
     def __init__(self, cache: Cache):
-        commits = cache.commits()
+        self.cache, commits = cache, cache.commits()
         check_sizes(cache, commits)
+        self._units = set(commits)
         self._shards = {
-            kind: 1 + max(unit.shard for unit in commits if unit.kind == kind) for kind in ("images", "text")
+            kind: 1 + max((unit.shard for unit in commits if unit.kind == kind), default=0)
+            for kind in ("images", "text")
         }
         self.arrays = {
             name: self._map(cache, name, array, kind, [unit for unit in commits if unit.kind == kind])
@@ -166,6 +166,22 @@ class Reader:
             shards.append(Shard(unit.view * self._shards[kind] + unit.shard, path, where if images else where[:1]))
         slots = self._shards[kind] * (len(cache.views) if images else 1)
         return MappedArray(array, array.shape[2 if images else 1 :], rows, slots, shards)
+
+    def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
+        """Make sure that `take` can be asked for these rows in every view; others must never reach it.
+
+        Raises:
+            CacheError: a unit that holds some of them has no commit record.
+        """
+        for kind, views, wanted in (("images", len(self.cache.views), rows), ("text", 1, text_rows)):
+            for shard in np.unique(wanted // self.cache.shard_rows[kind]).tolist():
+                for unit in (Unit(kind, shard, view) for view in range(views)):
+                    if unit not in self._units:
+                        folder = self.cache.folder
+                        raise CacheError(
+                            f"{folder}/commits/{unit.name}.json is missing: run the same ip2p-encode again, it encodes "
+                            f"what is gone (`ip2p-cache verify {folder}` shows the extent)"
+                        )
 
     def take(self, out: dict[str, np.ndarray], rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
         """Gather a batch into `out`, which holds an array (B, ...) float16 by name for each of `arrays`.

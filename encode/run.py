@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import pyarrow as pa
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from .cache import Cache, shard_rows
+from .cache import Cache, Unit, shard_rows
 from .checkpoint import Checkpoint, find_checkpoint
 from .config import EncodeConfig
 from .errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .images import View, joined_views
 from .manifest import describe, differences, row_shapes
-from .planner import assign, index, missing, settle
+from .planner import assign, index, mark_flips, missing, settle
 from .sources import Source, open_source
 from .writer import exclusive, needed_bytes, prepare, share, write_state
 
@@ -28,26 +31,31 @@ def encode(config: EncodeConfig) -> None:
     Raises:
         Ip2pError: anything the user can mend.
     """
-    state = PartialState(timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting for long
+    # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
     with state.main_process_first():
         checkpoint = find_checkpoint(
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
             vae=config.pretrained_vae_model_name_or_path,
+            single_file_config=config.single_file_config,
             cache_dir=config.cache_dir,
             without=["unet"],
         )
         check_resolution(config.resolution, checkpoint.vae_scale_factor)
         source = open_source(config)
-    with exclusive(config.cache) if state.is_main_process else nullcontext() as lock:
+    main = state.is_main_process
+    with exclusive(config.cache) if main else nullcontext() as lock:
         if lock:
             plan(config, source, checkpoint, state.num_processes)
             share(lock)
         state.wait_for_everyone()
-        encode_missing(config, source, checkpoint, state)
-        state.wait_for_everyone()
-        if lock:
+        with nullcontext() if main else exclusive(config.cache, shared=True):
+            encode_missing(config, source, checkpoint, state)
+            state.wait_for_everyone()
+        if main:
             finish(Cache.open(config.cache))
 
 
@@ -67,17 +75,17 @@ def plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes
     rows = manifest["shard_rows"] = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
     if old:
         check_same(old, manifest)
-        if len(old.views) > len(manifest["views"]):  # what has a flipped view keeps it, and so what is new gets it
-            manifest["views"] = old.views
+        manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     views, commits = len(manifest["views"]), old.commits() if old else {}
     samples = known_samples(old, manifest)
     if samples is None:
         samples = index(source, workers(config))
-    samples = settle(assign(samples, commits, rows, retry=config.retry_quarantined), commits, rows, views)
+    samples = mark_flips(assign(samples, commits, rows, retry=config.retry_quarantined), config.no_flip_regex)
+    samples = settle(samples, commits, rows, views)
     if config.on_error == "fail":
         stop_at_quarantined(samples)
-    announce(config, samples, needed_bytes(missing(samples, commits, rows, views), shapes, rows))
-    prepare(config.cache, shapes, samples, views)
+    announce(config, samples, needed_bytes(missing(samples, commits, rows, views), shapes))
+    prepare(config.cache, shapes, samples, commits, views)
     write_state(config.cache, manifest | {"counts": counts(samples)}, samples)
 
 
@@ -88,7 +96,8 @@ def open_existing(config: EncodeConfig) -> Cache | None:
         return Cache.open(folder)
     if any((folder / "commits").glob("*.json")):
         raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
-    if stray := [path.name for path in folder.iterdir() if path.name not in (".lock", "commits", "data.zarr")]:
+    own = ("commits", "data.zarr", "samples.parquet")  # of an encode that was killed before it wrote its manifest
+    if stray := [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(".")]:
         raise CacheError(f"--cache {folder} holds other files ({stray[0]}, …): name a new or an empty folder")
     return None
 
@@ -154,17 +163,25 @@ def announce(config: EncodeConfig, samples: pa.Table, needed: int) -> None:
 def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint, state: PartialState) -> None:
     """Encode this process's share of the missing units."""
     cache = Cache.open(config.cache)
+    null = cache.folder / "commits" / f"{Unit('text', 0).name}.json"  # with the empty instruction, which is no sample's
+    if "pending" not in cache.manifest["counts"] and null.is_file():
+        return
     work = list(missing(cache.samples(), cache.commits(), cache.shard_rows, len(cache.views)))
     mine = work[state.process_index :: state.num_processes]
+    state.wait_for_everyone()  # a record written earlier would deal out the work in another way to those still here
     if not mine:
         return
     from .models import DTYPES, Encoders  # seconds to import, and a finished cache needs no encoders
     from .pipeline import Pipeline
 
-    vae_dtype = DTYPES[config.vae_precision] if config.vae_precision else None
+    vae_precision = cache.manifest["encoding"]["vae_precision"]
+    if vae_precision != (config.vae_precision or config.mixed_precision) and state.is_main_process:
+        print("the VAE runs in float32, since this one overflows in half precision (--vae_precision decides otherwise)")
     pipeline = Pipeline(
         cache,
-        Encoders(checkpoint, torch.device(state.device or "cpu"), DTYPES[config.mixed_precision], vae_dtype),
+        Encoders(
+            checkpoint, torch.device(state.device or "cpu"), DTYPES[config.mixed_precision], DTYPES[vae_precision]
+        ),
         batch_size=config.encode_batch_size,
         workers=workers(config),
         fail=config.on_error == "fail",
@@ -176,19 +193,34 @@ def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint,
 
 def finish(cache: Cache) -> None:
     """Settle the samples table and say what the cache holds now."""
-    before = cache.manifest["counts"]
-    samples = settle(cache.samples(), cache.commits(), cache.shard_rows, len(cache.views))
+    before, samples = cache.manifest["counts"], cache.samples()
+    if "pending" in before:  # otherwise planning has settled it a moment ago
+        samples = settle(samples, cache.commits(), cache.shard_rows, len(cache.views))
     found = counts(samples)
     if found != before:
         write_state(cache.folder, cache.manifest | {"counts": found}, samples)
     if pending := found.get("pending", 0):
         raise CacheError(f"{pending:,} samples are still missing in {cache.folder}: run the same command again")
-    fresh = before.get("pending", 0)
-    done = f"encoded {fresh:,} samples" if fresh else "nothing to encode"
+    fresh = found.get("ok", 0) - before.get("ok", 0)
+    done = f"encoded {fresh:,} samples" if before.get("pending") else "nothing to encode"
     print(f"{done}: {cache.folder} holds all {found.get('ok', 0):,} samples of {cache.manifest['dataset']['name']}")
+    for remark in remarks(cache, samples):
+        print(remark)
     if quarantined := found.get("quarantined", 0):
-        reasons = Counter(filter(None, samples["reason"].to_pylist())).most_common(3)
-        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons)
-        print(
-            f"{quarantined:,} samples stand aside ({shown}): `ip2p-cache info {cache.folder} --quarantined` lists them"
-        )
+        print(f"{quarantined:,} samples stand aside, `ip2p-cache info {cache.folder} --quarantined` lists them:")
+        for reason, count in Counter(filter(None, samples["reason"].to_pylist())).most_common(10):
+            print(f"  {count:,} x {reason}")
+
+
+def remarks(cache: Cache, samples: pa.Table) -> Iterator[str]:
+    """What the shapes and instructions of the samples mean for training."""
+    views = [View.parse(name) for name in cache.views]
+    samples = samples.filter(samples["status"].to_numpy() == "ok")
+    width, height = samples["original_width"].to_numpy(), samples["original_height"].to_numpy()
+    equal = (width == samples["edited_width"].to_numpy()) & (height == samples["edited_height"].to_numpy())
+    if different := (~equal).sum():
+        yield f"{different:,} pairs have images of two sizes: the edited one was fitted to the original's shape"
+    if len(views) > 1 and views[0].crop is not None and (square := (width == height).sum()):
+        yield f"{square:,} originals are square: all their crops are the same"
+    if any(view.flip for view in views) and (kept := (~samples["flip"].to_numpy()).sum()):
+        yield f"{kept:,} instructions match --no_flip_regex: training does not flip these samples"

@@ -6,7 +6,8 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -15,11 +16,11 @@ from .errors import Ip2pError, SettingsError
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], argv: Sequence[str], prog: str, elsewhere: Mapping[str, str]) -> Config:
+def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping[str, str]) -> Config:
     """Read `argv` into an instance of the dataclass `config`.
 
-    `--config run.yaml` stands for the flags that the file holds; later flags win. `elsewhere` maps flags of other
-    commands to the command that takes them.
+    `--config run.yaml` stands for the flags that the file holds; later flags win. `refused` maps flags
+    that users may know from elsewhere to the reason why they are not taken here.
 
     Raises:
         SettingsError: an unknown flag or value, with the nearest right one, or a flag of another command.
@@ -27,7 +28,7 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, elsewhere: Mappi
     import tyro  # here, because nothing else in a worker process needs it
 
     arguments = _expand_config(list(argv))
-    _check(config, arguments, prog, elsewhere)
+    _check(config, arguments, prog, refused)
     options = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
     return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
 
@@ -83,31 +84,35 @@ def _flags_of(path: Path) -> list[str]:
     return flags
 
 
-def _check(config: type, arguments: Sequence[str], prog: str, elsewhere: Mapping[str, str]) -> None:
-    """Answer mistyped names and choices in one line, before tyro would in ten."""
+def _check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
+    """Answer mistyped names and values in one line, before tyro would in ten."""
     hints = get_type_hints(config)
-    known = [field.name for field in dataclasses.fields(config)]
     for position, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("-", "_")
-        if name in known:
-            following = value if equals else (*arguments[position + 1 : position + 2], "")[0]
-            _check_choice(name, hints[name], following)
-        elif name in elsewhere:
-            raise SettingsError(f"--{name} belongs to {elsewhere[name]}: give it there, {prog} does not take it")
+        if name in hints:
+            _check_value(name, hints[name], value if equals else (*arguments[position + 1 : position + 2], "")[0])
+        elif name in refused:
+            raise SettingsError(f"--{name} {refused[name]}")
         elif name != "help":
-            near = difflib.get_close_matches(name, [*known, *elsewhere], n=1)
+            near = difflib.get_close_matches(name, [*hints, *refused], n=1)
             hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists them all"
             raise SettingsError(f"unknown flag --{name}{hint}")
 
 
-def _check_choice(name: str, hint: object, value: str) -> None:
-    if get_origin(hint) is not Literal:
-        return
-    choices = [str(choice) for choice in get_args(hint)]
-    if value not in choices:
+def _check_value(name: str, hint: Any, value: str) -> None:
+    """Look at a choice or a number; paths, text and lists can be anything here."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and value not in choices:
         near = difflib.get_close_matches(value, choices, n=1)
         mean = f"; did you mean {near[0]}?" if near else ""
         raise SettingsError(f"--{name} {value}: expected one of {', '.join(choices)}{mean}")
+    for kind, expected in ((int, "a whole number"), (float, "a number")):
+        if kind in kinds:
+            try:
+                kind(value)
+            except ValueError:
+                raise SettingsError(f"--{name} {value}: expected {expected}") from None

@@ -1,13 +1,14 @@
-"""Where pairs come from: a dataset as a sequence of (original file, edited file, instruction)."""
+"""Where pairs come from: one interface for all kinds of datasets, and which kind the flags mean."""
 
-import difflib
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import datasets
+import numpy as np
 
+from . import presets
 from .config import EncodeConfig
 from .errors import SourceError
 
@@ -20,43 +21,90 @@ class Pair(NamedTuple):
     instruction: Any
 
 
-class Source:
-    """A `datasets.Dataset` of pairs with random access. Images stay encoded until they are asked for."""
+class Rows(Protocol):
+    """What a kind of dataset offers. It is copied into worker processes, so it holds no open files."""
 
-    def __init__(self, table: datasets.Dataset, columns: tuple[str, str, str], name: str):
-        self.name = name
-        self.columns = columns
-        for column in columns[:2]:
-            if not isinstance(table.features[column], datasets.Image):
-                raise SourceError(
-                    f"column {column} of {name} holds {_kind(table.features[column])}, expected images; "
-                    f"images are in: {_list(_image_columns(table)) or 'no column'} "
-                    "(--original_image_column, --edited_image_column)"
-                )
-            table = table.cast_column(column, datasets.Image(decode=False))
-        self._table = table.select_columns(list(columns))
+    columns: tuple[str, ...]
+    """Names of what a row consists of: original, edited, instruction, and maybe the inverse instruction."""
 
-    def __len__(self) -> int:
-        return len(self._table)
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Pair:
-        row = self._table[index]
-        original, edited, instruction = (row[column] for column in self.columns)
-        return Pair(_file_bytes(original), _file_bytes(edited), instruction)
+    def __getitem__(self, row: int, /) -> tuple[Any, ...]:
+        """Both image files as bytes (None where one is missing), then the instructions, as they are."""
+        ...
+
+    def instructions(self) -> Iterable[tuple[Any, ...]]:
+        """The instructions of all rows; no image is read."""
+        ...
 
     def fingerprint(self) -> str:
-        """Changes whenever the data may have changed; found without reading the images.
+        """Changes whenever the data may have changed; found without reading the images."""
+        ...
 
-        `datasets` derives its own from the Arrow files; images that lie outside of those add size and time.
-        """
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(repr((self._table._fingerprint, len(self), self.columns)).encode())
-        for column in self.columns[:2]:
-            for path in self._table.data.column(column).combine_chunks().field("path"):
-                if path.is_valid and os.path.isfile(path.as_py()):
-                    status = os.stat(path.as_py())
-                    digest.update(f"{path.as_py()}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+
+class Source:
+    """A dataset as a sequence of pairs with random access.
+
+    A row may give several samples: one for each of its instructions with --prompt_choice all, and those of the
+    reversed pair, with the inverse instruction, after them.
+
+    Args:
+        rows: the dataset.
+        name: what the user calls it.
+        config: says which instructions are taken, and how many samples.
+    """
+
+    def __init__(self, rows: Rows, name: str, config: EncodeConfig):
+        self.name, self.columns = name, rows.columns
+        self._rows, self._all = rows, config.prompt_choice == "all"
+        self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
+        if self._all:
+            counts = (sum(len(self._choices(value)) for value in row) for row in rows.instructions())
+            self._ends = np.fromiter(counts, np.int64, len(rows)).cumsum()
+            samples = int(self._ends[-1]) if len(rows) else 0
+        else:
+            samples = len(rows) * (len(rows.columns) - 2)
+        self._length = min(samples, config.max_train_samples or samples)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        row, sample = self._locate(index)
+        if self._latest[0] != row:
+            self._latest = row, self._rows[row]
+        original, edited, *instructions = self._latest[1]
+        pairs = [Pair(original, edited, text) for text in self._choices(instructions[0])]
+        pairs += [Pair(edited, original, text) for value in instructions[1:] for text in self._choices(value)]
+        return pairs[sample]
+
+    def fingerprint(self) -> str:
+        """Changes whenever the data may have changed; found without reading the images."""
+        parts = (self._rows.fingerprint(), self.columns, self._all, len(self))
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _choices(self, value: Any) -> list[Any]:
+        """The instructions of a row: an empty list counts as one that is missing, so that nothing vanishes."""
+        if not isinstance(value, list):
+            return [value]
+        return (value if self._all else value[:1]) or [None]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not self._all:
+            return divmod(index, len(self.columns) - 2)
+        row = int(np.searchsorted(self._ends, index, side="right"))
+        return row, index - (int(self._ends[row - 1]) if row else 0)
+
+
+def file_state(path: str | os.PathLike[str]) -> str:
+    """What the fingerprint of a dataset says about a file beside it: name, size, time of its last change."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return f"{path}|missing\n"
+    return f"{path}|{status.st_size}|{status.st_mtime_ns}\n"
 
 
 def open_source(config: EncodeConfig) -> Source:
@@ -65,72 +113,33 @@ def open_source(config: EncodeConfig) -> Source:
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    table, name = _load(config)
-    wanted = {
-        "original_image_column": config.original_image_column or "input_image",
-        "edited_image_column": config.edited_image_column or "edited_image",
-        "edit_prompt_column": config.edit_prompt_column or "edit_prompt",
-    }
-    for flag, column in wanted.items():
-        if column not in table.column_names:
-            near = difflib.get_close_matches(column, table.column_names, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise SourceError(
-                f"{name} has no column {column}{hint}; it has {_list(table.column_names)}: choose with --{flag}"
-            )
-    if config.max_train_samples is not None:
-        table = table.select(range(min(config.max_train_samples, len(table))))
-    if len(table) == 0:
-        raise SourceError(f"{name} holds no samples in split {config.split}")
-    return Source(table, (*wanted.values(),), name)  # type: ignore[arg-type]
-
-
-def _load(config: EncodeConfig) -> tuple[datasets.Dataset, str]:
     name = config.dataset_name or str(config.train_data_dir)
-    options: dict[str, Any] = {"cache_dir": str(config.cache_dir) if config.cache_dir else None}
-    try:
-        if config.train_data_dir is not None:
-            if not config.train_data_dir.is_dir():
-                raise SourceError(f"--train_data_dir {name} is not a folder")
-            return datasets.load_dataset("imagefolder", data_dir=name, split=config.split, **options), name
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(name)
-            if isinstance(saved, datasets.DatasetDict) and config.split not in saved:
-                raise SourceError(f"{name} has no split {config.split}: choose one of {_list(saved)} with --split")
-            return saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved, name
-        revision = config.dataset_revision
-        loaded = datasets.load_dataset(
-            name, config.dataset_config_name, split=config.split, revision=revision, **options
-        )
-        return loaded, name
-    except SourceError:
-        raise
-    except Exception as error:  # `datasets` raises some twenty kinds, all of them about what the user named
-        reason = str(error).strip().split("\n")[0]
+    if presets.evaluation_only(name) and config.edited_image_column is None:
         raise SourceError(
-            f"dataset {name} cannot be opened: {reason} "
-            "(--dataset_name takes a Hub id or a folder, --split one of its splits)"
-        ) from None
+            f"{name} is made for evaluation: it holds no edited images to learn from "
+            "(--edited_image_column, if your copy has some)"
+        )
+    source = Source(_open_rows(config, name), name, config)
+    if len(source) == 0:
+        raise SourceError(f"{name} holds no samples")
+    return source
 
 
-def _file_bytes(image: dict[str, Any] | None) -> bytes | None:
-    if image is None:
-        return None
-    if image["bytes"] is not None:
-        return image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except (OSError, TypeError):
-        return None
+def _open_rows(config: EncodeConfig, name: str) -> Rows:
+    # Each imports what it needs only when it is meant.
+    seeds = (Path(name) / "seeds.json").is_file()
+    tars = f"{name}/*.tar" if any(Path(name).glob("*.tar")) else name
+    in_tars = tars.endswith(".tar") or "{" in tars or "://" in tars
+    if config.split and (seeds or in_tars):
+        raise SourceError(f"{name} has no splits: leave out --split {config.split}")
+    if seeds:
+        from .seeds import open_seeds
 
+        return open_seeds(config, Path(name))
+    if in_tars:
+        from .tars import open_tars
 
-def _image_columns(table: datasets.Dataset) -> list[str]:
-    return [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+        return open_tars(config, tars)
+    from .tables import open_table
 
-
-def _kind(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__
-
-
-def _list(names: Any) -> str:
-    return ", ".join(names)
+    return open_table(config, name)

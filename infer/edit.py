@@ -162,6 +162,10 @@ class Editor:
         pipeline: Any = self.pipeline
         if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
             arguments |= {"width": image[0].width, "height": image[0].height}
+            if arguments["negative_prompt"] is None and not pipeline.config.force_zeros_for_empty_prompt:
+                arguments["negative_prompt"] = [""] * len(
+                    image
+                )  # else it pairs a list of prompts with a mere "", and fails
         # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
         arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
         try:

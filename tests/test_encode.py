@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 import zarr
 from diffusers import AutoencoderKL, StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
+
+import tiny
 
 HALF = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]
@@ -107,7 +108,7 @@ def test_the_samples_table_keeps_source_and_crop_sizes(sd: Path, data: Path, tmp
     sample = read(tmp_path / "cache")[0]
     assert (sample["original_width"], sample["original_height"]) == (24, 20)
     assert (sample["edited_width"], sample["edited_height"]) == (24, 20)
-    assert (sample["crop_top"], sample["crop_left"]) == (0, 1)
+    assert (sample["crop_top"], sample["crop_left"]) == ([0], [1])
 
 
 def read(cache: Path) -> list[dict]:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from ip2p.encode.__main__ import main as encode
 from ip2p.train.__main__ import main as train
 
@@ -75,7 +75,9 @@ def test_a_folder_that_is_not_a_checkpoint_is_named(
 def test_a_model_that_is_nowhere_is_named(encoding: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     """Neither a folder nor a model on the Hub (which tests cannot reach)."""
     flags = encoding | {"pretrained_model_name_or_path": "nobody/no-model"}
-    assert "nobody/no-model is neither a folder here nor" in answer("ip2p-encode", flags, capsys)
+    assert "nobody/no-model is neither a folder nor a .safetensors file here, nor a model that the Hub" in answer(
+        "ip2p-encode", flags, capsys
+    )
 
 
 def test_a_folder_with_other_files_is_not_made_a_cache(
@@ -139,6 +141,30 @@ def test_a_damaged_small_file_is_refused_with_the_mend(
         assert "damaged" in text
 
 
+def test_a_missing_commit_record_stops_training_before_its_rows_are_touched(
+    training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shard without a record does not exist for training, though its file is there."""
+    for name in ("images-v1-000000", "text-000000"):
+        folder = shutil.copytree(cache, tmp_path / name)
+        (folder / "commits" / f"{name}.json").unlink()
+        assert f"{name}.json is missing" in answer("ip2p-train", training | {"cache": folder}, capsys)
+
+
+def test_a_flipped_bit_in_a_shard_is_found_by_verify_cache(
+    training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Opening checks sizes and records; `--verify_cache` reads every byte."""
+    folder = shutil.copytree(cache, tmp_path / "damaged")
+    shard = folder / "data.zarr" / "edited" / "c" / "0" / "0" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 16
+    shard.write_bytes(content)
+    text = answer("ip2p-train", training | {"cache": folder, "verify_cache": True}, capsys)
+    assert "data.zarr/edited/c/0/0/0/0/0" in text
+    assert "--repair" in text
+
+
 def test_a_cache_of_a_newer_format_is_refused(
     training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,10 +181,8 @@ def test_a_checkpoint_of_another_cache_is_not_continued(
 ) -> None:
     """A run resumed on a cache of another resolution is refused, field by field."""
     train(tiny.arguments(training))
-    encode(
-        tiny.arguments({"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "c32"})
-        + ["--resolution", "32"]
-    )
+    paths = {"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "c32"}
+    encode(tiny.arguments(paths | {"resolution": 32}))
     flags = training | {"cache": tmp_path / "c32", "resume_from_checkpoint": "latest", "max_train_steps": 2}
     text = answer("ip2p-train", flags, capsys)
     assert "trained on another cache" in text
@@ -172,7 +196,8 @@ def test_help_comes_without_importing_torch(module: str) -> None:
         f"import sys, runpy; sys.argv = ['x', '--help']\n"
         f"try: runpy.run_module('{module}', run_name='__main__')\n"
         "except SystemExit: pass\n"
-        "import json; print(json.dumps([m for m in ('torch', 'diffusers', 'transformers', 'zarr') if m in sys.modules]))"
+        "import json\n"
+        "print(json.dumps([m for m in ('torch', 'diffusers', 'transformers', 'zarr') if m in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--pretrained_model_name_or_path" in done.stdout

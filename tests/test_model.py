@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from diffusers import UNet2DConditionModel
 
+import tiny
 from ip2p.encode.checkpoint import Checkpoint
 from ip2p.encode.errors import ModelError
 from ip2p.train.config import TrainConfig
@@ -59,7 +59,7 @@ def test_an_8_channel_base_is_continued_unchanged(tmp_path: Path) -> None:
 def test_a_base_with_other_input_channels_is_refused(tmp_path: Path) -> None:
     """An inpainting model has 9 channels: the error names what was found and what was expected."""
     model = tiny.checkpoint(tmp_path / "inpainting", in_channels=9)
-    with pytest.raises(ModelError, match="9 input channels, expected 4 .* or 8"):
+    with pytest.raises(ModelError, match=r"9 input channels, expected 4 .* or 8"):
         load_unet(config(model), Checkpoint(model))
 
 

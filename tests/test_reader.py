@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import zarr
 
+import tiny
 from ip2p.encode import cache as cache_module
 from ip2p.encode.cache import Cache, file_record, shard_rows, write_record
 from ip2p.encode.errors import CacheError
@@ -95,7 +95,7 @@ def test_a_missing_or_short_shard_is_refused(cache: Path, tmp_path: Path, damage
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(CacheError, match="edited.*verify"):
+    with pytest.raises(CacheError, match=r"edited.*verify"):
         Reader(Cache.open(folder))
 
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from ..encode.settings import parse, user_errors
-from .config import TrainConfig, encode_only
+from .config import TrainConfig, refused
 
 PROG = "ip2p-train"
 
@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
-        config = parse(TrainConfig, arguments, PROG, dict.fromkeys(encode_only(), "ip2p-encode"))
+        config = parse(TrainConfig, arguments, PROG, refused())
         from .loop import train  # only now: torch takes seconds to import, and --help shall not
 
         train(config)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from ..encode.config import EncodeConfig
+from ..encode.config import PER_SAMPLE, EncodeConfig
 from ..encode.errors import SettingsError
 
 
@@ -13,8 +13,8 @@ class TrainConfig:
     """Train an InstructPix2Pix UNet from a cache that ip2p-encode made."""
 
     pretrained_model_name_or_path: str
-    """Stable Diffusion to start from, the one that the cache was encoded with: a Hub id or a folder. A base with 4
-    input channels is widened to 8; one that has 8 already is continued."""
+    """Stable Diffusion to start from, the one that the cache was encoded with: a Hub id, a folder or a .safetensors
+    file. A base with 4 input channels is widened to 8; one that has 8 already is continued."""
     cache: Path
     """Cache folder, written by ip2p-encode."""
     output_dir: Path
@@ -23,10 +23,16 @@ class TrainConfig:
     """Revision of the model on the Hub."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """The other VAE that the cache was encoded with, if there was one and it has moved. Default: as recorded there."""
+    single_file_config: str | None = None
+    """For a single file: folder or Hub id of a model of its kind, if it moved. Default: as recorded in the cache."""
     non_ema_revision: str | None = None
     """Revision of the UNet on the Hub, if it is another."""
     cache_dir: Path | None = None
     """Where huggingface_hub keeps downloads."""
+    verify_cache: bool = False
+    """Check every byte of the cache before training, as `ip2p-cache verify` does."""
     max_train_samples: int | None = None
     """Use only this many samples of the cache, from the first on."""
     seed: int | None = None
@@ -90,6 +96,20 @@ class TrainConfig:
     """Optimizer steps from one checkpoint to the next."""
     checkpoints_total_limit: int | None = None
     """Keep only this many checkpoints, the newest."""
+    num_validation_samples: int = 0
+    """Samples of the cache that are held out from training, for a validation loss and validation pictures."""
+    val_image_url_or_path: str | None = None
+    """Picture to edit for validation: a path or a url."""
+    val_image_url: str | None = None
+    """The same under the name that diffusers' SD script gives it."""
+    validation_prompt: str | None = None
+    """Instruction for that picture."""
+    num_validation_images: int = 4
+    """Edits of each validation picture, and the most held-out pairs that are drawn."""
+    validation_steps: int | None = None
+    """Optimizer steps from one validation to the next. Default: those of --checkpointing_steps."""
+    validation_epochs: int | None = None
+    """The same in passes over the dataset."""
     resume_from_checkpoint: str | None = None
     """Continue from a checkpoint folder, or from the newest one with `latest`; `auto` starts anew if there is none."""
     report_to: str = "tensorboard"
@@ -99,12 +119,29 @@ class TrainConfig:
     logging_steps: int = 10
     """Optimizer steps over which the reported loss is averaged."""
 
+    push_to_hub: bool = False
+    """Upload the finished pipeline to the Hub."""
+    hub_model_id: str | None = None
+    """Repository to upload to. Default: the name of the output folder."""
+    hub_token: str | None = None
+    """Token for the Hub. Default: that of `hf auth login`. It is written nowhere."""
+
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             self._at_least(1, name)
         for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "logging_steps", "ema_steps"):
             self._at_least(1, name)
-        for name in ("seed", "lr_warmup_steps", "learning_rate", "max_grad_norm", "snr_gamma", "noise_offset"):
+        for name in ("num_validation_images", "validation_steps", "validation_epochs"):
+            self._at_least(1, name)
+        for name in (
+            "seed",
+            "lr_warmup_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "snr_gamma",
+            "noise_offset",
+            "num_validation_samples",
+        ):
             self._at_least(0, name)
         if not 0 <= self.ema_decay <= 1:
             raise SettingsError(f"--ema_decay {self.ema_decay}: expected a number from 0 to 1")
@@ -121,6 +158,19 @@ class TrainConfig:
             raise SettingsError(f"--{name} {value}: expected {least} or more")
 
     @property
+    def validation_image(self) -> str | None:
+        """Path or url of the picture to edit for validation."""
+        return self.val_image_url_or_path or self.val_image_url
+
+    def validation_every(self, steps_per_epoch: float) -> int:
+        """Optimizer steps from one validation to the next; 0 for none."""
+        if not (self.num_validation_samples or self.validation_image):
+            return 0
+        if self.validation_epochs:
+            return max(1, round(self.validation_epochs * steps_per_epoch))
+        return self.validation_steps or self.checkpointing_steps
+
+    @property
     def dropout(self) -> tuple[float, float, float]:
         """Probabilities of dropping the instruction alone, both, and the image alone."""
         first, *rest = self.conditioning_dropout_prob
@@ -128,7 +178,8 @@ class TrainConfig:
         return first, both, image
 
 
-def encode_only() -> set[str]:
-    """Flags that `ip2p-encode` takes and `ip2p-train` does not."""
+def refused() -> dict[str, str]:
+    """Flags that `ip2p-train` does not take, with what to do about them."""
     mine = {field.name for field in dataclasses.fields(TrainConfig)}
-    return {field.name for field in dataclasses.fields(EncodeConfig)} - mine
+    others = {field.name for field in dataclasses.fields(EncodeConfig)} - mine
+    return PER_SAMPLE | dict.fromkeys(others, "belongs to ip2p-encode: give it there")

@@ -18,6 +18,7 @@ import torch
 
 from ..encode.cache import Cache
 from ..encode.errors import CacheError
+from ..encode.images import View
 from ..encode.planner import NULL_PROMPT, text_key
 from ..encode.reader import Reader
 from .objective import Batch, Null
@@ -31,7 +32,17 @@ class Samples(NamedTuple):
 
     rows: np.ndarray  # (N,)
     text_rows: np.ndarray  # (N,)
-    time_ids: np.ndarray  # (N, 6): original height and width, crop top and left, target height and width
+    views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
+    time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
+    numbers: np.ndarray  # (N,) where the cache's samples table has them
+
+    def select(self, which: np.ndarray) -> "Samples":
+        """Some of the samples, by mask or number."""
+        return Samples(*(column[which] for column in self))
+
+    def instructions(self, cache: Cache, count: int) -> list[str]:
+        """The instructions of the first `count` samples."""
+        return cache.samples()["instruction"].take(self.numbers[:count]).to_pylist()
 
     @classmethod
     def of(cls, cache: Cache, limit: int | None) -> "Samples":
@@ -47,13 +58,21 @@ class Samples(NamedTuple):
                 f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
-        table = table.filter(status == "ok").slice(0, limit)
+        numbers = np.flatnonzero(status == "ok")[:limit]
+        table = table.take(numbers)
         if len(table) == 0:
             raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
         side = cache.manifest["encoding"]["resolution"]
-        names = ("original_height", "original_width", "crop_top", "crop_left")
-        sizes = [table[name].to_numpy() for name in names] + [np.full(len(table), side)] * 2
-        return cls(table["row"].to_numpy(), table["text_row"].to_numpy(), np.stack(sizes, axis=1).astype(np.float32))
+        views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
+        unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
+        shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
+        sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
+        sizes += [
+            table[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("crop_top", "crop_left")
+        ]
+        sizes = [np.broadcast_to(size, shape) for size in (*sizes, side, side)]
+        time_ids = np.stack(sizes, axis=2).astype(np.float32)
+        return cls(table["row"].to_numpy(), table["text_row"].to_numpy(), shown, time_ids, numbers)
 
 
 class Order:
@@ -92,6 +111,15 @@ def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Nul
             parts[name] = np.empty((1, *array.row_shape), np.float16)
             array.take(np.zeros(1, np.int64), parts[name])
     return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
+
+
+def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device) -> Batch:
+    """Some samples in their first view, for looking at outside of training."""
+    chosen, views = samples.select(numbers), np.zeros(len(numbers), np.int64)
+    slot = Slot(reader, len(numbers), device)
+    batch = slot.fill(reader, chosen.rows, views, chosen.text_rows, chosen.time_ids[:, 0])
+    slot.hand_over(batch)
+    return batch
 
 
 class Batches:
@@ -159,9 +187,9 @@ class Batches:
             self._ready.put(error)
 
     def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        numbers, views = self._order(self._start + step * self._stride, self._batch_size)
-        rows, text_rows, time_ids = (column[numbers] for column in self._samples)
-        return rows, views, text_rows, time_ids
+        numbers, drawn = self._order(self._start + step * self._stride, self._batch_size)
+        samples, views = self._samples, self._samples.views[numbers, drawn]
+        return samples.rows[numbers], views, samples.text_rows[numbers], samples.time_ids[numbers, views]
 
 
 class Slot:

@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from ..encode.cache import Cache
 from ..encode.errors import SettingsError, TrainError
 from ..encode.reader import Reader
+from .card import push, write_card
 from .checkpoint import Progress, export, find, resume, save
 from .config import TrainConfig
 from .data import Batches, Order, Samples, null_conditioning
@@ -20,7 +21,16 @@ from .interrupt import Interrupt
 from .metrics import Metrics
 from .model import load_unet
 from .objective import Objective
-from .setup import agreed_seed, base_checkpoint, make_accelerator, make_optimizer, noise_scheduler, save_config
+from .setup import (
+    agreed_seed,
+    base_checkpoint,
+    check_every_byte,
+    make_accelerator,
+    make_optimizer,
+    noise_scheduler,
+    save_config,
+)
+from .validate import Validation, hold_out
 
 
 def train(config: TrainConfig) -> None:
@@ -44,8 +54,13 @@ def _train(config: TrainConfig) -> None:
     accelerator = make_accelerator(config)
     cache = Cache.open(config.cache)
     cache.check_files()
+    if config.verify_cache:
+        check_every_byte(cache, accelerator)
     checkpoint = base_checkpoint(config, cache, accelerator)
-    samples, reader = Samples.of(cache, config.max_train_samples), Reader(cache)
+    reader = Reader(cache)
+    samples = Samples.of(cache, config.max_train_samples)
+    reader.require(samples.rows, samples.text_rows)
+    samples, held_out = hold_out(samples, config.num_validation_samples)
     objective = Objective(
         noise_scheduler(config, checkpoint),
         null_conditioning(cache, reader, accelerator.device),
@@ -54,12 +69,15 @@ def _train(config: TrainConfig) -> None:
         config.snr_gamma,
         config.noise_offset,
     )
+    validation = Validation(config, accelerator, cache, checkpoint, reader, objective, held_out)
 
     # What changes while it trains.
     unet = load_unet(config, checkpoint)
     optimizer = make_optimizer(config, unet, accelerator)
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    total = config.max_train_steps or math.ceil(config.num_train_epochs * len(samples.rows) / per_step)
+    epoch = len(samples.rows) / per_step  # optimizer steps, not a whole number
+    total = config.max_train_steps or math.ceil(config.num_train_epochs * epoch)
+    validation_every = config.validation_every(epoch)
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
     )
@@ -104,6 +122,8 @@ def _train(config: TrainConfig) -> None:
                 ema.step(unet.parameters())
 
             metrics.step(progress.step, loss, skipped, float(lr_scheduler.get_last_lr()[0]), per_step, batches.waited)
+            if validation_every and (progress.step % validation_every == 0 or progress.step == total):
+                validation.run(progress.step, unet, ema, metrics)
             stopping = interrupt.agreed(progress.step)
             if progress.step % config.checkpointing_steps == 0 or progress.step == total or stopping:
                 save(accelerator, config.output_dir, progress.step, config.checkpoints_total_limit)
@@ -121,7 +141,10 @@ def _train(config: TrainConfig) -> None:
             ema.copy_to(result.parameters())
         resolution = cache.manifest["encoding"]["resolution"]
         export(result, objective.scheduler, checkpoint, resolution, config.output_dir)
+        write_card(config, cache, progress.step, progress.samples)
         print(f"saved the pipeline in {config.output_dir}: try `ip2p-infer --model {config.output_dir} …`")
+        if config.push_to_hub:
+            print(f"uploaded to {push(config)}")
     accelerator.end_training()
 
 

@@ -12,9 +12,10 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from ..encode.cache import Cache
 from ..encode.checkpoint import Checkpoint, find_checkpoint
-from ..encode.errors import CacheMismatch, ModelError, SettingsError
+from ..encode.errors import CacheError, CacheMismatch, ModelError, SettingsError
 from ..encode.manifest import differences
 from ..encode.settings import dump
+from ..encode.verify import verify
 from .config import TrainConfig
 
 
@@ -42,7 +43,8 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
             config.pretrained_model_name_or_path,
             revision=config.revision,
             variant=config.variant,
-            vae=cache.manifest["model"]["vae"],
+            vae=config.pretrained_vae_model_name_or_path or cache.manifest["model"]["vae"],
+            single_file_config=config.single_file_config or cache.manifest["model"]["single_file_config"],
             cache_dir=config.cache_dir,
         )
     names = ("in the cache", f"in {config.pretrained_model_name_or_path}")
@@ -53,6 +55,21 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
             + "\n".join(different)
         )
     return checkpoint
+
+
+def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
+    """For --verify_cache: read the whole cache and hold it against its checksums.
+
+    Raises:
+        CacheError: something is damaged.
+    """
+    if accelerator.is_main_process and (findings := verify(cache.folder)):
+        first, more = findings[0], f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+        raise CacheError(
+            f"{cache.folder}/{first.path}: {first.problem}{more}: `ip2p-cache verify {cache.folder} --repair`, "
+            "then ip2p-encode"
+        )
+    accelerator.wait_for_everyone()
 
 
 def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:

@@ -1,0 +1,143 @@
+"""How fast samples come out of a cache: warm, cold, against `np.memmap`, and what that costs the main thread."""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from common import Row, ratio, report, take_turns
+from synthetic import build, forget, row_shapes
+
+from ip2p.encode.cache import Cache
+from ip2p.encode.reader import Reader
+from ip2p.train.data import Batches, Order, Samples
+
+SHAPES = {"sd256": row_shapes(32, 768), "sd512": row_shapes(64, 768), "sdxl1024": row_shapes(128, 2048, 1280)}
+
+
+class WithoutPrefetch(Reader):
+    """The same reader, which leaves reading ahead to the operating system."""
+
+    def will_need(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
+        pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SHAPES, default="sd256", help="shapes of the samples (default: sd256)")
+    parser.add_argument("--samples", type=int, default=12_000, help="in the cache (default: 12000)")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7, help="medians are taken over these (default: 7)")
+    parser.add_argument("--folder", type=Path, help="where the cache lies for the time being: the disk to measure")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        cache = build(Path(folder), args.samples, SHAPES[args.size])
+        cold = take_turns(
+            args.rounds,
+            {
+                "prefetch": lambda: cold_rate(cache, Reader, args.batch_size, args.samples // args.batch_size // 2),
+                # One batch: the second would find much of a small cache in memory, read along with the first.
+                "none": lambda: cold_rate(cache, WithoutPrefetch, args.batch_size, 1),
+            },
+        )
+        warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
+        beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
+    bars = args.size == "sd256"  # what the budgets are given for
+    rows = [
+        Row("warm, batches from the thread", median(warm["batches"]), "samples/s", 25_000 if bars else None),
+        Row("warm, against np.memmap", ratio(warm, "batches", "memmap"), "times", 0.5 if bars else None),
+        Row("warm, Reader.take alone", median(warm["take"]), "samples/s"),
+        Row("warm, take against np.memmap", ratio(warm, "take", "memmap"), "times"),
+        Row("warm, np.memmap", median(warm["memmap"]), "samples/s"),
+        Row("cold, batches from the thread", median(cold["prefetch"]), "samples/s", 5_000 if bars else None),
+        Row("cold, against no prefetch", ratio(cold, "prefetch", "none"), "times", 20 if bars else None),
+        Row("cold, no prefetch", median(cold["none"]), "samples/s"),
+        *(Row(f"main thread beside {rate} samples/s", median(beside[rate]), "of its rate") for rate in beside),
+    ]
+    report("loader", vars(args), rows)
+
+
+def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:
+    """What training draws from."""
+    samples = Samples.of(cache, None)
+    order = Order(len(samples.rows), views=1, seed=0)
+    return Batches(reader, samples, order, torch.device("cpu"), batch_size=batch_size, start=0, stride=batch_size)
+
+
+def cold_rate(cache: Cache, kind: type[Reader], batch_size: int, count: int) -> float:
+    """Samples/s of the first `count` batches after the cache has left memory."""
+    forget(cache)
+    reader = kind(cache)
+    began = time.perf_counter()
+    loader = batches(cache, reader, batch_size)
+    for _ in range(count):
+        next(loader)
+    seconds = time.perf_counter() - began
+    loader.close()
+    return count * batch_size / seconds
+
+
+def warm_cases(cache: Cache, batch_size: int, count: int) -> dict[str, Callable[[], float]]:
+    """Three ways to get `count` batches of the same rows, each returns samples/s."""
+    reader, samples = Reader(cache), Samples.of(cache, None)
+    order = Order(len(samples.rows), views=1, seed=0)
+    chosen = [order(step * batch_size, batch_size)[0] for step in range(count)]
+    rows = [(samples.rows[numbers], np.zeros(batch_size, np.int64), samples.text_rows[numbers]) for numbers in chosen]
+    out = {name: np.empty((batch_size, *array.row_shape), np.float16) for name, array in reader.arrays.items()}
+    plain = {name: copy(cache, name) for name in out}
+    loader = batches(cache, reader, batch_size)
+
+    def memmap() -> None:
+        for images, _, texts in rows:
+            for name, array in plain.items():
+                np.take(array, texts if name in ("text", "pooled") else images, axis=0, out=out[name], mode="clip")
+
+    def take() -> None:
+        for place in rows:
+            reader.take(out, *place)
+
+    def thread() -> None:
+        for _ in range(count):
+            next(loader)
+
+    def rate(case: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        case()
+        return count * batch_size / (time.perf_counter() - began)
+
+    cases = {"memmap": memmap, "take": take, "batches": thread}
+    for case in cases.values():
+        case()  # brings all pages into memory
+    return {name: lambda case=case: rate(case) for name, case in cases.items()}
+
+
+def copy(cache: Cache, name: str) -> np.ndarray:
+    """An array of the cache in one plain file, mapped: the way that is hard to beat."""
+    text = name in ("text", "pooled")
+    np.save(cache.folder / f"{name}.npy", np.asarray(cache.arrays("text" if text else "images")[name][:]))
+    mapped = np.load(cache.folder / f"{name}.npy", mmap_mode="r")
+    return mapped if text else mapped[:, 0]
+
+
+def main_thread(cache: Cache, samples_per_second: str, windows: int = 10, seconds: float = 0.2) -> float:
+    """Share of its rate of small operations that this thread keeps while it takes batches; short windows take turns."""
+    loader, numbers, done = batches(cache, Reader(cache)), torch.zeros(16), [0, 0]
+    for window in range(2 * windows):
+        began = due = time.perf_counter()
+        while (now := time.perf_counter()) < began + seconds:
+            if window % 2 and now >= due:
+                next(loader)
+                due += 64 / int(samples_per_second)
+            for _ in range(20):
+                numbers.add_(1)
+            done[window % 2] += 20
+    loader.close()
+    return done[1] / done[0]
+
+
+if __name__ == "__main__":
+    main()

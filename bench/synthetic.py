@@ -1,0 +1,74 @@
+"""Caches in the real format, filled with random numbers, and made cold at will."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ip2p.encode.cache import FORMAT, SAMPLES, Cache, Unit, shard_rows
+from ip2p.encode.manifest import RowShapes
+from ip2p.encode.planner import NULL_PROMPT, SIZES, text_key
+from ip2p.encode.writer import UnitWriter, prepare, write_state
+
+
+def row_shapes(side: int, width: int, pooled: int | None = None) -> RowShapes:
+    """Shapes of one row for latents of `side` and instructions of `width`, of 77 tokens."""
+    text = {"text": (77, width)} | ({"pooled": (pooled,)} if pooled else {})
+    return {"images": {"original": (4, side, side), "edited": (8, side, side)}, "text": text}
+
+
+def build(folder: Path, samples: int, shapes: RowShapes) -> Cache:
+    """Write a finished cache of `samples` samples, each with an instruction of its own."""
+    rows = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
+    resolution = 8 * shapes["images"]["original"][-1]
+    manifest = {"format": FORMAT, "views": ["plain"], "shard_rows": rows, "encoding": {"resolution": resolution}}
+    numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
+    names = [f"{number:032x}" for number in numbers]
+    columns = {"key": names, "pair": names, "position": numbers, "instruction": names}
+    columns |= {"row": numbers, "text_row": numbers + 1, "status": ["ok"] * samples, "reason": [None] * samples}
+    columns |= {"crop_top": [[0]] * samples, "crop_left": [[0]] * samples, "flip": [True] * samples}
+    columns |= {name: [resolution] * samples for name in SIZES}
+    table = pa.Table.from_pydict(columns, schema=SAMPLES)
+    prepare(folder, shapes, table, commits={}, views=1)
+    write_state(folder, manifest, table)
+
+    cache, random = Cache.open(folder), np.random.Generator(np.random.SFC64(0))
+    keys = {"images": names, "text": [text_key(NULL_PROMPT), *map(text_key, names)]}
+    for kind, arrays in shapes.items():
+        for shard in range(-(-len(keys[kind]) // rows[kind])):
+            writer = UnitWriter(cache, Unit(kind, shard))
+            values = {
+                name: random.standard_normal((writer.stop - writer.first, *shape), np.float32).astype(np.float16)
+                for name, shape in arrays.items()
+            }
+            for at, row in enumerate(range(writer.first, writer.stop)):
+                writer.put(row, keys[kind][row], {name: value[at] for name, value in values.items()}, sizes)
+            writer.commit()
+    return cache
+
+
+def forget(cache: Cache) -> None:
+    """Make the operating system drop the shards from memory."""
+    for record in cache.commits().values():
+        for path in record["files"]:
+            _drop(cache.folder / path)
+
+
+def _drop(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        for _ in range(100):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not any(_in_memory(file.fileno(), at) for at in range(0, path.stat().st_size, 2**20)):
+                return
+            time.sleep(0.05)  # what is being read ahead cannot be dropped before it has arrived
+    raise RuntimeError(f"{path} stays in memory, mapped by something: nothing cold can be measured")
+
+
+def _in_memory(descriptor: int, offset: int) -> bool:
+    """Whether a byte can be read without the disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False

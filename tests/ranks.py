@@ -1,0 +1,50 @@
+"""One process of an encode, as a launcher starts it; forked from a server, so that it need not import torch again."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ip2p.encode import cache
+from ip2p.encode.cache import Cache, Unit
+from ip2p.encode.writer import UnitWriter
+
+ROWS = 8  # of a shard
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ranks", "ip2p.encode.models", "ip2p.encode.pipeline"])
+
+
+def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log: Path, late: float) -> None:
+    """One process of an encode, as a launcher starts it; `log` gets a line for each row that it encodes.
+
+    Args:
+        late: seconds by which this process falls behind the others when it looks at what is there.
+    """
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that no server has forked
+    if processes > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        os.environ |= {name: str(value) for name, value in names.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    output = os.open(log.with_suffix(f".{rank}.txt"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    lines = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    original_put, original_commits = UnitWriter.put, Cache.commits
+
+    def put(self: UnitWriter, row: int, *rest: Any) -> bool:
+        os.write(lines, f"{rank} {self.unit.kind} {self.unit.shard} {self.unit.view} {row}\n".encode())
+        time.sleep(0.004)
+        return original_put(self, row, *rest)
+
+    def commits(self: Cache) -> dict[Unit, dict[str, Any]]:
+        time.sleep(late)
+        return original_commits(self)
+
+    os.fsync = lambda _: None  # slow, and SIGKILL takes nothing from a file that was written
+    cache.SHARD_ROWS, Cache.commits = ROWS, commits
+    UnitWriter.put = put  # pyright: ignore[reportAttributeAccessIssue]
+    from ip2p.encode.__main__ import main
+
+    main(arguments)

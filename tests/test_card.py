@@ -1,0 +1,115 @@
+"""Tests of train/card.py: the model card, and the upload to a Hub that the test itself plays."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+
+from ip2p.train.__main__ import main
+from test_train import flags
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's API as creating a repository and one commit of small files needs."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    tokens: ClassVar[set[str | None]] = set()
+
+    def do_GET(self) -> None:
+        self.answer({"name": "someone", "siblings": [], "id": "someone/editor", "sha": "0" * 40})
+
+    def do_POST(self) -> None:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.tokens.add(self.headers.get("Authorization"))
+        if self.path == "/api/repos/create":
+            self.answer({"url": f"http://{self.headers['Host']}/someone/editor", "name": "someone/editor"})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            kinds = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+            self.answer({"files": kinds})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"http://{self.headers['Host']}/someone/editor/commit/0"
+            self.answer({"commitUrl": url, "commitOid": "0" * 40, "success": True})
+        else:
+            self.answer({})
+
+    def answer(self, values: dict) -> None:
+        body = json.dumps(values).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Be quiet."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A Hub on the loopback interface."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name in ("huggingface_hub.constants", "huggingface_hub.hf_api"):
+        monkeypatch.setattr(f"{name}.ENDPOINT", address, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_finished_run_is_uploaded_with_its_card_and_without_its_checkpoints(
+    sd: Path, cache: Path, tmp_path: Path, hub: type[Hub]
+) -> None:
+    """`--push_to_hub` sends the pipeline, the card and the validation pictures; the token goes to the Hub alone."""
+    looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "max_train_steps": 2}
+    upload = {"push_to_hub": True, "hub_token": "hf_secret", "hub_model_id": "someone/editor"}
+    main(flags(sd, cache, tmp_path / "out", **looked_at, **upload))
+    assert {"model_index.json", "README.md", "train.yaml", "validation/step-000002.png"} <= hub.files.keys()
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.files
+    assert not [name for name in hub.files if "checkpoint" in name or name.startswith("logs")]
+    assert "Bearer hf_secret" in hub.tokens
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            assert b"hf_secret" not in path.read_bytes(), path
+
+
+def test_the_card_names_data_cache_settings_losses_and_pictures(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """What a reader needs to judge and to repeat the run."""
+    looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "max_train_steps": 2}
+    main(flags(sd, cache, tmp_path / "out", **looked_at))
+    card = (tmp_path / "out" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == str(sd)
+    assert "instruct-pix2pix" in header["tags"]
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for part in (manifest["identity"]["vae"], "10 samples", "| validation_loss |", "| train_batch_size | 2 |"):
+        assert part in card
+    assert "![Validation pictures](validation/step-000002.png)" in card
+
+
+def test_an_upload_that_fails_leaves_the_pipeline_and_says_so(
+    sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a Hub the run ends with one line, after everything was saved."""
+    with pytest.raises(SystemExit):
+        main(flags(sd, cache, tmp_path / "out", max_train_steps=1, push_to_hub=True, hub_model_id="someone/editor"))
+    assert "--push_to_hub someone/editor" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model_index.json").is_file()

@@ -1,0 +1,217 @@
+"""Tests of SD 2.x and SDXL from the dataset to the edited picture, on tiny real models."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import tiny
+from ip2p.encode.cache import Cache
+from ip2p.encode.checkpoint import Checkpoint, hash_weights
+from ip2p.encode.errors import CacheMismatch, ModelError
+from ip2p.encode.reader import Reader
+from ip2p.infer.__main__ import main as infer
+from ip2p.train.__main__ import main as train
+from ip2p.train.config import TrainConfig
+from ip2p.train.data import Batches, Order, Samples, null_conditioning
+from test_train import assert_same, flags, unet_file
+
+CPU = torch.device("cpu")
+HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
+ARRAYS = [("images", "original"), ("images", "edited"), ("text", "text"), ("text", "pooled")]
+Encode = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 2.x: velocity, a text encoder with another width, activation and padding, linear projections."""
+    folder = tmp_path_factory.mktemp("models") / "sd2"
+    base = StableDiffusionPipeline.from_pretrained(tiny.checkpoint(folder, prediction_type="v_prediction"))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        tokens = tiny.tokenizer(folder.parent / "vocabulary", pad="!")
+        config = CLIPTextConfig.from_dict(
+            base.text_encoder.config.to_dict()
+            | {"hidden_size": 24, "hidden_act": "gelu", "num_hidden_layers": 3, "pad_token_id": tokens.pad_token_id}
+        )
+        changed = {"cross_attention_dim": 24, "use_linear_projection": True, "attention_head_dim": [2, 4]}
+        base.register_modules(
+            tokenizer=tokens,
+            text_encoder=CLIPTextModel(config),
+            unet=UNet2DConditionModel.from_config(base.unet.config, **changed),
+        )
+    base.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VAE with other weights and another scale than those of the tiny checkpoints, in a folder of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        vae: Any = AutoencoderKL.from_config(tiny.vae().config, scaling_factor=0.25, force_upcast=False)
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("models") / "vae")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of wide and tall pairs, one instruction longer than the text encoder can see."""
+    columns = tiny.pairs(6)
+    for n, size in enumerate([(40, 20), (16, 28), (24, 24)] * 2):
+        columns["input_image"][n] = tiny.picture(2 * n, size)
+        columns["edited_image"][n] = tiny.picture(2 * n + 1, size)
+    columns["edit_prompt"][5] = "make the cat snowy and " * 30
+    return tiny.dataset(tmp_path_factory.mktemp("data") / "wide", columns)
+
+
+@pytest.fixture(scope="module")
+def sdxl_cache(sdxl: Path, wide: Path, tmp_path_factory: pytest.TempPathFactory, encode: Encode) -> Cache:
+    """A cache with two random crops and their flips."""
+    folder = tmp_path_factory.mktemp("caches") / "sdxl"
+    encode(sdxl, wide, folder, resize_mode="random_crop", crops=2, random_flip=True)
+    return Cache.open(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(sdxl: Path) -> Any:
+    """The pipeline that would edit with the tiny SDXL, told to encode the empty prompt."""
+    return StableDiffusionXLInstructPix2PixPipeline.from_pretrained(sdxl, force_zeros_for_empty_prompt=False)
+
+
+def test_sdxl_training_sees_the_pipelines_own_conditioning(sdxl_cache: Cache, pipeline: Any) -> None:
+    """Text, pooled text and time ids of each sample and view are those that the pipeline computes for it."""
+    samples, table = Samples.of(sdxl_cache, None), sdxl_cache.samples().to_pylist()
+    order = Order(len(table), 4, seed=3)
+    batches = Batches(Reader(sdxl_cache), samples, order, CPU, batch_size=8, start=0, stride=8)
+    seen = set()
+    for step in range(6):
+        batch = next(batches)
+        assert batch.pooled is not None
+        assert batch.time_ids is not None
+        numbers, views = order(8 * step, 8)
+        for n, (sample, view) in enumerate(zip((table[number] for number in numbers), views, strict=True)):
+            text, _, pooled, _ = pipeline.encode_prompt(sample["instruction"], do_classifier_free_guidance=False)
+            torch.testing.assert_close(batch.text[n].float(), text[0], **HALF)
+            torch.testing.assert_close(batch.pooled[n].float(), pooled[0], **HALF)
+            original = sample["original_height"], sample["original_width"]
+            crop = sample["crop_top"][view], sample["crop_left"][view]
+            ids = pipeline._get_add_time_ids(original, crop, (16, 16), torch.float32, pooled.shape[-1])
+            assert torch.equal(batch.time_ids[n], ids[0])
+            seen.add((*original, *crop))
+    batches.close()
+    assert len(seen) > 8  # sizes and crops do differ
+
+
+def test_sdxl_null_conditioning_is_what_guidance_will_use(sdxl_cache: Cache, pipeline: Any) -> None:
+    """What training drops to equals the pipeline's negative prompt, text and pooled."""
+    null = null_conditioning(sdxl_cache, Reader(sdxl_cache), CPU)
+    _, text, _, pooled = pipeline.encode_prompt("make it red", do_classifier_free_guidance=True)
+    assert null.pooled is not None
+    torch.testing.assert_close(null.text.float(), text, **HALF)
+    torch.testing.assert_close(null.pooled.float(), pooled, **HALF)
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_a_family_encodes_trains_resumes_and_edits(
+    family: str,
+    request: pytest.FixtureRequest,
+    other_vae: Path,
+    wide: Path,
+    tmp_path: Path,
+    encode: Encode,
+) -> None:
+    """With another VAE than its own, resumed bit for bit, and the saved pipeline edits with all that was trained."""
+    model, cache, out = request.getfixturevalue(family), tmp_path / "cache", tmp_path / "out"
+    encode(model, wide, cache, pretrained_vae_model_name_or_path=other_vae, center_crop=True, random_flip=True)
+    shape = {"max_train_steps": 4, "checkpointing_steps": 2}
+    train(flags(model, cache, out, **shape))
+    again = tmp_path / "again"
+    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
+    train(flags(model, cache, again, **shape, resume_from_checkpoint="latest"))
+    assert_same(load_file(unet_file(again)), load_file(unet_file(out)))
+
+    assert hash_weights(out / "vae") == hash_weights(other_vae) != hash_weights(model / "vae")
+    assert json.loads((out / "vae" / "config.json").read_text())["scaling_factor"] == 0.25
+    kind = "v_prediction" if family == "sd2" else "epsilon"
+    assert Checkpoint(out).prediction_type() == kind
+    assert Checkpoint(out).identity() == Cache.open(cache).manifest["identity"]
+    if family == "sdxl":
+        assert json.loads((out / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is False
+
+    tiny.picture(9, (32, 16)).save(tmp_path / "in.png")
+    files = {"image": tmp_path / "in.png", "output": tmp_path / "edited.png"}
+    assert infer(tiny.arguments({"model": out, "prompt": "make it red", "num_inference_steps": 2, **files})) == 0
+    with Image.open(tmp_path / "edited.png") as edited:
+        assert edited.size == (32, 16)
+        assert np.asarray(edited).std() > 1
+
+
+def test_training_finds_another_vae_that_has_moved(
+    sd: Path, other_vae: Path, data: Path, tmp_path: Path, encode: Encode
+) -> None:
+    """The cache knows where its VAE was and what it was: a flag says where it is now, and a wrong one is refused."""
+    moved, cache = tmp_path / "moved", tmp_path / "cache"
+    shutil.copytree(other_vae, moved)
+    encode(sd, data, cache, pretrained_vae_model_name_or_path=moved)
+    moved.rename(tmp_path / "here")
+    with pytest.raises(ModelError, match=r"the VAE .*moved is neither .*--pretrained_vae_model_name_or_path"):
+        base(sd, cache)
+    assert base(sd, cache, pretrained_vae_model_name_or_path=str(tmp_path / "here")).vae_folder == tmp_path / "here"
+    with pytest.raises(CacheMismatch, match="vae: "):
+        base(sd, cache, pretrained_vae_model_name_or_path=str(sd))
+
+
+def base(model: Path, cache: Path, **changed: Any) -> Checkpoint:
+    """The checkpoint that a training would start from."""
+    from accelerate import Accelerator
+
+    from ip2p.train.setup import base_checkpoint
+
+    return base_checkpoint(TrainConfig(str(model), cache, cache, **changed), Cache.open(cache), Accelerator(cpu=True))
+
+
+def test_sdxls_vae_stays_in_float32_unless_it_is_known_to_be_safe(
+    sd: Path, sdxl: Path, other_vae: Path, tmp_path: Path
+) -> None:
+    """Its own overflows in half precision; one that declares `force_upcast: false`, and SD's, do not."""
+    silent = Path(shutil.copytree(other_vae, tmp_path / "vae"), "config.json")
+    silent.write_text(silent.read_text().replace('"force_upcast"', '"other"'))
+    assert Checkpoint(sdxl, vae_folder=silent.parent).vae_precision(None, "fp16") == "no"
+    assert Checkpoint(sdxl).vae_precision(None, "fp16") == "no"
+    assert Checkpoint(sdxl).vae_precision(None, "bf16") == "no"
+    assert Checkpoint(sdxl).vae_precision("fp16", "no") == "fp16"
+    assert Checkpoint(sdxl, vae_folder=other_vae).vae_precision(None, "fp16") == "fp16"
+    assert Checkpoint(sd).vae_precision(None, "fp16") == "fp16"
+    assert Checkpoint(sd).vae_precision("no", "fp16") == "no"
+
+
+def test_half_precision_encodes_sdxls_text_and_leaves_its_latents_alone(
+    sdxl: Path, data: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--mixed_precision bf16` is for the text encoders then, which is said, and known to a later run."""
+    arrays = {}
+    for precision in ("no", "bf16"):
+        folder = tmp_path / precision
+        encode(sdxl, data, folder, mixed_precision=precision, max_train_samples=2)
+        cache = Cache.open(folder)
+        arrays[precision] = [np.asarray(cache.arrays(kind)[name][:]) for kind, name in ARRAYS]
+    assert capsys.readouterr().out.count("the VAE runs in float32") == 1
+    same = [np.array_equal(a, b) for a, b in zip(arrays["no"], arrays["bf16"], strict=True)]
+    assert same == [True, True, False, False]
+    encode(sdxl, data, tmp_path / "bf16", mixed_precision="bf16", max_train_samples=2, vae_precision="no")
+    assert "nothing to encode" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""Every flag of diffusers' two training scripts is taken by the right command, or refused with the right pointer."""
+
+from pathlib import Path
+
+import pytest
+
+from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
+from ip2p.encode.errors import SettingsError
+from ip2p.encode.settings import parse
+from ip2p.train.config import TrainConfig, refused
+
+BOTH, ENCODE, TRAIN = ("encode", "train"), ("encode",), ("train",)
+FLAGS = {
+    "pretrained_model_name_or_path": ("m", BOTH),
+    "pretrained_vae_model_name_or_path": ("v", BOTH),
+    "vae_precision": ("bf16", ENCODE),
+    "revision": ("main", BOTH),
+    "variant": ("fp16", BOTH),
+    "dataset_name": ("d", ENCODE),
+    "dataset_config_name": ("c", ENCODE),
+    "train_data_dir": ("folder", ENCODE),
+    "original_image_column": ("a", ENCODE),
+    "edited_image_column": ("b", ENCODE),
+    "edit_prompt_column": ("c", ENCODE),
+    "val_image_url": ("x.png", TRAIN),
+    "val_image_url_or_path": ("x.png", TRAIN),
+    "validation_prompt": ("make it snowy", TRAIN),
+    "num_validation_images": ("2", TRAIN),
+    "validation_epochs": ("1", TRAIN),
+    "validation_steps": ("100", TRAIN),
+    "max_train_samples": ("5", BOTH),
+    "output_dir": ("out", TRAIN),
+    "cache_dir": ("hub", BOTH),
+    "seed": ("1", TRAIN),
+    "resolution": ("512", ENCODE),
+    "center_crop": (None, ENCODE),
+    "random_flip": (None, ENCODE),
+    "train_batch_size": ("4", TRAIN),
+    "num_train_epochs": ("3", TRAIN),
+    "max_train_steps": ("10", TRAIN),
+    "gradient_accumulation_steps": ("2", TRAIN),
+    "gradient_checkpointing": (None, TRAIN),
+    "learning_rate": ("5e-05", TRAIN),
+    "scale_lr": (None, TRAIN),
+    "lr_scheduler": ("cosine", TRAIN),
+    "lr_warmup_steps": ("0", TRAIN),
+    "conditioning_dropout_prob": ("0.05", TRAIN),
+    "use_8bit_adam": (None, TRAIN),
+    "allow_tf32": (None, TRAIN),
+    "use_ema": (None, TRAIN),
+    "non_ema_revision": ("main", TRAIN),
+    "dataloader_num_workers": ("2", ENCODE),
+    "adam_beta1": ("0.9", TRAIN),
+    "adam_beta2": ("0.999", TRAIN),
+    "adam_weight_decay": ("0.01", TRAIN),
+    "adam_epsilon": ("1e-08", TRAIN),
+    "max_grad_norm": ("1", TRAIN),
+    "push_to_hub": (None, TRAIN),
+    "hub_token": ("hf_x", TRAIN),
+    "hub_model_id": ("a/b", TRAIN),
+    "logging_dir": ("logs", TRAIN),
+    "mixed_precision": ("fp16", BOTH),
+    "report_to": ("wandb", TRAIN),
+    "checkpointing_steps": ("500", TRAIN),
+    "checkpoints_total_limit": ("1", TRAIN),
+    "resume_from_checkpoint": ("latest", TRAIN),
+    "enable_xformers_memory_efficient_attention": (None, TRAIN),
+    "crops_coords_top_left_h": ("0", ()),
+    "crops_coords_top_left_w": ("0", ()),
+}
+REQUIRED = {
+    "encode": {"pretrained_model_name_or_path": "m", "dataset_name": "d", "cache": "c"},
+    "train": {"pretrained_model_name_or_path": "m", "cache": "c", "output_dir": "o"},
+}
+
+
+def read(command: str, flag: str, value: str | None) -> EncodeConfig | TrainConfig:
+    """The configuration of a command that is given one flag beside those that it needs."""
+    required = dict(REQUIRED[command])
+    required.pop(flag, None)
+    if flag == "train_data_dir":
+        required.pop("dataset_name", None)
+    arguments = [part for name, given in required.items() for part in (f"--{name}", given)]
+    arguments.append(f"--{flag}" if value is None else f"--{flag}={value}")
+    if command == "encode":
+        return parse(EncodeConfig, arguments, "ip2p-encode", REFUSED)
+    return parse(TrainConfig, arguments, "ip2p-train", refused())
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("command", ["encode", "train"])
+def test_each_flag_is_taken_or_refused_with_a_pointer(command: str, flag: str) -> None:
+    """A flag that is taken has the value given; one of the other stage names the command that takes it."""
+    value, takers = FLAGS[flag]
+    if command in takers:
+        found = getattr(read(command, flag, value), flag)
+        found = found[0] if isinstance(found, tuple) else found
+        expected = True if value is None else type(found)(value)
+        assert found == expected
+    else:
+        with pytest.raises(SettingsError) as answer:
+            read(command, flag, value)
+        for taker in takers:
+            assert f"--{flag} belongs to ip2p-{taker}" in str(answer.value)
+
+
+def test_crop_coordinates_are_refused_with_the_reason() -> None:
+    """SDXL's crop flags are no constants here: every sample has its own, and the answer says so."""
+    for command in ("encode", "train"):
+        with pytest.raises(SettingsError, match="each sample's own crop"):
+            read(command, "crops_coords_top_left_h", "0")
+
+
+def test_the_names_that_encode_refuses_are_flags_that_train_takes() -> None:
+    """encode cannot import train, so its list of names is held against train's flags here."""
+    assert set(TRAIN_ONLY) <= set(TrainConfig.__dataclass_fields__)
+    assert not set(TRAIN_ONLY) & set(EncodeConfig.__dataclass_fields__)
+
+
+def test_a_configuration_file_stands_for_its_flags_and_later_flags_win(tmp_path: Path) -> None:
+    """Booleans, lists and numbers as text mean what they say."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "pretrained_model_name_or_path: m\ncache: c\noutput_dir: o\nuse_ema: true\nscale_lr: false\n"
+        "learning_rate: 1e-5\nmixed_precision: no\nconditioning_dropout_prob: [0.1, 0.2, 0.3]\nseed: null\n"
+    )
+    config = parse(TrainConfig, ["--config", str(path), "--learning_rate", "2e-5"], "ip2p-train", {})
+    assert (config.use_ema, config.scale_lr, config.learning_rate) == (True, False, 2e-5)
+    assert (config.mixed_precision, config.conditioning_dropout_prob, config.seed) == ("no", (0.1, 0.2, 0.3), None)

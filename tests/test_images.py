@@ -1,0 +1,260 @@
+"""Tests of encode/images.py: what the VAE sees of an image file, and of which part of it."""
+
+import io
+import itertools
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+import tiny
+from ip2p.encode.checkpoint import find_checkpoint
+from ip2p.encode.images import Geometry, ImageError, View, decode, joined_views, view_names
+from ip2p.encode.models import Encoders
+
+SIDE = 16
+SQUASH, CENTER, RANDOM = (Geometry(SIDE, mode, "white") for mode in ("squash", "center_crop", "random_crop"))
+PLAIN = View(None, flip=False)
+PAIR = "0123456789abcdef" * 2
+
+
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def photo(alpha: int | None = None) -> Image.Image:
+    """A picture, 24 by 20 pixels; with some opacity in its left half."""
+    image = tiny.picture(1)
+    if alpha is not None:
+        opacity = Image.new("L", image.size, 255)
+        opacity.paste(alpha, (0, 0, 12, 20))
+        image.putalpha(opacity)
+    return image
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG with 16 bits per channel, (height, width, 3), which Pillow reads but cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def animation(kind: str) -> bytes:
+    """Two frames that differ."""
+    return file_of(photo(), kind, save_all=True, append_images=[tiny.picture(2)])
+
+
+def turned(orientation: int) -> bytes:
+    """A JPEG that says which way up it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return file_of(photo(), "JPEG", exif=exif)
+
+
+OPAQUE: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: file_of(photo()),
+    "JPEG": lambda: file_of(photo(), "JPEG"),
+    "WebP": lambda: file_of(photo(), "WEBP"),
+    "opaque RGBA": lambda: file_of(photo(255)),
+    "gray": lambda: file_of(photo().convert("L")),
+    "opaque gray with alpha": lambda: file_of(photo(255).convert("LA")),
+    "1 bit": lambda: file_of(photo().convert("1")),
+    "CMYK": lambda: file_of(photo().convert("CMYK"), "JPEG"),
+    "palette": lambda: file_of(photo().convert("P")),
+    "GIF": lambda: file_of(photo(), "GIF"),
+    "animated GIF": lambda: animation("GIF"),
+    "animated PNG": lambda: animation("PNG"),
+    "animated WebP": lambda: animation("WEBP"),
+    "16-bit color": lambda: deep_png(np.asarray(photo()).astype(np.uint16) * 256 + 200),
+    **{f"EXIF orientation {n}": lambda n=n: turned(n) for n in range(1, 9)},
+}
+
+
+def script(data: bytes, background: str | None = None) -> torch.Tensor:
+    """The pixels (3, H, W) that train_instruct_pix2pix.py computes with datasets, Pillow and torch.
+
+    It drops transparency; `background` is laid under it before that.
+    """
+    image = datasets.Image().decode_example({"bytes": data, "path": None})
+    if background:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    values = np.array(image.convert("RGB").resize((SIDE, SIDE))).transpose(2, 0, 1)  # convert_to_np
+    return 2 * (torch.tensor(values) / 255) - 1  # preprocess_images
+
+
+@pytest.fixture(scope="module")
+def seen(sd: Path) -> Callable[..., torch.Tensor]:
+    """What reaches the VAE of a file in some view, (3, H, W)."""
+    encoders = Encoders(find_checkpoint(str(sd)), torch.device("cpu"), torch.float32, torch.float32)
+    inputs: list[torch.Tensor] = []
+    encoders.vae.encoder.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+
+    def see(data: bytes, view: View = PLAIN, geometry: Geometry = SQUASH) -> torch.Tensor:
+        pixels, _ = geometry.read([data, data], PAIR, [view])
+        encoders.moments(torch.from_numpy(pixels[0]))
+        original, edited = inputs.pop()
+        assert torch.equal(original, edited)
+        return original
+
+    return see
+
+
+@pytest.mark.parametrize("kind", OPAQUE)
+def test_squashed_pixels_are_those_of_diffusers_script(kind: str, seen: Callable[..., torch.Tensor]) -> None:
+    """Whatever an opaque file is, the tensor that the VAE gets equals the script's, flipped or not."""
+    data = OPAQUE[kind]()
+    assert torch.equal(seen(data), script(data))
+    assert torch.equal(seen(data, View(None, flip=True)), script(data).flip(-1))
+
+
+TRANSPARENT: dict[str, Callable[[], bytes]] = {
+    "RGBA": lambda: file_of(photo(0)),
+    "half transparent": lambda: file_of(photo(100)),
+    "gray with alpha": lambda: file_of(photo(0).convert("LA")),
+    "palette": lambda: file_of(photo().convert("P"), transparency=photo().convert("P").getpixel((3, 3))),
+    "palette with many alphas": lambda: file_of(photo().convert("P"), transparency=bytes(range(256))),
+    "GIF": lambda: file_of(photo(0), "GIF"),
+    "one color": lambda: file_of(photo(), transparency=photo().getpixel((3, 3))),
+    "one gray": lambda: file_of(photo().convert("L"), transparency=photo().convert("L").getpixel((3, 3))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # Pillow's advice to the script
+@pytest.mark.parametrize("background", ["white", "#204060"])
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_a_background_shows_through_transparent_pixels(
+    kind: str, background: str, seen: Callable[..., torch.Tensor]
+) -> None:
+    """It is as if the picture had been painted on that color; the script shows what lies hidden beneath."""
+    data = TRANSPARENT[kind]()
+    found = seen(data, PLAIN, Geometry(SIDE, "squash", background))
+    assert torch.equal(found, script(data, background))
+    assert not torch.equal(found, script(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_gray_is_scaled_to_8_bits(kind: str, seen: Callable[..., torch.Tensor]) -> None:
+    """The brightest of 65,536 grays is white, and the middle one gray, where Pillow would turn both white."""
+    gray = np.asarray(photo().convert("L"))
+    deep = file_of(Image.fromarray(gray.astype(np.uint16) * 257), kind)
+    assert torch.equal(seen(deep), script(file_of(Image.fromarray(gray))))
+
+
+def test_16_bit_gray_may_have_a_transparent_value() -> None:
+    """The one value that a PNG declares transparent shows the background."""
+    gray = np.full((4, 4), 300, np.uint16)
+    gray[0, 0] = 301
+    data = file_of(Image.fromarray(gray), transparency=301)
+    assert decode(data, "red").getpixel((0, 0)) == (255, 0, 0)
+    assert decode(data, "red").getpixel((1, 1)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("values", [np.ones((1, 1), np.float32), np.full((1, 1), 70_000, np.int32)])
+def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
+    """Nobody knows what their white is, so no guess is made."""
+    with pytest.raises(ImageError, match="expected 8 or 16 bits"):
+        decode(file_of(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", file_of(photo())[:300], file_of(photo(), "GIF")[:20]])
+def test_what_cannot_be_decoded_is_refused_with_the_same_words_each_time(data: bytes) -> None:
+    """Reasons are counted by their text, so no address of an object may stand in them."""
+    messages = set()
+    for _ in range(2):
+        with pytest.raises(ImageError, match="the image ") as error:
+            decode(data)
+        messages.add(str(error.value))
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
+
+
+sides = st.integers(1, 80)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(size=st.tuples(sides, sides), crop=st.none() | st.integers(0, 9), flip=st.booleans())
+def test_crops_equal_resizing_the_whole_and_cutting_out(size: tuple[int, int], crop: int | None, flip: bool) -> None:
+    """The short side fits, the aspect stays, place and pixels are what they say; Pillow may round in another order."""
+    image, view = tiny.picture(1, size), View(crop, flip)
+    geometry = CENTER if crop is None else RANDOM
+    pixels, [(*sizes, top, left)] = geometry.read([file_of(image)] * 2, PAIR, [view])
+    width, height = (max(SIDE, round(side * SIDE / min(size))) for side in size)
+    whole = np.asarray(image.resize((width, height)))
+    whole = whole[:, ::-1] if flip else whole
+    expected = whole[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1)
+    assert sizes == [*size, *size]
+    difference = np.abs(pixels[0, 0].astype(int) - expected)
+    assert difference.max() <= 4
+    assert difference.mean() < 1
+    if crop is None:
+        assert abs(2 * top + SIDE - height) <= 1
+        assert abs(2 * left + SIDE - width) <= 1
+
+
+def test_random_crops_are_a_function_of_the_pair_and_spread_evenly() -> None:
+    """Other pairs are cropped elsewhere, later crops leave the earlier where they are, and no gap is wide."""
+    size = (SIDE * 100, SIDE)
+
+    def places(pair: str, count: int) -> list[int]:
+        return [RANDOM.crop(size, pair, View(crop, flip=False)).left for crop in range(count)]
+
+    assert places(PAIR, 4) == places(PAIR, 8)[:4]
+    assert places(PAIR, 4) != places(PAIR[::-1], 4)
+    spare = 99 * SIDE
+    for pair in (PAIR, PAIR[::-1], "f" * 32):
+        edges = [0, *sorted(places(pair, 8)), spare]
+        assert max(b - a for a, b in itertools.pairwise(edges)) < 0.25 * spare
+    starts = [places(f"{n * 2**64 // 500:016x}", 1)[0] for n in range(500)]
+    assert 0 <= min(starts) < 0.01 * spare
+    assert 0.99 * spare < max(starts) <= spare
+
+
+@pytest.mark.parametrize("size", [(60, 80), (120, 60), (33, 90)], ids=["twice as large", "other shape", "odd"])
+@pytest.mark.parametrize("geometry", [SQUASH, CENTER, RANDOM], ids=["squash", "center_crop", "random_crop"])
+def test_an_edited_image_of_another_size_shows_the_same_part(geometry: Geometry, size: tuple[int, int]) -> None:
+    """Places that correspond by fractions of the sides stay together, also where the shapes differ."""
+
+    def ramps(size: tuple[int, int]) -> bytes:
+        x, y = np.meshgrid(*(np.linspace(0, 255, 2 * side + 1)[1::2] for side in size))
+        return file_of(Image.fromarray(np.stack([x, y, 0 * x], axis=2).round().astype(np.uint8)))
+
+    view = View(2 if geometry is RANDOM else None, flip=False)
+    pixels, [(*sizes, _, _)] = geometry.read([ramps((30, 40)), ramps(size)], PAIR, [view])
+    assert sizes == [30, 40, *size]
+    assert np.abs(pixels[0, 0].astype(int) - pixels[0, 1])[:, 2:-2, 2:-2].max() <= 4
+
+
+def test_views_are_known_by_name() -> None:
+    """The names in a manifest say what each view shows."""
+    assert view_names(None, flip=False) == ["plain"]
+    assert view_names(None, flip=True) == ["plain", "flip"]
+    assert view_names(2, flip=True) == ["crop0", "crop1", "crop0-flip", "crop1-flip"]
+    for name in (*view_names(None, flip=True), *view_names(12, flip=True)):
+        assert View.parse(name).name == name
+
+
+def test_views_that_a_cache_has_keep_their_places_and_each_crop_has_its_flip() -> None:
+    """Otherwise cached numbers would change their meaning, or some crops be flipped more often than others."""
+    assert joined_views(["plain", "flip"], ["plain"]) == ["plain", "flip"]
+    assert joined_views(["plain"], ["plain", "flip"]) == ["plain", "flip"]
+    assert joined_views(["crop0", "crop0-flip"], ["crop0", "crop1"]) == ["crop0", "crop0-flip", "crop1", "crop1-flip"]
+    assert joined_views(view_names(3, flip=False), view_names(2, flip=True)) == view_names(3, flip=True)

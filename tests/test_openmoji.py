@@ -1,0 +1,192 @@
+"""Tests of the OpenMoji example: the pairs, the split by character, the starter checkpoint and the scores."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import captions
+import dataset
+import edits
+import evaluate
+import openmoji
+import pretrain
+import starter
+import text
+import vae
+
+FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "color": 12}
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, so that a split is built in a second."""
+    monkeypatch.setattr(dataset, "TRAIN", FEW)
+    monkeypatch.setattr(dataset, "TEST", FEW)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """The committed starter."""
+    return StableDiffusionPipeline.from_pretrained(starter.STARTER, safety_checker=None)
+
+
+def test_no_character_is_on_both_sides_of_the_split() -> None:
+    """Every variant of a character, derived ones included, is held out or none is, and each kind of edit has both."""
+    sides: dict[str, set[bool]] = {}
+    kinds: dict[str, set[bool]] = {}
+    for family in edits.families():
+        for key in [*family.members.values(), *([family.default] if family.default else [])]:
+            sides.setdefault(openmoji.base_of(key), set()).add(openmoji.is_held_out(key))
+        kinds.setdefault(family.kind, set()).add(openmoji.is_held_out(family.base))
+        assert len({openmoji.base_of(key) for key in family.members.values()}) == 1
+    assert all(len(side) == 1 for side in sides.values())
+    assert kinds == {kind: {True, False} for kind in dataset.TRAIN}
+    assert not set(captions.captions(held_out=False)) & set(captions.captions(held_out=True))
+
+
+@pytest.mark.parametrize(
+    ("code", "other"),
+    [
+        ("1F469-1F3FD-200D-1F393", "1F9D1-200D-1F393"),
+        ("1F3C3-1F3FF-200D-2640-FE0F-200D-27A1-FE0F", "1F3C3"),
+        ("1F468-200D-1F9B0", "1F471-1F3FB"),
+        ("1F449-1F3FB", "1F448"),
+        ("1F49C", "2764"),
+        ("1F468-1F3FB-200D-1F91D-200D-1F468-1F3FF", "1F46B"),
+        ("1FAD9-200D-1F7E6~blue:red", "1FAD9"),
+    ],
+)
+def test_variants_of_a_character_have_one_base(code: str, other: str) -> None:
+    """Tone, gender, hair, direction and color do not make another character."""
+    assert openmoji.base_of(code) == openmoji.base_of(other)
+
+
+@pytest.mark.parametrize(
+    ("derived", "shipped"),
+    [("1F3C3~mirror", "1F3C3-200D-27A1-FE0F"), ("1FAD9-200D-1F7E5~red:blue", "1FAD9-200D-1F7E6")],
+)
+def test_derived_pictures_are_what_openmoji_draws_itself(derived: str, shipped: str) -> None:
+    """Mirroring and recoloring give OpenMoji's own variants, where it ships them."""
+    assert openmoji.render(derived).tobytes() == openmoji.render(shipped).tobytes()
+
+
+@pytest.mark.usefixtures("few")
+def test_rows_are_true_pairs_of_one_character() -> None:
+    """Both pictures are renders of one family's members, and the instruction asks for the second."""
+    families = {(family.kind, key): family for family in edits.families() for key in family.members.values()}
+    for held_out in (False, True):
+        for row in dataset.rows(held_out, 64, seed=3):
+            family = families[row["kind"], row["target"]]
+            (value,) = [value for value, key in family.members.items() if key == row["target"]]
+            assert row["source"] in {family.default, *family.members.values()}
+            assert row["edit_prompt"] in family.instructions(value)
+            assert row["input_image"]["bytes"] == dataset.png(row["source"], 64)
+            assert row["edited_image"]["bytes"] == dataset.png(row["target"], 64)
+            assert row["target"] in row["candidates"]
+            assert openmoji.is_held_out(row["base"]) == held_out
+
+
+@pytest.mark.usefixtures("few")
+def test_the_seed_decides_the_rows() -> None:
+    """The same seed gives the same rows in the same order, another seed gives others."""
+    assert dataset.rows(True, 32, seed=1) == dataset.rows(True, 32, seed=1)
+    assert dataset.rows(True, 32, seed=1) != dataset.rows(True, 32, seed=2)
+
+
+@pytest.mark.usefixtures("few")
+def test_datasets_loads_the_folder(tmp_path: Path) -> None:
+    """`datasets` finds both splits, decodes both pictures, and the attribution lies beside them."""
+    dataset.build(tmp_path, size=32)
+    loaded: Any = load_dataset(str(tmp_path))
+    assert set(loaded) == {"train", "test"}
+    row = loaded["train"][0]
+    assert row["input_image"].size == row["edited_image"].size == (32, 32)
+    assert "CC BY-SA 4.0" in (tmp_path / "ATTRIBUTION.md").read_text()
+
+
+def test_the_committed_vae_reconstructs_held_out_emoji() -> None:
+    """Read from its float16 file, the autoencoder reaches 28 dB PSNR on emoji that it has never seen."""
+    unseen = [code for code in openmoji.hexcodes() if openmoji.is_held_out(code)][::14]
+    model = AutoencoderKL.from_pretrained(starter.STARTER / "vae")
+    assert model.dtype == torch.float32
+    assert vae.psnr(model, vae.pixels_of(unseen)) >= 28
+
+
+def test_the_starter_loads_in_float32_and_stays_small(pipeline: Any) -> None:
+    """diffusers and transformers load every part as float32, though at most 24 MB are stored."""
+    assert {part.dtype for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet)} == {torch.float32}
+    assert pipeline.unet.config.in_channels == 4
+    assert sum(file.stat().st_size for file in starter.STARTER.rglob("*") if file.is_file()) <= 24e6
+
+
+def test_latents_are_scaled_to_unit_variance(pipeline: Any) -> None:
+    """The scaling factor is one over the standard deviation of training latents."""
+    seen = [code for code in openmoji.hexcodes() if not openmoji.is_held_out(code)][::100]
+    spread = vae.latent_std(pipeline.vae, vae.pixels_of(seen)) * pipeline.vae.config.scaling_factor
+    assert 0.8 < spread < 1.2
+
+
+def test_the_tokenizer_keeps_clips_conventions() -> None:
+    """Text comes back in lower case; it is padded to 77 with the end token; unseen letters are spelled in bytes."""
+    tokenizer = CLIPTokenizer.from_pretrained(starter.STARTER / "tokenizer")
+    ids = pretrain.token_ids(tokenizer, ["Make the skin tone dark", "zebra é 漢"])
+    assert ids.shape == (2, 77)
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "make the skin tone dark"
+    assert tokenizer.decode(ids[1], skip_special_tokens=True) == "zebra é 漢"
+    start, end = tokenizer.convert_tokens_to_ids([text.BOS, text.EOS])
+    assert ids[0].tolist() == [start, *tokenizer("make the skin tone dark").input_ids[1:-1], *[end] * 71]
+    assert len(tokenizer) == end + 1 == start + 2
+
+
+def test_the_text_encoder_pools_the_end_token() -> None:
+    """The pooled output is the hidden state of the first end token: the configuration names the right one."""
+    tokenizer = CLIPTokenizer.from_pretrained(starter.STARTER / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(starter.STARTER / "text_encoder")
+    ids = pretrain.token_ids(tokenizer, ["make it face left"])
+    output: Any = encoder(ids)
+    last = len(tokenizer("make it face left").input_ids) - 1
+    torch.testing.assert_close(output.pooler_output[0], output.last_hidden_state[0, last])
+
+
+def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
+    """A few steps of either training run on real pictures, save what they made, and lower the loss."""
+    named = dict(list(captions.captions().items())[:8])
+    pixels = vae.pixels_of(list(named))
+    short, long = (vae.train_vae(pixels, pixels, steps, 4, 0, tmp_path / "vae") for steps in (2, 15))
+    assert long["loss"] < short["loss"]
+    tokenizer = text.new_tokenizer(itertools.chain(*named.values()))
+    model = pretrain.Model(text.new_text_encoder(tokenizer), starter.new_unet())
+    before = model.unet.conv_in.weight.detach().clone()
+    autoencoder = AutoencoderKL.from_pretrained(tmp_path / "vae")
+    saved: list[tuple[pretrain.Model, dict]] = []
+
+    def save(averaged: pretrain.Model, record: dict) -> None:
+        saved.append((averaged, record))
+
+    pictures = list(named.values()), pixels
+    pretrain.pretrain(model, autoencoder, starter.new_scheduler(), tokenizer, pictures, 2, 4, 0, save)
+    ((averaged, record),) = saved
+    assert np.isfinite(record["loss"])
+    assert record["steps"] == 2
+    assert not torch.equal(before, averaged.unet.conv_in.weight)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_perfect_edit_scores_one_and_an_untouched_one_nothing() -> None:
+    """The target itself is the nearest candidate; the original is not, and its likeness is the one to beat."""
+    rows = [row for row in dataset.rows(True, 64, seed=0) if row["source"] != row["target"]]
+    for row in rows:
+        row |= {"input_image": openmoji.render(row["source"]), "edited_image": openmoji.render(row["target"])}
+    perfect = evaluate.scores(rows, [row["edited_image"] for row in rows])["all"]
+    untouched = evaluate.scores(rows, [row["input_image"] for row in rows])["all"]
+    assert perfect["accuracy"] == 1
+    assert perfect["distance"] == pytest.approx(0)
+    assert untouched["accuracy"] == 0
+    assert untouched["psnr"] == untouched["psnr_original"] < perfect["psnr"]

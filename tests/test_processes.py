@@ -1,0 +1,97 @@
+"""Tests of training on two processes: as one process would, with other draws on each, and resumed on one and two."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from test_train import flags
+
+pytestmark = pytest.mark.slow  # five launches of one or two processes
+
+SPY = """
+import os, sys
+import torch
+from ip2p.train import loop
+from ip2p.train.objective import Draws, Objective
+
+folder, same, arguments = sys.argv[1], sys.argv[2] == "same", sys.argv[3:]
+rank, seen = int(os.environ.get("RANK", 0)), []
+original_draw, original_update = Objective.draw, loop.update
+
+def draw(self, batch, *position):
+    drawn = original_draw(self, batch, *position)
+    if same:  # noise that does not depend on how the batch is divided
+        noise = torch.linspace(-1, 1, drawn.noise[0].numel()).reshape(drawn.noise[:1].shape).expand_as(drawn.noise)
+        count = len(noise)
+        drawn = Draws(noise, noise.flip(1), torch.full((count,), 300), torch.full((count,), 0.9))
+    seen.append({"original": batch.original.clone(), "noise": drawn.noise.clone()})
+    return drawn
+
+def update(accelerator, unet, *rest):
+    gradients = {n: p.grad.clone() for n, p in accelerator.unwrap_model(unet).named_parameters()}
+    torch.save({"batches": list(seen), "gradients": gradients}, f"{folder}/rank{rank}-{len(seen):03d}.pt")
+    return original_update(accelerator, unet, *rest)
+
+Objective.draw, loop.update = draw, update
+from ip2p.train.__main__ import main
+main(arguments)
+"""
+
+
+def launch(processes: int, folder: Path, same: bool, arguments: list[str]) -> list[list[dict]]:
+    """Train on some processes; returns for each of them what the spy saw at each optimizer step."""
+    folder.mkdir()
+    (folder / "spy.py").write_text(SPY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(folder / "spy.py"), str(folder), "same" if same else "own", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [sorted(folder.glob(f"rank{rank}-*.pt")) for rank in range(processes)]
+    return [[torch.load(path) for path in paths] for paths in ranks]
+
+
+@pytest.fixture(scope="module")
+def twelve(sd: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[..., None]) -> Path:
+    """A cache of twelve pairs in one view."""
+    folder = tmp_path_factory.mktemp("twelve")
+    encode(sd, tiny.dataset(folder / "data", tiny.pairs(12)), folder / "cache")
+    return folder / "cache"
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_doubled_batch(sd: Path, twelve: Path, tmp_path: Path) -> None:
+    """Over the same samples and noise, the averaged gradients agree to 1e-6; both ranks see the same average."""
+    changed = {"max_train_steps": 1, "use_ema": False}
+    (one,) = launch(1, tmp_path / "one", True, flags(sd, twelve, tmp_path / "1", train_batch_size=4, **changed))
+    two = launch(2, tmp_path / "two", True, flags(sd, twelve, tmp_path / "2", train_batch_size=2, **changed))
+    assert len(one) == len(two[0]) == len(two[1]) == 1
+    for name, gradient in one[0]["gradients"].items():
+        for rank in two:
+            torch.testing.assert_close(rank[0]["gradients"][name], gradient, rtol=1e-5, atol=1e-6)
+    halves = torch.cat([rank[0]["batches"][0]["original"] for rank in two])
+    assert torch.equal(halves, one[0]["batches"][0]["original"])
+
+
+def test_two_processes_and_then_one_see_each_sample_of_the_epoch_once(sd: Path, twelve: Path, tmp_path: Path) -> None:
+    """Ranks draw different noise; resuming on another number of processes loses and repeats nothing; logs come once."""
+    changed = {"use_ema": False, "train_batch_size": 2, "checkpointing_steps": 1, "lr_scheduler": "constant"}
+    arguments = flags(sd, twelve, tmp_path / "out", **changed)
+    resume = ["--resume_from_checkpoint", "latest"]
+    two = launch(2, tmp_path / "two", False, [*arguments, "--max_train_steps", "1"])
+    one = launch(1, tmp_path / "one", False, [*arguments, "--max_train_steps", "3", *resume])
+    again = launch(2, tmp_path / "again", False, [*arguments, "--max_train_steps", "4", *resume])
+    noise = [rank[0]["batches"][0]["noise"] for rank in two]
+    assert not torch.equal(*noise)
+    seen = [batch["original"] for run in (two, one, again) for rank in run for batch in rank[-1]["batches"]]
+    rows = torch.cat(seen).flatten(1).numpy()
+    assert len(rows) == 12
+    assert len(np.unique(rows, axis=0)) == 12
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3

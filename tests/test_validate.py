@@ -1,0 +1,100 @@
+"""Tests of train/validate.py: looking at a run without touching it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import tiny
+from ip2p.encode.cache import Cache
+from ip2p.train.__main__ import main
+from ip2p.train.data import Samples
+from ip2p.train.validate import BANDS, hold_out
+from test_train import assert_same, flags, states, unet_file
+
+WATCHED = {"num_validation_samples": 3, "validation_steps": 4, "num_validation_images": 2, "max_train_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def watched(sd: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps with validation losses and pictures every 4."""
+    output = tmp_path_factory.mktemp("runs") / "watched"
+    picture = output.parent / "picture.png"
+    tiny.picture(5, (20, 30)).save(picture)
+    looked_at = {"val_image_url_or_path": picture, "validation_prompt": "make it red", "report_to": "tensorboard"}
+    main(flags(sd, cache, output, **WATCHED, **looked_at))
+    return output
+
+
+def test_weights_with_and_without_validation_are_equal_bit_for_bit(
+    sd: Path, cache: Path, watched: Path, tmp_path: Path
+) -> None:
+    """Validation has its own randomness and puts the weights back; only what is held out is the same in both runs."""
+    main(flags(sd, cache, tmp_path, **WATCHED | {"validation_steps": 10**6}))
+    assert_same(states(tmp_path / "checkpoint-8"), states(watched / "checkpoint-8"))
+    assert_same(load_file(unet_file(tmp_path)), load_file(unet_file(watched)))
+
+
+def test_losses_are_reported_raw_and_averaged_and_by_band(watched: Path) -> None:
+    """metrics.jsonl holds the mean and one loss per band of timesteps, at the steps asked for."""
+    lines = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "validation_loss" in line]
+    assert [line["step"] for line in found] == [4, 8]
+    for line in found:
+        for name in ("validation_loss", "ema_validation_loss"):
+            bands = [line[f"{name}_{start}_{start + 250}"] for start in range(0, 1000, 250)]
+            assert len(bands) == BANDS
+            assert np.mean(bands) == pytest.approx(line[name])
+        assert line["validation_loss"] != line["ema_validation_loss"]
+
+
+def test_pictures_are_drawn_to_a_sheet(watched: Path) -> None:
+    """One sheet per validation: the picture of the flags and the held-out pairs with their targets."""
+    names = sorted(path.name for path in (watched / "validation").iterdir())
+    assert names == ["step-000004.png", "step-000008.png"]
+    with Image.open(watched / "validation" / names[0]) as sheet:
+        assert len(sheet.getcolors(2**24) or []) > 100
+    assert any((watched / "logs").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_held_out_pairs_are_never_trained_on(cache: Path, count: int) -> None:
+    """Both sides together are all samples, and no image row is on both."""
+    samples = Samples.of(Cache.open(cache), None)
+    samples = samples.select(np.array([*range(10), 0, 1]))  # two pairs have a second instruction
+    kept, held = hold_out(samples, count)
+    assert len(held.rows) >= count
+    assert len(kept.rows) + len(held.rows) == 12
+    assert not set(kept.rows) & set(held.rows)
+
+
+def test_training_lowers_the_fixed_noise_loss_raw_and_averaged(
+    sd: Path, tmp_path: Path, encode: Callable[..., None]
+) -> None:
+    """200 steps on the data lower the validation loss of held-out samples, and that of the average."""
+    encode(sd, tiny.dataset(tmp_path / "data", tiny.pairs(40)), tmp_path / "cache")
+    changed = {"num_validation_samples": 8, "validation_steps": 5, "max_train_steps": 200, "learning_rate": 2e-3}
+    changed |= {"checkpointing_steps": 1000, "num_validation_images": 1, "ema_decay": 0.9}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ip2p.train.validate.Validation.draw", lambda *_: None)
+        main(flags(sd, tmp_path / "cache", tmp_path / "out", **changed))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "validation_loss" in line]
+    for name in ("validation_loss", "ema_validation_loss"):
+        assert losses[-1][name] < 0.95 * losses[0][name]
+
+
+def test_a_picture_without_an_instruction_is_refused(
+    sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer names the missing flag, before any step."""
+    with pytest.raises(SystemExit):
+        main(flags(sd, cache, tmp_path / "out", val_image_url="missing.png"))
+    assert "needs a --validation_prompt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(flags(sd, cache, tmp_path / "out", val_image_url="missing.png", validation_prompt="make it red"))
+    assert "missing.png cannot be opened" in capsys.readouterr().err
