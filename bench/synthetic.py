@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +27,9 @@ def build(folder: Path, samples: int, shapes: RowShapes) -> Cache:
     manifest = {"format": FORMAT, "views": ["plain"], "shard_rows": rows, "encoding": {"resolution": resolution}}
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
-    columns = {"key": names, "pair": names, "position": numbers, "instruction": names}
-    columns |= {"row": numbers, "text_row": numbers + 1, "status": ["ok"] * samples, "reason": [None] * samples}
+    columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}
+    columns |= {"key": names, "pair": names, "position": numbers, "instruction": names}
+    columns |= {"row": numbers, "text_row": numbers + 1, "status": ["ok"] * samples}
     columns |= {"crop_top": [[0]] * samples, "crop_left": [[0]] * samples, "flip": [True] * samples}
     columns |= {name: [resolution] * samples for name in SIZES}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)

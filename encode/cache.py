@@ -44,6 +44,7 @@ SAMPLES = pa.schema(
         ("pair", pa.string()),  # identity of both image files; equal pairs share a row
         ("position", pa.int64()),  # where the dataset holds it
         ("instruction", pa.string()),
+        ("group", pa.string()),  # the prompt that it belongs to, where that is not the instruction
         ("row", pa.int64()),  # in original and edited; -1 if it was never tried
         ("text_row", pa.int64()),  # in text and pooled; -1 if it was never tried
         *[(f"{side}_{what}", pa.int32()) for side in ("original", "edited") for what in ("width", "height")],

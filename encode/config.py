@@ -18,10 +18,10 @@ TRAIN_ONLY = """
     num_validation_images validation_epochs validation_steps push_to_hub hub_token hub_model_id
 """.split()
 """Names of diffusers' training flags that belong to `ip2p-train`."""
-PER_SAMPLE = dict.fromkeys(
+PER_SAMPLE: dict[str, str] = dict.fromkeys(
     ("crops_coords_top_left_h", "crops_coords_top_left_w"), "is not needed: SDXL is trained with each sample's own crop"
 )
-REFUSED = PER_SAMPLE | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
+REFUSED: dict[str, str] = PER_SAMPLE | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
 """diffusers' flags that `ip2p-encode` does not take, with what to do about them."""
 
 

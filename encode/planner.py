@@ -57,6 +57,7 @@ class _Keys(Dataset):
             "pair": key,
             "position": position,
             "instruction": instruction,
+            "group": self.source.group(position),
             "row": -1,
             "text_row": -1,
             "status": "quarantined" if reason else "pending",
@@ -125,7 +126,7 @@ def _located(kind: str, commits: Commits, shard_rows: int, retry: bool) -> dict[
         views[unit.shard].append(commits[unit])
     good: dict[str, int] = {}
     bad: dict[str, int] = {}
-    for shard, records in views.items():
+    for shard, records in sorted(views.items(), key=lambda item: len(item[1]), reverse=True):  # whole shards first
         reasons = {int(i) for record in records for i in record["quarantined"]}
         for i, keys in enumerate(zip(*(record["keys"] for record in records), strict=True)):
             if i in reasons:

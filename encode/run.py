@@ -78,7 +78,7 @@ def plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes
         manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     views, commits = len(manifest["views"]), old.commits() if old else {}
     samples = known_samples(old, manifest)
-    if samples is None:
+    if samples is None or (config.retry_quarantined and -1 in samples["row"].to_pylist()):  # never tried: out of reach
         samples = index(source, workers(config))
     samples = mark_flips(assign(samples, commits, rows, retry=config.retry_quarantined), config.no_flip_regex)
     samples = settle(samples, commits, rows, views)

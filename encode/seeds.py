@@ -35,6 +35,10 @@ class Seeds:
         """The instructions of all rows."""
         return (self._prompts(directory) for directory, _ in self._samples)
 
+    def group(self, row: int) -> str:
+        """The directory: a prompt with all its seeds."""
+        return self._samples[row][0]
+
     def fingerprint(self) -> str:
         """Changes with size or time of any file."""
         digest = hashlib.blake2b(repr(self.columns).encode(), digest_size=16)

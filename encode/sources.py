@@ -37,6 +37,10 @@ class Rows(Protocol):
         """The instructions of all rows; no image is read."""
         ...
 
+    def group(self, row: int, /) -> str | None:
+        """The prompt that a row belongs to, if that is not its instruction."""
+        ...
+
     def fingerprint(self) -> str:
         """Changes whenever the data may have changed; found without reading the images."""
         ...
@@ -79,6 +83,10 @@ class Source:
         pairs = [Pair(original, edited, text) for text in self._choices(instructions[0])]
         pairs += [Pair(edited, original, text) for value in instructions[1:] for text in self._choices(value)]
         return pairs[sample]
+
+    def group(self, index: int) -> str | None:
+        """The prompt that a sample belongs to, if that is not its instruction."""
+        return self._rows.group(self._locate(index)[0])
 
     def fingerprint(self) -> str:
         """Changes whenever the data may have changed; found without reading the images."""

@@ -58,6 +58,9 @@ class Table:
         for batch in self._table.select_columns(texts).iter(1000):
             yield from zip(*(batch[column].to_pylist() for column in texts), strict=True)
 
+    def group(self, _row: int) -> None:
+        """Every instruction is a prompt of its own."""
+
     def fingerprint(self) -> str:
         """`datasets` derives its own from the data; images that lie outside of that add size and time."""
         digest = hashlib.blake2b(self._table._fingerprint.encode(), digest_size=16)

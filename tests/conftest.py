@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the datasets library's cache out of the user's home."""
     import datasets
+    import datasets.config
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)

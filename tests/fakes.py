@@ -32,6 +32,9 @@ class Source(list[Pair]):
 
     name, columns = "fake", ("input_image", "edited_image", "edit_prompt")
 
+    def group(self, _: int) -> None:
+        """Every instruction is a prompt of its own."""
+
     def fingerprint(self) -> str:
         """Identity of all that it holds."""
         return hashlib.blake2b(repr(list(self)).encode()).hexdigest()

@@ -50,6 +50,18 @@ def test_another_number_of_processes_goes_on_without_losing_or_repeating_a_sampl
     assert sorted(seen[:60]) == list(range(60))
 
 
+def test_sampling_by_prompt_draws_prompts_evenly_and_their_samples_at_random() -> None:
+    """A prompt with nine samples comes as often as one with a single sample, and all nine come."""
+    groups = np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    order = Order(10, 1, 3, groups)
+    stream = positions(order, 0, 4000)
+    assert stream.count(0) == 2000
+    counts = np.bincount(stream, minlength=10)[1:]
+    assert counts.min() > 170
+    assert counts.max() < 280
+    assert positions(Order(10, 1, 3, groups), 25, 9) == stream[25:34]
+
+
 def test_each_sample_tosses_its_own_coin_for_the_view() -> None:
     """With two views about half of a batch is flipped, not all or nothing, and epochs differ."""
     _, views = Order(1000, 2, seed=1)(0, 2000)

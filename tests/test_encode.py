@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import tiny
 
-HALF = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
+HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]
 
 

@@ -28,14 +28,14 @@ def answer(command: str, flags: dict[str, object], capsys: pytest.CaptureFixture
 @pytest.fixture
 def encoding(sd: Path, data: Path, tmp_path: Path) -> dict[str, object]:
     """Flags of an encode that would succeed."""
-    paths = {"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "cache"}
+    paths: dict[str, object] = {"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "cache"}
     return paths | {"resolution": 16, "dataloader_num_workers": 0}
 
 
 @pytest.fixture
 def training(sd: Path, cache: Path, tmp_path: Path) -> dict[str, object]:
     """Flags of a training that would succeed."""
-    paths = {"pretrained_model_name_or_path": sd, "cache": cache, "output_dir": tmp_path / "out"}
+    paths: dict[str, object] = {"pretrained_model_name_or_path": sd, "cache": cache, "output_dir": tmp_path / "out"}
     return paths | {"max_train_steps": 1, "report_to": "none"}
 
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_cache_is_not_continued(
 ) -> None:
     """A run resumed on a cache of another resolution is refused, field by field."""
     train(tiny.arguments(training))
-    paths = {"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "c32"}
+    paths: dict[str, object] = {"pretrained_model_name_or_path": sd, "dataset_name": data, "cache": tmp_path / "c32"}
     encode(tiny.arguments(paths | {"resolution": 32}))
     flags = training | {"cache": tmp_path / "c32", "resume_from_checkpoint": "latest", "max_train_steps": 2}
     text = answer("ip2p-train", flags, capsys)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_widened_unet_equals_the_base_for_any_condition(sdxl: bool) -> None:
     """Before training the output is the base model's, bit for bit up to summation order, whatever the image."""
     torch.manual_seed(0)
     base = tiny.unet(4, sdxl=sdxl)
-    wide = UNet2DConditionModel.from_config(base.config)
+    wide: Any = UNet2DConditionModel.from_config(base.config)
     wide.load_state_dict(base.state_dict())
     widen(wide)
     latents, text = torch.randn(3, 4, 8, 8), torch.randn(3, 77, base.config["cross_attention_dim"])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fakes import Source
 from ip2p.encode.cache import SAMPLES, Unit
 from ip2p.encode.planner import NULL_PROMPT, assign, index, missing, settle, text_key
 from ip2p.encode.sources import Pair
@@ -127,6 +128,15 @@ def test_content_that_only_one_of_two_views_holds_is_encoded_anew() -> None:
     assert [row for row, _ in rows(assign(samples(("a", "x"), ("b", "x")), commits, ROWS))] == [0, 4]
 
 
+def test_of_two_rows_with_the_same_content_the_one_with_more_views_counts() -> None:
+    """A shard that lost its second view does not draw its content back from where that is whole."""
+    whole = committed(images(1), "a") | committed(images(1, 1), "a")
+    commits = committed(images(0), "a", "b") | whole | committed(images(2), "a")
+    assert [row for row, _ in rows(assign(samples(("a", "x"), ("b", "x")), commits, ROWS))] == [4, 1]
+    del commits[images(1, 1)]
+    assert [row for row, _ in rows(assign(samples(("a", "x")), commits, ROWS))] == [0]
+
+
 def test_a_second_view_keeps_rows_and_asks_for_the_second_view_alone() -> None:
     """Rows stay where the first view is, and only units of the second are missing."""
     commits = committed(images(0), "a", "b") | committed(texts(0), NULL_PROMPT, "x")
@@ -212,14 +222,14 @@ def test_the_empty_instruction_is_encoded_even_if_no_sample_is_left() -> None:
 )
 def test_what_cannot_be_tried_stands_aside_from_the_start(pair: Pair, reason: str | None) -> None:
     """Missing sides and unusable instructions are named before anything is decoded."""
-    (sample,) = index([pair], 0).to_pylist()  # type: ignore[arg-type]
+    (sample,) = index(Source([pair]), 0).to_pylist()  # type: ignore[arg-type]
     assert (sample["status"], sample["reason"]) == ("quarantined" if reason else "pending", reason)
 
 
 def test_identity_is_content() -> None:
     """Two samples are the same where both files and the instruction are; the boundary between files counts."""
     pairs = [Pair(b"ab", b"c", "x"), Pair(b"ab", b"c", "x"), Pair(b"ab", b"c", "y"), Pair(b"a", b"bc", "x")]
-    table = index(pairs, 0)  # type: ignore[arg-type]
+    table = index(Source(pairs), 0)  # type: ignore[arg-type]
     first, same, other_text, other_files = zip(table["pair"].to_pylist(), table["key"].to_pylist(), strict=True)
     assert first == same
     assert first[0] == other_text[0]

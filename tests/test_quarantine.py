@@ -206,6 +206,22 @@ def test_retry_quarantined_tries_again_only_what_stood_aside(
     assert statuses() == ["ok", "ok", "quarantined", "ok", "ok", "ok"]
 
 
+def test_retry_quarantined_looks_again_for_images_that_were_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A network disk that failed while the dataset was read leaves the dataset what it was."""
+    source = fakes.Source([Pair(None, GOOD, "x"), Pair(GOOD, GOOD, "x")])
+    fakes.install(monkeypatch, source, 4)
+    monkeypatch.setattr(fakes.Source, "fingerprint", lambda _: "always the same")
+    fakes.encode(tmp_path / "cache")
+    source[0] = Pair(fakes.png(1), GOOD, "x")
+    found = []
+    for retry in (False, True):
+        fakes.encode(tmp_path / "cache", retry_quarantined=retry)
+        found.append(Cache.open(tmp_path / "cache").samples()["status"].to_pylist())
+    assert found == [["quarantined", "ok"], ["ok", "ok"]]
+
+
 def test_an_instruction_that_is_not_finite_sets_its_samples_aside(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

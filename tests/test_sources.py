@@ -69,7 +69,9 @@ def test_the_same_pairs_give_the_same_cache_from_every_source(
     arrays, samples = encoded(encode, sd, kind(tmp_path / "data", PAIRS), tmp_path / "cache")
     assert arrays.keys() == reference[0].keys()
     assert all(np.array_equal(arrays[name], reference[0][name], equal_nan=True) for name in arrays)
-    assert samples == reference[1]
+    groups = [sample.pop("group") for sample in samples]  # the one thing that the original project's layout adds
+    assert samples == [{name: value for name, value in sample.items() if name != "group"} for sample in reference[1]]
+    assert all(groups) if kind is seeds else not any(groups)
     assert Counter(sample["status"] for sample in samples) == {"ok": 64}
 
 
@@ -94,6 +96,16 @@ def test_the_fingerprint_tells_whether_a_dataset_changed(kind: Kind, tmp_path: P
     changed = opened(flags)
     assert changed[6] == other
     assert changed.fingerprint() != first
+
+
+@pytest.mark.parametrize("kind", [paths, metadata_jsonl, seeds], ids=lambda kind: kind.__name__)
+def test_an_image_that_changes_beside_its_table_changes_the_fingerprint(kind: Kind, tmp_path: Path) -> None:
+    """The list of the pairs stays as it is, but one file has a later time."""
+    flags = kind(tmp_path / "data", PAIRS[:9])
+    before = opened(flags).fingerprint()
+    image = sorted((tmp_path / "data").rglob("*.jpg"))[3]
+    os.utime(image, (image.stat().st_atime + 1, image.stat().st_mtime + 1))
+    assert opened(flags).fingerprint() != before
 
 
 @pytest.mark.parametrize("kind", [parquet, paths, metadata_jsonl, shards, seeds], ids=lambda kind: kind.__name__)

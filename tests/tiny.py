@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -59,15 +60,12 @@ def tokenizer(folder: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 def vae(channels: tuple[int, ...] = (8, 16)) -> AutoencoderKL:
     """A VAE that halves the side once for each channel count after the first."""
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=["DownEncoderBlock2D"] * len(channels),
-        up_block_types=["UpDecoderBlock2D"] * len(channels),
-        norm_num_groups=4,
-        layers_per_block=1,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
+    blocks: Any = {  # diffusers declares these as tuples of one
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+    }
+    return AutoencoderKL(norm_num_groups=4, layers_per_block=1, sample_size=16, scaling_factor=0.5, **blocks)
 
 
 def unet(in_channels: int = 4, *, sdxl: bool = False, sample_size: int = 8) -> UNet2DConditionModel:
@@ -95,7 +93,7 @@ def unet(in_channels: int = 4, *, sdxl: bool = False, sample_size: int = 8) -> U
     )
 
 
-def _text_config(tokens: CLIPTokenizer, width: int) -> CLIPTextConfig:
+def _text_config(tokens: Any, width: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=width,
@@ -110,7 +108,7 @@ def _text_config(tokens: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def checkpoint(
-    folder: Path, *, in_channels: int = 4, prediction_type: str = "epsilon", sdxl: bool = False, seed: int = 0
+    folder: Path, *, in_channels: int = 4, prediction_type: Any = "epsilon", sdxl: bool = False, seed: int = 0
 ) -> Path:
     """Save a tiny SD 1.x / 2.x or SDXL checkpoint with random weights."""
     with torch.random.fork_rng():
@@ -124,7 +122,7 @@ def checkpoint(
             steps_offset=1,
             clip_sample=False,
         )
-        parts = {
+        parts: dict[str, Any] = {
             "vae": vae(),
             "unet": unet(in_channels, sdxl=sdxl),
             "scheduler": scheduler,
@@ -136,9 +134,8 @@ def checkpoint(
             parts["text_encoder_2"] = CLIPTextModelWithProjection(_text_config(parts["tokenizer_2"], 32))
             pipeline = StableDiffusionXLPipeline(**parts)
         else:
-            pipeline = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
+            absent: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            pipeline = StableDiffusionPipeline(**parts, **absent)
         pipeline.save_pretrained(folder)
     return folder
 

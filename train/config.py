@@ -35,6 +35,8 @@ class TrainConfig:
     """Check every byte of the cache before training, as `ip2p-cache verify` does."""
     max_train_samples: int | None = None
     """Use only this many samples of the cache, from the first on."""
+    sample_by: Literal["sample", "prompt"] = "sample"
+    """`prompt` draws a prompt and then one of its samples, as the original project does; `sample` takes each once."""
     seed: int | None = None
     """Decides order, noise, timesteps and dropout. Without one, a seed is drawn and recorded."""
     train_batch_size: int = 16

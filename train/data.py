@@ -34,11 +34,16 @@ class Samples(NamedTuple):
     text_rows: np.ndarray  # (N,)
     views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
     time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
+    groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
     numbers: np.ndarray  # (N,) where the cache's samples table has them
 
     def select(self, which: np.ndarray) -> "Samples":
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
+
+    def prompts(self) -> np.ndarray:
+        """The prompt of each sample, numbered from 0 without gaps, (N,)."""
+        return np.unique(self.groups, return_inverse=True)[1]
 
     def instructions(self, cache: Cache, count: int) -> list[str]:
         """The instructions of the first `count` samples."""
@@ -72,15 +77,29 @@ class Samples(NamedTuple):
         ]
         sizes = [np.broadcast_to(size, shape) for size in (*sizes, side, side)]
         time_ids = np.stack(sizes, axis=2).astype(np.float32)
-        return cls(table["row"].to_numpy(), table["text_row"].to_numpy(), shown, time_ids, numbers)
+        text_rows = table["text_row"].to_numpy()
+        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
+        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
+        groups = np.unique(names, return_inverse=True)[1]
+        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, numbers)
 
 
 class Order:
-    """Which sample, and which view of it, stands at each position of the endless sequence."""
+    """Which sample, and which view of it, stands at each position of the endless sequence.
 
-    def __init__(self, samples: int, views: int, seed: int):
+    Args:
+        samples: how many there are.
+        views: of each sample.
+        seed: decides everything, with the position.
+        groups: (N,) numbers of prompts, to draw a prompt first and then one of its samples, as the original project
+            does; so the samples of a prompt that has many come more seldom. Without it each sample comes once.
+    """
+
+    def __init__(self, samples: int, views: int, seed: int, groups: np.ndarray | None = None):
         self.samples, self.views, self.seed = samples, views, seed
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._members = None if groups is None else np.argsort(groups, kind="stable")
+        self._sizes = np.zeros(0, np.int64) if groups is None else np.bincount(groups)
 
     def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and views at positions `start` to `start + count`, (count,) each."""
@@ -96,8 +115,17 @@ class Order:
         if epoch not in self._epochs:
             self._epochs = {known: value for known, value in self._epochs.items() if known >= epoch - 1}
             rng = np.random.default_rng([self.seed, epoch])
-            self._epochs[epoch] = rng.permutation(self.samples), rng.integers(0, self.views, self.samples)
+            order = rng.permutation(self.samples) if self._members is None else self._by_prompt(rng, self._members)
+            self._epochs[epoch] = order, rng.integers(0, self.views, self.samples)
         return self._epochs[epoch]
+
+    def _by_prompt(self, rng: np.random.Generator, members: np.ndarray) -> np.ndarray:
+        """As many positions as there are samples: all prompts in random order, again and again."""
+        prompts = len(self._sizes)
+        rounds = [rng.permutation(prompts) for _ in range(-(-self.samples // prompts))]
+        drawn = np.concatenate(rounds)[: self.samples]
+        first = self._sizes.cumsum() - self._sizes
+        return members[first[drawn] + rng.integers(0, self._sizes[drawn])]
 
 
 def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:

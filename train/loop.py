@@ -96,7 +96,12 @@ def _train(config: TrainConfig) -> None:
     batches = Batches(
         reader,
         samples,
-        Order(len(samples.rows), len(cache.views), progress.seed),
+        Order(
+            len(samples.rows),
+            len(cache.views),
+            progress.seed,
+            samples.prompts() if config.sample_by == "prompt" else None,
+        ),
         accelerator.device,
         batch_size=size,
         start=progress.samples + rank * size,
