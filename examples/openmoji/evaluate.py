@@ -1,0 +1,129 @@
+"""Scores edits of held-out emoji: likeness to the true picture, and whether the instruction was followed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from PIL import Image
+
+from ip2p.infer.edit import Editor
+from ip2p.infer.scores import psnr
+from ip2p.infer.sheet import contact_sheet
+from openmoji import render
+
+CAP = 60.0  # dB; more than pictures of 8 bits can tell, and finite for equal ones
+STEPS, IMAGE_GUIDANCE, GUIDANCE = 20, 1.5, 4.0
+
+
+def ssim_distance(picture: Image.Image, target: Image.Image) -> float:
+    """One minus the structural similarity of the gray pictures, over windows of 8 pixels: 0 for equal ones."""
+    windows = [
+        np.lib.stride_tricks.sliding_window_view(np.asarray(image.convert("L"), np.float64), (8, 8))
+        for image in (picture, target)
+    ]
+    one, two = (window.mean((-2, -1)) for window in windows)
+    variances = windows[0].var((-2, -1)) + windows[1].var((-2, -1))
+    covariance = (windows[0] * windows[1]).mean((-2, -1)) - one * two
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * one * two + c1) * (2 * covariance + c2) / ((one**2 + two**2 + c1) * (variances + c2))
+    return float(1 - similarity.mean())
+
+
+def nearest(picture: Image.Image, candidates: Iterable[str]) -> str:
+    """The key of that candidate whose picture is nearest in squared error over the pixels."""
+    pixels = np.asarray(picture, np.float32)
+    return min(candidates, key=lambda key: float(np.square(np.asarray(render(key, picture.width)) - pixels).mean()))
+
+
+def measure(row: dict, edited: Image.Image) -> dict[str, float]:
+    """What one edited picture scores; an instruction that asks for what is there is scored as `unchanged`."""
+    before, target = row["input_image"].convert("RGB"), row["edited_image"].convert("RGB")
+    if row["source"] == row["target"]:
+        return {"unchanged": min(CAP, psnr(edited, before))}
+    return {
+        "psnr": min(CAP, psnr(edited, target)),
+        "psnr_original": min(CAP, psnr(before, target)),
+        "distance": ssim_distance(edited, target),
+        "distance_original": ssim_distance(before, target),
+        "accuracy": float(nearest(edited, row["candidates"]) == row["target"]),
+        "chance": 1 / len(row["candidates"]),
+    }
+
+
+def scores(rows: list[dict], edited: list[Image.Image]) -> dict[str, dict[str, float]]:
+    """Means of what `measure` gives, for each kind of edit and for all pairs together, with their number."""
+    found: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row, picture in zip(rows, edited, strict=True):
+        for name, value in measure(row, picture).items():
+            found[row["kind"]][name].append(value)
+            found["all"][name].append(value)
+    return {
+        kind: {name: float(np.mean(values)) for name, values in measured.items()} | {"pairs": len(measured["psnr"])}
+        for kind, measured in sorted(found.items(), key=lambda item: (item[0] == "all", item[0]))
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The scores as lines of text."""
+    lines = ["            pairs  accuracy (chance)   PSNR (original)   1-SSIM (original)"]
+    for kind, result in results.items():
+        lines.append(
+            "{kind:10} {pairs:6d}      {accuracy:.2f}   ({chance:.2f})   {psnr:4.1f}     ({psnr_original:4.1f})    "
+            "{distance:.3f}    ({distance_original:.3f})".format(kind=kind, **result)
+        )
+    if "unchanged" in results["all"]:
+        lines.append(f"asked for what is there already: {results['all']['unchanged']:.1f} dB from the original")
+    return "\n".join(lines)
+
+
+def sheet(rows: list[dict], edited: list[Image.Image], each: int = 4) -> Image.Image:
+    """A contact sheet of the first few pairs of each kind: original, edited, target."""
+    strips = []
+    for kind in sorted({row["kind"] for row in rows}):
+        pairs = [(row, picture) for row, picture in zip(rows, edited, strict=True) if row["kind"] == kind]
+        changed = [(row, picture) for row, picture in pairs if row["source"] != row["target"]]
+        strips += [
+            (row["edit_prompt"], (row["input_image"], picture, row["edited_image"])) for row, picture in changed[:each]
+        ]
+    return contact_sheet(strips, ("original", "edited", "target"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder that ip2p-train saved")
+    parser.add_argument("--data", required=True, help="folder that dataset.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder for scores.json and contact-sheet.png")
+    parser.add_argument("--pairs", type=int, default=0, help="score only this many (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_inference_steps", type=int, default=STEPS)
+    parser.add_argument("--image_guidance_scale", type=float, default=IMAGE_GUIDANCE)
+    parser.add_argument("--guidance_scale", type=float, default=GUIDANCE)
+    args = parser.parse_args()
+    rows: list[Any] = list(load_dataset(args.data, split="test"))[: args.pairs or None]
+    edited = Editor(args.model).edit(
+        [row["input_image"] for row in rows],
+        [row["edit_prompt"] for row in rows],
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        image_guidance_scale=args.image_guidance_scale,
+        guidance_scale=args.guidance_scale,
+        batch_size=32,
+    )
+    results = scores(rows, edited)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "scores.json").write_text(json.dumps(vars(args) | results, indent=2, default=str) + "\n")
+    picture = args.output / "contact-sheet.png"
+    sheet(rows, edited).save(picture)
+    print(table(results))
+    print(f"seed {args.seed}; contact sheet: {picture}")
+
+
+if __name__ == "__main__":
+    main()
