@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,8 @@ def run(title: str, *command: str | Path) -> None:
     words = [str(word) for word in command]
     print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
     started = time.monotonic()
-    status = subprocess.run([sys.executable, *words], check=False).returncode
+    quiet = os.environ | {"TRANSFORMERS_VERBOSITY": "error"}  # it warns of image processors that nobody asked for
+    status = subprocess.run([sys.executable, *words], check=False, env=quiet).returncode
     if status:
         raise SystemExit(status)
     print(f"-- {time.monotonic() - started:.0f} s", flush=True)
@@ -26,9 +28,9 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
-    parser.add_argument("--max_train_steps", default="700")
-    parser.add_argument("--train_batch_size", default="32")
-    parser.add_argument("--learning_rate", default="6e-4")
+    parser.add_argument("--max_train_steps", default="1800")
+    parser.add_argument("--train_batch_size", default="16")
+    parser.add_argument("--learning_rate", default="5e-4")
     parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
@@ -46,30 +48,11 @@ def main() -> None:
         *("--adam_beta2", "0.99", "--use_ema", "--seed", args.seed, "--report_to", "none"),
     )
     run("Train from the cache", "-m", "ip2p.train", *base, "--cache", cache, "--output_dir", model, *settings)
-    guided = ("--num_inference_steps", "20", "--image_guidance_scale", "1.5", "--guidance_scale", "4")
-    inputs = (
-        "--table",
-        data,
-        "--split",
-        "test[:12]",
-        "--seed",
-        args.seed,
-        "--sheet",
-        args.output / "edits.png",
-    )
-    run(
-        "Edit held-out emoji",
-        "-m",
-        "ip2p.infer",
-        "--model",
-        model,
-        *inputs,
-        "--output",
-        args.output / "edits",
-        *guided,
-    )
+    edit = ("--model", model, "--num_inference_steps", "20", "--image_guidance_scale", "1.5", "--guidance_scale", "4")
+    shown = ("--output", args.output / "edits", "--sheet", args.output / "edits.png", "--seed", args.seed)
+    run("Edit held-out emoji", "-m", "ip2p.infer", *edit, "--table", data, "--split", "test[:12]", *shown)
     scored = ("--data", data, "--output", args.output, "--pairs", args.pairs, "--seed", args.seed)
-    run("Score edits of held-out emoji", HERE / "evaluate.py", "--model", model, *scored, *guided)
+    run("Score edits of held-out emoji", HERE / "evaluate.py", *edit, *scored)
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Everything is in {args.output}.")
     print(f"Look at {args.output / 'contact-sheet.png'}: original, edited, target.")
 
