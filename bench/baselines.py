@@ -28,6 +28,7 @@ class Online:
         vae_width, text_width: widths of the encoders.
         dtype: of the encoders, and of what they give.
         dropout: probability of each kind of conditioning dropout.
+        channels_last: of the VAE, which the script leaves as it is loaded.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Online:
         resolution: int,
         dtype: torch.dtype,
         dropout: float,
+        channels_last: bool = False,
     ):
         self.unet, self.dropout, self.scheduler = unet, dropout, DDPMScheduler()
         self.device = device = unet.device
@@ -59,11 +61,11 @@ class Online:
             self.empty = torch.randint(0, config.vocab_size, (1, 77))
         models: list[torch.nn.Module] = [self.vae, self.text_encoder]
         for model in models:
-            model.requires_grad_(False).eval().to(
-                memory_format=torch.channels_last
-            )  # the script does not; it is faster
+            model.requires_grad_(False).eval()
             if dtype != torch.float32:
                 model.to(dtype=dtype)
+        if channels_last:
+            models[0].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self) -> Tensor:
         original, edited = self.images

@@ -54,13 +54,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rates, tera = measure(Path(folder), args)
-    bars = {("small", 256, False): 1.75, ("sd15", 256, True): 1.9}  # what the budgets are given for
-    bar = bars.get((args.size, args.resolution, GPU))
+    bar = {("small", 256, False): 1.75, ("sd15", 256, True): 1.9}.get((args.size, args.resolution, GPU))
     rows = [Row(name, median(values), "samples/s") for name, values in rates.items()]
     rows += [Row(f"{name}, achieved", median(rates[name]) * tera[name], "TFLOP/s") for name in rates]
     rows += [
         Row("time of cached / bare", ratio(rates, "bare", "cached"), "times", at_most=1.05),
         Row("time of online / cached", ratio(rates, "cached", "online"), "times", at_least=bar),
+        Row("the same, VAE in channels_last", ratio(rates, "cached", "online, VAE in channels_last"), "times"),
         Row("the same by arithmetic", tera["online"] / tera["cached"], "times"),
     ]
     report("step", vars(args), rows)
@@ -83,6 +83,7 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[floa
         "bare": bare(unet, text_width, batch_size=size, resolution=args.resolution),
         "cached": cached,
         "online": Online(unet, vae_width, text_width, **options),
+        "online, VAE in channels_last": Online(unet, vae_width, text_width, **options, channels_last=True),
     }
     train = trainer(unet, args.precision)
     tera = {name: operations(train, loss) / size / 1e12 for name, loss in losses.items()}
@@ -90,7 +91,6 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[floa
         unet.enable_xformers_memory_efficient_attention()
     if args.compile:
         unet.compile()
-
     cases = {name: functools.partial(rate, train, loss, args.steps, size) for name, loss in losses.items()}
     take_turns(1, cases)  # compiles, allocates, reads
     rates = take_turns(args.rounds, cases)

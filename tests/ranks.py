@@ -1,14 +1,15 @@
-"""One process of an encode, as a launcher starts it; forked from a server, so that it need not import torch again."""
+"""Processes that encode or hold a cache, forked from a server so that none of them has to import torch again."""
 
 import multiprocessing
 import os
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ip2p.encode import cache
 from ip2p.encode.cache import Cache, Unit
-from ip2p.encode.writer import UnitWriter
+from ip2p.encode.writer import UnitWriter, exclusive
 
 ROWS = 8  # of a shard
 FORKS = multiprocessing.get_context("forkserver")
@@ -23,10 +24,11 @@ def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log:
     """
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process that no server has forked
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     if processes > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in names.items()}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     output = os.open(log.with_suffix(f".{rank}.txt"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -48,3 +50,12 @@ def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log:
     from ip2p.encode.__main__ import main
 
     main(arguments)
+
+
+def hold(folder: Path, shared: bool, worker: bool, started: Connection) -> None:
+    """Hold a cache for a minute, perhaps with a process forked from this one; sends the number of that, or 0."""
+    with exclusive(folder, shared=shared):
+        child = os.fork() if worker else None
+        if child != 0:
+            started.send(child or 0)
+        time.sleep(60)

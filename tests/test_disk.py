@@ -4,10 +4,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -17,33 +17,26 @@ from ip2p.encode import run
 from ip2p.encode.cache import Cache
 from ip2p.encode.errors import CacheError
 from ip2p.encode.sources import Pair
+from ranks import FORKS, hold
 
 Encode = Callable[..., None]
 PAIRS = [Pair(fakes.png(n), fakes.png(n + 1), f"instruction {n % 5}") for n in range(20)]
 
-HOLD = """
-import os, sys, time
-from pathlib import Path
-from ip2p.encode.writer import exclusive
-with exclusive(Path(sys.argv[1]), shared=sys.argv[2] == "shared"):
-    child = os.fork() if sys.argv[2] == "worker" else 0
-    if child or sys.argv[2] != "worker":
-        print(child, flush=True)
-    time.sleep(60)
-"""
-
 
 @contextmanager
-def holder(cache: Path, kind: str) -> Iterator[tuple[int, int]]:
-    """Another process that holds a cache, and one forked from it if `kind` is worker; gives both their numbers."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, cache, kind], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        child = int(process.stdout.readline())
-        try:
-            yield process.pid, child
-        finally:
-            for pid in filter(None, (process.pid, child)):
-                os.kill(pid, signal.SIGKILL)
+def holder(cache: Path, shared: bool = False, worker: bool = False) -> Iterator[BaseProcess]:
+    """Another process that holds a cache, and perhaps one forked from it."""
+    here, there = FORKS.Pipe()
+    process = FORKS.Process(target=hold, args=(cache, shared, worker, there))
+    process.start()
+    child = here.recv()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+        if child:
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -108,16 +101,17 @@ def test_a_read_only_disk_is_named(monkeypatch: pytest.MonkeyPatch, small_disk: 
         assert statuses(small_disk / name) == ["ok"] * 20
 
 
-@pytest.mark.parametrize("kind", ["alone", "shared"])
-def test_a_second_encode_on_one_cache_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_second_encode_on_one_cache_is_refused(shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """While another process plans, or is one of several that encode; when it was killed, nothing is left of it."""
     fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
-    with holder(tmp_path / "cache", kind) as (process, _):
+    with holder(tmp_path / "cache", shared=shared) as process:
         with pytest.raises(CacheError, match="is being written by another ip2p-encode"):
             fakes.encode(tmp_path / "cache")
         assert files(tmp_path / "cache") == {".lock"}
-        os.kill(process, signal.SIGKILL)
-        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        fakes.encode(tmp_path / "another")
+        process.kill()
+        process.join()
         fakes.encode(tmp_path / "cache")
     assert statuses(tmp_path / "cache") == ["ok"] * 20
 
@@ -127,16 +121,9 @@ def test_worker_processes_of_a_killed_encode_do_not_hold_its_cache(
 ) -> None:
     """Processes that read images notice only after seconds that they are orphans."""
     fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
-    with holder(tmp_path / "cache", "worker") as (process, _):
-        os.kill(process, signal.SIGKILL)
-        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
-        fakes.encode(tmp_path / "cache")
-
-
-def test_encodes_on_two_caches_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The lock belongs to one cache."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
-    with holder(tmp_path / "other", "alone"):
+    with holder(tmp_path / "cache", worker=True) as process:
+        process.kill()
+        process.join()
         fakes.encode(tmp_path / "cache")
 
 
