@@ -217,9 +217,14 @@ def test_each_process_of_an_encode_holds_the_cache(killable: Encode, tmp_path: P
 @pytest.mark.slow
 def test_a_launcher_starts_one_encode_of_two_processes(sd: Path, data: Path, cache: Path, tmp_path: Path) -> None:
     """torchrun, on which accelerate builds, needs nothing but `-m ip2p.encode`."""
-    flags = {"pretrained_model_name_or_path": sd, "dataset_name": data, "resolution": 16, "random_flip": True}
+    flags: dict[str, object] = {"pretrained_model_name_or_path": sd, "dataset_name": data, "resolution": 16}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "ip2p.encode", *tiny.arguments(flags | {"cache": tmp_path / "cache"})]
+    command = [
+        *launch,
+        "-m",
+        "ip2p.encode",
+        *tiny.arguments(flags | {"random_flip": True, "cache": tmp_path / "cache"}),
+    ]
     subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
     assert Cache.open(tmp_path / "cache").manifest["settings"]["processes"] == 2
     assert_same(tmp_path / "cache", cache)

@@ -1,6 +1,7 @@
 """Tiny real Stable Diffusion checkpoints in diffusers' layout, and pairs of pictures to encode."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def dataset(folder: Path, columns: dict[str, list]) -> Path:
     return folder
 
 
-def arguments(flags: dict[str, object]) -> list[str]:
+def arguments(flags: Mapping[str, object]) -> list[str]:
     """Keyword arguments as command line flags; True stands for a bare flag, None and False for none."""
     result: list[str] = []
     for name, value in flags.items():
