@@ -98,11 +98,12 @@ class Life(RuleBasedStateMachine):
         """From now on --random_flip is given."""
         self.flip = True
 
-    @precondition(lambda self: self.commits())
     @rule(number=st.integers(0))
     def lose(self, number: int) -> None:
         """A unit is damaged, and `ip2p-cache verify --repair` drops it."""
-        unit = sorted(self.commits())[number % len(self.commits())]
+        if not (units := sorted(self.commits())):
+            return  # no precondition: how far a killed encode came depends on its threads, which rules apply must not
+        unit = units[number % len(units)]
         repair(self.folder, [Finding(f"commits/{unit.name}.json", "is damaged", unit)])
         assert unit not in self.commits()
         if unit.kind == "images":
