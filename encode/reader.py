@@ -1,8 +1,8 @@
-"""Reads a cache at memory-map speed: any rows of an array in one call, wherever their shards lie.
+"""Reads caches at memory-map speed: any rows of an array in one call, wherever their shards lie.
 
-All shards of an array are mapped side by side into one range of addresses, so that `np.take` gathers a batch in a
-single call that releases the interpreter lock. The shards of view 1 follow those of view 0. zarr-python reads the
-same files a few hundred times slower, sample by sample.
+All shards of an array, of all caches, are mapped side by side into one range of addresses, so that `np.take` gathers
+a batch in a single call that releases the interpreter lock. The shards of view 1 follow those of view 0. zarr-python
+reads the same files a few hundred times slower, sample by sample.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,41 +33,36 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class Shard(NamedTuple):
-    """One shard of one array: its place in the range, its file, and the selection that zarr-python knows it by."""
+    """One shard of one array: the rows of the range that it fills, its file, and what zarr-python knows it by."""
 
-    slot: int
+    first: int
+    rows: int
     path: Path
+    array: zarr.Array
     selection: tuple[slice, ...]
 
 
 class MappedArray:
-    """A read-only float16 array over `slots` shards of `shard_rows` rows each; absent shards must not be touched."""
+    """A read-only float16 array of `rows` rows, some of which lie in shards; the others must not be touched."""
 
-    def __init__(
-        self,
-        array: zarr.Array,
-        row_shape: tuple[int, ...],
-        shard_rows: int,
-        slots: int,
-        shards: Sequence[Shard],
-    ):
+    def __init__(self, row_shape: tuple[int, ...], rows: int, shards: Sequence[Shard]):
         self.row_shape = row_shape
         self._row_bytes = 2 * math.prod(row_shape)
-        shard_bytes = shard_rows * self._row_bytes
-        self._size = slots * shard_bytes
+        self._size = rows * self._row_bytes
         self._base = _map(None, self._size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
         weakref.finalize(self, _libc.munmap, self._base, self._size).atexit = False  # a thread may still be reading
         direct, foreign = [], []
         for shard in shards:
-            plain = shard_bytes % mmap.PAGESIZE == 0 and _plain_bytes(shard.path, array, self._row_bytes)
+            whole_pages = not any(n * self._row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows))
+            plain = whole_pages and _plain_bytes(shard.path, shard.array, self._row_bytes)
             (direct if plain else foreign).append(shard)
         if foreign:
-            self._copy(array, foreign, shard_bytes)
+            self._copy(foreign)
         for shard in direct:
             with shard.path.open("rb") as file:
-                length = min(shard_bytes, os.fstat(file.fileno()).st_size)
+                length = min(shard.rows * self._row_bytes, os.fstat(file.fileno()).st_size)
                 _map(
-                    self._base + shard.slot * shard_bytes,
+                    self._base + shard.first * self._row_bytes,
                     length,
                     mmap.PROT_READ,
                     mmap.MAP_SHARED | _MAP_FIXED,
@@ -75,13 +71,13 @@ class MappedArray:
         whole: Any = (ctypes.c_char * self._size).from_address(self._base)
         self._rows = np.frombuffer(whole, np.float16).reshape(-1, *row_shape)  # valid as long as this object lives
 
-    def _copy(self, array: zarr.Array, shards: Sequence[Shard], shard_bytes: int) -> None:
+    def _copy(self, shards: Sequence[Shard]) -> None:
         """Shards that others wrote (compressed, in another order) are read once by zarr-python and kept plain."""
         with tempfile.TemporaryFile() as file:
             file.truncate(self._size)
             for shard in shards:
-                file.seek(shard.slot * shard_bytes)
-                file.write(np.ascontiguousarray(array[shard.selection], np.float16).tobytes())
+                file.seek(shard.first * self._row_bytes)
+                file.write(np.ascontiguousarray(shard.array[shard.selection], np.float16).tobytes())
             file.flush()
             _map(self._base, self._size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.fileno())
 
@@ -135,37 +131,39 @@ def _is_plain(codecs: Sequence[dict[str, Any]]) -> bool:
 
 
 class Reader:
-    """Gathers samples from a cache whose committed shards are all there and whole.
+    """Gathers samples from caches whose committed shards are all there and whole.
+
+    The rows of several caches follow each other: those of cache number n begin at `first_rows[kind][n]`. Their rows
+    must have the same shapes, which they have if the same encoders wrote them at the same resolution.
 
     Raises:
         CacheError: a shard file is missing or has another size than its record says.
     """
 
-    def __init__(self, cache: Cache):
-        self.cache, commits = cache, cache.commits()
-        check_sizes(cache, commits)
-        self._units = set(commits)
-        self._shards = {
-            kind: 1 + max((unit.shard for unit in commits if unit.kind == kind), default=0)
-            for kind in ("images", "text")
-        }
-        self.arrays = {
-            name: self._map(cache, name, array, kind, [unit for unit in commits if unit.kind == kind])
-            for kind in self._shards
-            for name, array in cache.arrays(kind).items()
-        }
-        self.view_rows = self._shards["images"] * cache.shard_rows["images"]
-        """Rows from a sample in one view to the same sample in the next."""
+    def __init__(self, *caches: Cache):
+        self.caches, self._units = caches, [_whole_units(cache) for cache in caches]
+        self.first_rows: dict[str, list[int]] = {}
+        self._rows: dict[str, int] = {}  # of all caches, in one view
+        self.arrays: dict[str, MappedArray] = {}
+        for kind in ("images", "text"):
+            last = (max((u.shard for u in units if u.kind == kind), default=0) for units in self._units)
+            rows = [(shard + 1) * cache.shard_rows[kind] for shard, cache in zip(last, caches, strict=True)]
+            self.first_rows[kind], self._rows[kind] = [*accumulate(rows[:-1], initial=0)], sum(rows)
+            arrays = [cache.arrays(kind) for cache in caches]
+            self.arrays |= {name: self._map(name, kind, [those[name] for those in arrays]) for name in arrays[0]}
 
-    def _map(self, cache: Cache, name: str, array: zarr.Array, kind: str, units: Sequence[Unit]) -> MappedArray:
-        rows, images = cache.shard_rows[kind], kind == "images"
-        shards = []
-        for unit in units:
-            where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
-            path = cache.folder / cache.shard_path(name, unit, array.ndim)
-            shards.append(Shard(unit.view * self._shards[kind] + unit.shard, path, where if images else where[:1]))
-        slots = self._shards[kind] * (len(cache.views) if images else 1)
-        return MappedArray(array, array.shape[2 if images else 1 :], rows, slots, shards)
+    def _map(self, name: str, kind: str, arrays: Sequence[zarr.Array]) -> MappedArray:
+        images, shards = kind == "images", []
+        for cache, units, array, first in zip(self.caches, self._units, arrays, self.first_rows[kind], strict=True):
+            rows = cache.shard_rows[kind]
+            for unit in units:
+                if unit.kind == kind:
+                    at = unit.view * self._rows[kind] + first + unit.shard * rows
+                    path = cache.folder / cache.shard_path(name, unit, array.ndim)
+                    where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
+                    shards.append(Shard(at, rows, path, array, where if images else where[:1]))
+        views = max(len(cache.views) for cache in self.caches) if images else 1
+        return MappedArray(arrays[0].shape[2 if images else 1 :], views * self._rows[kind], shards)
 
     def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
         """Make sure that `take` can be asked for these rows in every view; others must never reach it.
@@ -173,14 +171,16 @@ class Reader:
         Raises:
             CacheError: a unit that holds some of them has no commit record.
         """
-        for kind, views, wanted in (("images", len(self.cache.views), rows), ("text", 1, text_rows)):
-            for shard in np.unique(wanted // self.cache.shard_rows[kind]).tolist():
-                for unit in (Unit(kind, shard, view) for view in range(views)):
-                    if unit not in self._units:
-                        folder = self.cache.folder
+        for kind, wanted in (("images", rows), ("text", text_rows)):
+            owners = np.searchsorted(self.first_rows[kind], wanted, side="right") - 1
+            for number, (cache, first) in enumerate(zip(self.caches, self.first_rows[kind], strict=True)):
+                shards = np.unique((wanted[owners == number] - first) // cache.shard_rows[kind]).tolist()
+                views = range(len(cache.views) if kind == "images" else 1)
+                for unit in (Unit(kind, shard, view) for shard in shards for view in views):
+                    if unit not in self._units[number]:
                         raise CacheError(
-                            f"{folder}/commits/{unit.name}.json is missing: run the same ip2p-encode again, it encodes "
-                            f"what is gone (`ip2p-cache verify {folder}` shows the extent)"
+                            f"{cache.folder}/commits/{unit.name}.json is missing: run the same ip2p-encode again, it "
+                            f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
                         )
 
     def take(self, out: dict[str, np.ndarray], rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
@@ -199,11 +199,12 @@ class Reader:
             array.will_need(self._place(name, rows, views, text_rows).tolist())
 
     def _place(self, name: str, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
-        return text_rows if name in ("text", "pooled") else rows + views * self.view_rows
+        return text_rows if name in ("text", "pooled") else rows + views * self._rows["images"]
 
 
-def check_sizes(cache: Cache, commits: dict[Unit, dict[str, Any]]) -> None:
-    """Compare the size of every shard file with its commit record."""
+def _whole_units(cache: Cache) -> set[Unit]:
+    """What is committed, after a look at the size of every shard file."""
+    commits = cache.commits()
     for record in commits.values():
         for path, expected in record["files"].items():
             file = cache.folder / path
@@ -211,3 +212,4 @@ def check_sizes(cache: Cache, commits: dict[Unit, dict[str, Any]]) -> None:
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size:,} bytes, {expected['bytes']:,} were written"
                 raise CacheError(f"{file} {found}: `ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again")
+    return set(commits)

@@ -78,13 +78,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def test_a_finished_run_is_uploaded_with_its_card_and_without_its_checkpoints(
     sd: Path, cache: Path, tmp_path: Path, hub: type[Hub]
 ) -> None:
-    """`--push_to_hub` sends the pipeline, the card and the validation pictures; the token goes to the Hub alone."""
+    """`--push_to_hub` sends the pipeline, the card and the validation pictures; no file or tracker sees the token."""
     looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "max_train_steps": 2}
-    upload = {"push_to_hub": True, "hub_token": "hf_secret", "hub_model_id": "someone/editor"}
+    upload = {
+        "report_to": "tensorboard",
+        "push_to_hub": True,
+        "hub_token": "hf_secret",
+        "hub_model_id": "someone/editor",
+    }
     main(flags(sd, cache, tmp_path / "out", **looked_at, **upload))
     assert {"model_index.json", "README.md", "train.yaml", "validation/step-000002.png"} <= hub.files.keys()
     assert "unet/diffusion_pytorch_model.safetensors" in hub.files
     assert not [name for name in hub.files if "checkpoint" in name or name.startswith("logs")]
+    assert list((tmp_path / "out" / "logs").rglob("events*"))
     assert "Bearer hf_secret" in hub.tokens
     for path in (tmp_path / "out").rglob("*"):
         if path.is_file():

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import dataset as emoji
 import tiny
 from ip2p.encode.cache import Cache
 from ip2p.encode.checkpoint import Checkpoint, hash_weights
@@ -182,7 +185,9 @@ def base(model: Path, cache: Path, **changed: Any) -> Checkpoint:
 
     from ip2p.train.setup import base_checkpoint
 
-    return base_checkpoint(TrainConfig(str(model), cache, cache, **changed), Cache.open(cache), Accelerator(cpu=True))
+    return base_checkpoint(
+        TrainConfig(str(model), (cache,), cache, **changed), Cache.open(cache), Accelerator(cpu=True)
+    )
 
 
 def test_sdxls_vae_stays_in_float32_unless_it_is_known_to_be_safe(
@@ -215,3 +220,68 @@ def test_half_precision_encodes_sdxls_text_and_leaves_its_latents_alone(
     assert same == [True, True, False, False]
     encode(sdxl, data, tmp_path / "bf16", mixed_precision="bf16", max_train_samples=2, vae_precision="no")
     assert "nothing to encode" in capsys.readouterr().out
+
+
+def test_sdxls_condition_is_the_mode_that_its_pipeline_uses(
+    sdxl: Path, data: Path, tmp_path: Path, encode: Encode
+) -> None:
+    """Not a random draw: encoding twice gives the same latents, and they are those of inference, unscaled."""
+    pipeline: Any = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(sdxl)
+    latents = []
+    for name in ("one", "other"):
+        encode(sdxl, data, tmp_path / name, max_train_samples=2)
+        latents.append(np.asarray(Cache.open(tmp_path / name).arrays("images")["original"][:2, 0]))
+    assert np.array_equal(*latents)
+    for n, picture in enumerate(tiny.pairs(2)["input_image"]):
+        pixels = pipeline.image_processor.preprocess(picture.resize((16, 16), Image.Resampling.BICUBIC))
+        expected = pipeline.prepare_image_latents(pixels, 1, 1, torch.float32, CPU, do_classifier_free_guidance=False)
+        torch.testing.assert_close(torch.from_numpy(latents[0][n]).float(), expected[0], **HALF)
+
+
+def test_sdxls_own_vae_encodes_in_half_precision_if_told_to(
+    sdxl: Path, data: Path, tmp_path: Path, encode: Encode
+) -> None:
+    """`--vae_precision` needs no other VAE beside it; the latents are those of float32 up to its rounding."""
+    arrays = []
+    for precision in ("no", "bf16"):
+        encode(sdxl, data, tmp_path / precision, vae_precision=precision, max_train_samples=2)
+        arrays.append(np.asarray(Cache.open(tmp_path / precision).arrays("images")["original"][:2], np.float32))
+    assert not np.array_equal(*arrays)
+    np.testing.assert_allclose(*arrays, atol=0.05)
+
+
+ALONE = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+for folder in sys.argv[1:]:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    options = {"num_inference_steps": 3, "image_guidance_scale": 1.4, "guidance_scale": 6.0}
+    image, generator = Image.open(f"{folder}/../in.png").convert("RGB"), torch.Generator().manual_seed(5)
+    pipeline("make it green", image=image, generator=generator, **options).images[0].save(f"{folder}/alone.png")
+assert not [name for name in sys.modules if name.split(".")[0] == "ip2p"]
+"""
+
+
+def test_diffusers_alone_edits_as_the_command_does_after_training_on_the_embedded_pictures(
+    sd: Path, sd2: Path, sdxl: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same three commands for each family; the saved folder needs nothing of ip2p for the very same picture."""
+    monkeypatch.setattr(emoji, "TRAIN", {"color": 8})
+    monkeypatch.setattr(emoji, "TEST", {"color": 2})
+    emoji.build(tmp_path / "emoji", size=32)
+    tiny.picture(3, (16, 16)).save(tmp_path / "in.png")
+    settings = {"num_inference_steps": 3, "image_guidance_scale": 1.4, "guidance_scale": 6.0, "seed": 5}
+    outs = [tmp_path / "sd", tmp_path / "sd2", tmp_path / "sdxl"]
+    for model, out in zip((sd, sd2, sdxl), outs, strict=True):
+        encode(model, tmp_path / "emoji", cache := tmp_path / f"{out.name}-cache", random_flip=True)
+        train(flags(model, cache, out, max_train_steps=3, learning_rate=1e-2))
+        files = {"model": out, "image": tmp_path / "in.png", "output": out / "edited.png"}
+        assert infer(tiny.arguments({"prompt": "make it green", **files, **settings})) == 0
+    done = subprocess.run([sys.executable, "-c", ALONE, *map(str, outs)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pictures = [[np.asarray(Image.open(out / f"{name}.png")) for name in ("edited", "alone")] for out in outs]
+    for edited, alone in pictures:
+        assert np.array_equal(edited, alone)
+    assert not np.array_equal(pictures[0][0], pictures[1][0])

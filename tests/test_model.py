@@ -1,6 +1,7 @@
 """Tests of train/model.py: the UNet before the first step."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import tiny
-from ip2p.encode.checkpoint import Checkpoint
+from ip2p.encode.cache import Cache
+from ip2p.encode.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.errors import ModelError
 from ip2p.train.config import TrainConfig
 from ip2p.train.model import load_unet, widen
 
 
 def config(model: Path) -> TrainConfig:
-    return TrainConfig(str(model), cache=Path("cache"), output_dir=Path("out"))
+    return TrainConfig(str(model), cache=(Path("cache"),), output_dir=Path("out"))
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
@@ -45,6 +47,27 @@ def test_widening_copies_the_bias_and_updates_the_configuration(sd: Path) -> Non
     assert torch.equal(wide.conv_in.weight[:, :4], base.conv_in.weight)
     assert not wide.conv_in.weight[:, 4:].any()
     assert wide.config["in_channels"] == 8
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument")  # diffusers still gives it
+def test_a_revision_is_that_of_every_part(
+    sd: Path, data: Path, cache: Path, tmp_path: Path, encode: Callable[..., None]
+) -> None:
+    """On the Hub, `--revision` decides on all that is encoded and trained, `--non_ema_revision` on the UNet alone."""
+    hub, hashes = tmp_path / "hub", {"main": "1" * 40, "other": "2" * 40}
+    other = tiny.checkpoint(tmp_path / "other", seed=1)
+    for branch, model in (("main", sd), ("other", other)):  # as huggingface_hub keeps a model that it has downloaded
+        shutil.copytree(model, hub / "models--someone--tiny" / "snapshots" / hashes[branch])
+        (hub / "models--someone--tiny" / "refs").mkdir(exist_ok=True)
+        (hub / "models--someone--tiny" / "refs" / branch).write_text(hashes[branch])
+    found = find_checkpoint("someone/tiny", revision="other", cache_dir=hub)
+    assert found.identity() == Checkpoint(other).identity() != Checkpoint(sd).identity()
+    encode("someone/tiny", data, tmp_path / "cache", revision="other", cache_dir=hub, max_train_samples=1)
+    assert Cache.open(tmp_path / "cache").manifest["identity"] == found.identity()
+    for non_ema, expected in ((None, other), ("main", sd)):
+        flags = TrainConfig("someone/tiny", (cache,), tmp_path, "other", non_ema_revision=non_ema, cache_dir=hub)
+        loaded, base = load_unet(flags, found), UNet2DConditionModel.from_pretrained(expected, subfolder="unet")
+        assert torch.equal(loaded.conv_out.weight, base.conv_out.weight)
 
 
 def test_an_8_channel_base_is_continued_unchanged(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tests of train/objective.py: what training computes."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,10 +178,15 @@ def test_noising_is_float32_even_when_the_unet_is_not(unet: UNet2DConditionModel
     assert value.dtype == torch.float32
 
 
+def test_guidance_is_trained_unless_it_is_switched_off() -> None:
+    """Without a word each condition is dropped with the probability of the paper; diffusers' scripts drop none."""
+    assert TrainConfig("model", (Path("cache"),), Path("out")).dropout == EVEN
+
+
 @pytest.mark.parametrize(("given", "bands"), [((0.1,), (0.1, 0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3))])
 def test_one_probability_stands_for_three(given: tuple[float, ...], bands: tuple[float, float, float]) -> None:
     """`--conditioning_dropout_prob` takes one number, or one for text alone, both, image alone."""
-    config = TrainConfig("model", cache="cache", output_dir="out", conditioning_dropout_prob=given)  # type: ignore[arg-type]
+    config = TrainConfig("model", (Path("cache"),), Path("out"), conditioning_dropout_prob=given)
     assert config.dropout == bands
 
 

@@ -12,7 +12,7 @@ import tiny
 from ip2p.encode import cache as cache_module
 from ip2p.encode.cache import Cache, file_record, shard_rows, write_record
 from ip2p.encode.errors import CacheError
-from ip2p.encode.reader import Reader
+from ip2p.encode.reader import Reader, Shard
 
 Encode = Callable[..., None]
 
@@ -128,3 +128,21 @@ def test_shards_keep_to_their_limits(kind: str, shapes: list[tuple[int, ...]], e
     for shape in shapes:
         assert rows * 2 * np.prod(shape) <= 32 * 2**20
         assert rows * 2 * np.prod(shape) % 4096 == 0
+
+
+def test_arrays_of_several_caches_are_mapped_and_not_copied(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of whole pages stay where they are, in the second cache and the second view as well."""
+
+    def copied(_: object, shards: list[Shard]) -> None:
+        pytest.fail(f"{shards[0].path} is copied")
+
+    monkeypatch.setattr("ip2p.encode.reader.MappedArray._copy", copied)
+    alone, twice = Reader(Cache.open(cache)), Reader(Cache.open(cache), Cache.open(cache))
+    (_, second), (_, text) = twice.first_rows["images"], twice.first_rows["text"]
+    rows, views, texts = np.arange(8), np.arange(8) % 2, np.arange(8) % 3
+    shapes = {name: (8, *array.row_shape) for name, array in alone.arrays.items()}
+    one, other = ({name: np.empty(shape, np.float16) for name, shape in shapes.items()} for _ in range(2))
+    alone.take(one, rows, views, texts)
+    twice.take(other, rows + second, views, texts + text)
+    for name in shapes:
+        assert np.array_equal(one[name], other[name])

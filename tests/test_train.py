@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -24,6 +24,7 @@ from ip2p.train.__main__ import main
 from ip2p.train.checkpoint import find
 from ip2p.train.metrics import Metrics
 from ip2p.train.objective import Batch, Draws, Objective
+from ip2p.train.validate import Validation
 
 FLAGS = {
     "train_batch_size": 2,
@@ -36,7 +37,8 @@ FLAGS = {
 }
 
 
-def flags(model: Path, cache: Path, output: Path, **changed: object) -> list[str]:
+def flags(model: Path, cache: Path | tuple[Path, ...], output: Path, **changed: object) -> list[str]:
+    """The command line of a run; `changed` flags come on top of those above."""
     paths = {"pretrained_model_name_or_path": model, "cache": cache, "output_dir": output}
     return tiny.arguments(paths | FLAGS | changed)
 
@@ -217,29 +219,6 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(sd: Pat
     assert metrics["loss"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_exactly(
-    sd: Path, cache: Path, straight: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    """Stopped during step 7, resumed, and equal to the undisturbed run bit for bit."""
-
-    def stop(self: Metrics, step: int, *rest: object, original: Callable[..., None] = Metrics.step) -> None:
-        if step == 7:
-            signal.raise_signal(number)
-        original(self, step, *rest)
-
-    arguments = flags(sd, cache, tmp_path, checkpointing_steps=9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "step", stop)
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-    assert stopped.value.code == 128 + number
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-7"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main([*arguments, "--resume_from_checkpoint", "auto"])
-    assert_same(states(tmp_path / "checkpoint-20"), states(straight / "checkpoint-20"))
-
-
 def test_a_full_disk_at_a_checkpoint_leaves_the_previous_one(
     sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,19 +245,32 @@ def living_models() -> dict[int, str]:
 
 
 def test_no_vae_and_no_text_encoder_live_while_training(sd: Path, cache: Path, tmp_path: Path) -> None:
-    """At every step the only model that the run keeps in memory is the UNet."""
-    seen: set[str] = set()
+    """At every step the only model that the run keeps in memory is the UNet; validation brings the others and goes."""
     gc.collect()
     others = living_models()
+    training: list[set[str]] = []
+    validating: list[set[str]] = []
 
-    def spy(self: Metrics, step: int, *rest: object, original: Callable[..., None] = Metrics.step) -> None:
-        seen.update(name for number, name in living_models().items() if number not in others)
-        original(self, step, *rest)  # type: ignore[arg-type]
+    def names() -> set[str]:
+        return {name for number, name in living_models().items() if number not in others}
 
+    def step(self: Metrics, *rest: Any, original: Callable[..., None] = Metrics.step) -> None:
+        training.append(names())
+        original(self, *rest)
+
+    def look(self: Validation, pipeline: Any, original: Any = Validation.held_out_pictures) -> Any:
+        validating.append(names())
+        return original(self, pipeline)
+
+    looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "step", spy)
-        main(flags(sd, cache, tmp_path / "out", max_train_steps=2))
-    assert seen == {"UNet2DConditionModel", "Transformer2DModel"}  # the second is a part of the first
+        patch.setattr(Metrics, "step", step)
+        patch.setattr(Validation, "held_out_pictures", look)
+        main(flags(sd, cache, tmp_path / "out", max_train_steps=5, **looked_at))
+    unet = {"UNet2DConditionModel", "Transformer2DModel"}  # the second is a part of the first
+    assert training == [unet] * 5
+    assert len(validating) == 3
+    assert all({"AutoencoderKL", "CLIPTextModel"} <= found for found in validating)
 
 
 ALONE = """
@@ -319,6 +311,24 @@ def test_the_saved_configuration_starts_the_same_run(straight: Path, tmp_path: P
     """`--config train.yaml` stands for all flags it holds; later flags win."""
     main(["--config", str(straight / "train.yaml"), "--output_dir", str(tmp_path / "again")])
     assert_same(load_file(unet_file(tmp_path / "again")), load_file(unet_file(straight)))
+
+
+def test_a_run_without_a_seed_draws_one_that_repeats_it(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """It stands in the saved configuration; the next run draws another."""
+    for name in ("one", "other"):
+        main(flags(sd, cache, tmp_path / name, seed=None, max_train_steps=2))
+    main(["--config", str(tmp_path / "one" / "train.yaml"), "--output_dir", str(tmp_path / "again")])
+    seeds = [yaml.safe_load((tmp_path / name / "train.yaml").read_text())["seed"] for name in ("one", "other", "again")]
+    assert seeds[0] == seeds[2] != seeds[1]
+    one, other, again = (load_file(unet_file(tmp_path / name)) for name in ("one", "other", "again"))
+    assert_same(one, again)
+    assert not torch.equal(one["conv_in.weight"], other["conv_in.weight"])
+
+
+def test_epochs_are_counted_in_samples(sd: Path, cache: Path, tmp_path: Path) -> None:
+    """Three passes over ten samples in steps of four are eight steps: the last one reaches into a fourth pass."""
+    main(flags(sd, cache, tmp_path, max_train_steps=None, num_train_epochs=3, train_batch_size=4))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "v_prediction"])

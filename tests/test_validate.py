@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
 from ip2p.encode.cache import Cache
+from ip2p.encode.errors import SettingsError
+from ip2p.train import validate
 from ip2p.train.__main__ import main
-from ip2p.train.data import Samples
+from ip2p.train.samples import Samples
 from ip2p.train.validate import BANDS, hold_out
 from test_train import assert_same, flags, states, unet_file
 
@@ -59,6 +63,34 @@ def test_pictures_are_drawn_to_a_sheet(watched: Path) -> None:
     with Image.open(watched / "validation" / names[0]) as sheet:
         assert len(sheet.getcolors(2**24) or []) > 100
     assert any((watched / "logs").rglob("events.out.tfevents*"))
+
+
+def test_pictures_are_drawn_once_at_each_validation_and_on_the_main_process_alone(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many batches a step has; other processes have nothing to load and draw."""
+    loaded: list[int] = []
+
+    def spy(*arguments: Any, original: Callable[..., Any] = validate.make_pipeline) -> Any:
+        loaded.append(len(arguments))
+        return original(*arguments)
+
+    monkeypatch.setattr(validate, "make_pipeline", spy)
+    changed = WATCHED | {"gradient_accumulation_steps": 3, "num_validation_images": 1}
+    main(flags(sd, cache, tmp_path / "main", **changed))
+    assert len(loaded) == 2
+    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "other").mkdir()
+    main(flags(sd, cache, tmp_path / "other", **changed))
+    assert len(loaded) == 2
+    assert not (tmp_path / "other" / "validation").exists()
+
+
+def test_holding_out_everything_is_refused(cache: Path) -> None:
+    """There must be something left to train on."""
+    with pytest.raises(SettingsError, match=r"--num_validation_samples 10: .* all of the 10 samples"):
+        hold_out(Samples.of(Cache.open(cache), None), 10)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])

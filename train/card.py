@@ -1,7 +1,7 @@
 """The model card of a finished run, and its way to the Hub."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..encode.cache import Cache
 from ..encode.errors import TrainError
-from ..encode.settings import dump
 from .config import TrainConfig
 
 TEXT = """---
@@ -48,9 +47,9 @@ pipeline("make it snowy", image, num_inference_steps=20, image_guidance_scale=1.
 """
 
 
-def write_card(config: TrainConfig, cache: Cache, steps: int, seen: int) -> None:
+def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: int) -> None:
     """Write README.md into the output folder: data, cache identity, settings, losses, pictures."""
-    manifest = cache.manifest
+    manifest = caches[0].manifest  # the others agree with it in all that is not summed up here
     index = json.loads((config.output_dir / "model_index.json").read_text(encoding="utf-8"))
     header = ModelCardData(
         base_model=config.pretrained_model_name_or_path,
@@ -67,16 +66,16 @@ def write_card(config: TrainConfig, cache: Cache, steps: int, seen: int) -> None
         base=config.pretrained_model_name_or_path,
         pipeline=index["_class_name"],
         pictures=f"\n![Validation pictures](validation/{drawn[-1].name})\n" if drawn else "",
-        samples=manifest["counts"]["ok"],
-        datasets=manifest["dataset"]["name"],
+        samples=sum(cache.manifest["counts"]["ok"] for cache in caches),
+        datasets=" and ".join(dict.fromkeys(cache.manifest["dataset"]["name"] for cache in caches)),
         resolution=manifest["encoding"]["resolution"],
         resize_mode=manifest["encoding"]["resize_mode"],
-        views=", ".join(manifest["views"]),
+        views=", ".join(dict.fromkeys(view for cache in caches for view in cache.views)),
         steps=steps,
         seen=seen,
         identity=table(manifest["identity"]),
         losses=last_losses(config.output_dir / "metrics.jsonl"),
-        settings="| flag | value |\n|---|---|\n" + table(dump(config)),
+        settings="| flag | value |\n|---|---|\n" + table(config.dump()),
     )
     ModelCard(text).save(config.output_dir / "README.md")
 

@@ -1,11 +1,13 @@
 """The flags of `ip2p-train`."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
 from ..encode.config import PER_SAMPLE, EncodeConfig
 from ..encode.errors import SettingsError
+from ..encode.settings import dump
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,8 @@ class TrainConfig:
     pretrained_model_name_or_path: str
     """Stable Diffusion to start from, the one that the cache was encoded with: a Hub id, a folder or a .safetensors
     file. A base with 4 input channels is widened to 8; one that has 8 already is continued."""
-    cache: Path
-    """Cache folder, written by ip2p-encode."""
+    cache: tuple[Path, ...]
+    """Cache folder, written by ip2p-encode; or several that the same model encoded, to be trained on together."""
     output_dir: Path
     """Where checkpoints, logs and the finished pipeline go."""
     revision: str | None = None
@@ -33,8 +35,10 @@ class TrainConfig:
     """Where huggingface_hub keeps downloads."""
     verify_cache: bool = False
     """Check every byte of the cache before training, as `ip2p-cache verify` does."""
+    cache_weights: tuple[float, ...] = ()
+    """Shares of the caches in an epoch, such as 3 1. Default: an epoch holds every sample of all of them once."""
     max_train_samples: int | None = None
-    """Use only this many samples of the cache, from the first on."""
+    """Use only this many samples of each cache, from the first on."""
     sample_by: Literal["sample", "prompt"] = "sample"
     """`prompt` draws a prompt and then one of its samples, as the original project does; `sample` takes each once."""
     seed: int | None = None
@@ -145,6 +149,14 @@ class TrainConfig:
             "num_validation_samples",
         ):
             self._at_least(0, name)
+        if not self.cache:
+            raise SettingsError("--cache: expected at least one cache folder")
+        weights = self.cache_weights
+        if weights and (len(weights) != len(self.cache) or not all(0 < weight < math.inf for weight in weights)):
+            raise SettingsError(
+                f"--cache_weights {' '.join(map(str, weights))}: expected one number above 0 for each --cache "
+                f"({' '.join(map(str, self.cache))})"
+            )
         if not 0 <= self.ema_decay <= 1:
             raise SettingsError(f"--ema_decay {self.ema_decay}: expected a number from 0 to 1")
         dropout = self.conditioning_dropout_prob
@@ -158,6 +170,11 @@ class TrainConfig:
         value = getattr(self, name)
         if value is not None and value < least:
             raise SettingsError(f"--{name} {value}: expected {least} or more")
+
+    def dump(self) -> dict[str, object]:
+        """The resolved configuration as plain values, without secrets; a single cache is one value, not a list."""
+        caches = [str(folder) for folder in self.cache]
+        return dump(self) | {"cache": caches[0] if len(caches) == 1 else caches}
 
     @property
     def validation_image(self) -> str | None:

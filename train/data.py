@@ -1,8 +1,8 @@
-"""Batches on the device: which samples come when, gathered from the cache by one background thread.
+"""Batches on the device, gathered from the cache by one background thread.
 
-The samples of all epochs form one endless sequence, each epoch a permutation of the dataset, and every step takes
-the next `batch size x processes x accumulation` of it. So no batch is ever partial, and a run that is resumed on
-another number of processes goes on where it stopped: nothing in the epoch is lost or repeated.
+The samples of all epochs form one endless sequence, and every step takes the next `batch size x processes x
+accumulation` of it. So no batch is ever partial, and a run that is resumed on another number of processes goes on
+where it stopped: nothing in the epoch is lost or repeated.
 """
 
 import itertools
@@ -11,121 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..encode.cache import Cache
 from ..encode.errors import CacheError
-from ..encode.images import View
 from ..encode.planner import NULL_PROMPT, text_key
 from ..encode.reader import Reader
 from .objective import Batch, Null
+from .order import Order
+from .samples import Samples
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance
 RING = 3  # batches in memory: one in use, one ready, one being gathered
-
-
-class Samples(NamedTuple):
-    """The samples of a cache as columns."""
-
-    rows: np.ndarray  # (N,)
-    text_rows: np.ndarray  # (N,)
-    views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
-    time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
-    groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
-    numbers: np.ndarray  # (N,) where the cache's samples table has them
-
-    def select(self, which: np.ndarray) -> "Samples":
-        """Some of the samples, by mask or number."""
-        return Samples(*(column[which] for column in self))
-
-    def prompts(self) -> np.ndarray:
-        """The prompt of each sample, numbered from 0 without gaps, (N,)."""
-        return np.unique(self.groups, return_inverse=True)[1]
-
-    def instructions(self, cache: Cache, count: int) -> list[str]:
-        """The instructions of the first `count` samples."""
-        return cache.samples()["instruction"].take(self.numbers[:count]).to_pylist()
-
-    @classmethod
-    def of(cls, cache: Cache, limit: int | None) -> "Samples":
-        """All samples that are encoded, in the order of the dataset.
-
-        Raises:
-            CacheError: the encode was not finished, or no sample is usable.
-        """
-        table = cache.samples()
-        status = table["status"].to_numpy(zero_copy_only=False)
-        if pending := int((status == "pending").sum()):
-            raise CacheError(
-                f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
-                "run the same ip2p-encode again"
-            )
-        numbers = np.flatnonzero(status == "ok")[:limit]
-        table = table.take(numbers)
-        if len(table) == 0:
-            raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
-        side = cache.manifest["encoding"]["resolution"]
-        views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
-        unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
-        shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
-        sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
-        sizes += [
-            table[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("crop_top", "crop_left")
-        ]
-        sizes = [np.broadcast_to(size, shape) for size in (*sizes, side, side)]
-        time_ids = np.stack(sizes, axis=2).astype(np.float32)
-        text_rows = table["text_row"].to_numpy()
-        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
-        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
-        groups = np.unique(names, return_inverse=True)[1]
-        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, numbers)
-
-
-class Order:
-    """Which sample, and which view of it, stands at each position of the endless sequence.
-
-    Args:
-        samples: how many there are.
-        views: of each sample.
-        seed: decides everything, with the position.
-        groups: (N,) numbers of prompts, to draw a prompt first and then one of its samples, as the original project
-            does; so the samples of a prompt that has many come more seldom. Without it each sample comes once.
-    """
-
-    def __init__(self, samples: int, views: int, seed: int, groups: np.ndarray | None = None):
-        self.samples, self.views, self.seed = samples, views, seed
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._members = None if groups is None else np.argsort(groups, kind="stable")
-        self._sizes = np.zeros(0, np.int64) if groups is None else np.bincount(groups)
-
-    def __call__(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample numbers and views at positions `start` to `start + count`, (count,) each."""
-        epochs, places = np.divmod(np.arange(start, start + count), self.samples)
-        numbers, views = np.empty_like(places), np.empty_like(places)
-        for epoch in range(epochs[0], epochs[-1] + 1):
-            here = epochs == epoch
-            order, coins = self._epoch(epoch)
-            numbers[here], views[here] = order[places[here]], coins[places[here]]
-        return numbers, views
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        if epoch not in self._epochs:
-            self._epochs = {known: value for known, value in self._epochs.items() if known >= epoch - 1}
-            rng = np.random.default_rng([self.seed, epoch])
-            order = rng.permutation(self.samples) if self._members is None else self._by_prompt(rng, self._members)
-            self._epochs[epoch] = order, rng.integers(0, self.views, self.samples)
-        return self._epochs[epoch]
-
-    def _by_prompt(self, rng: np.random.Generator, members: np.ndarray) -> np.ndarray:
-        """As many positions as there are samples: all prompts in random order, again and again."""
-        prompts = len(self._sizes)
-        rounds = [rng.permutation(prompts) for _ in range(-(-self.samples // prompts))]
-        drawn = np.concatenate(rounds)[: self.samples]
-        first = self._sizes.cumsum() - self._sizes
-        return members[first[drawn] + rng.integers(0, self._sizes[drawn])]
 
 
 def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:

@@ -10,24 +10,25 @@ from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from ..encode.cache import Cache
 from ..encode.errors import SettingsError, TrainError
 from ..encode.reader import Reader
 from .card import push, write_card
 from .checkpoint import Progress, export, find, resume, save
 from .config import TrainConfig
-from .data import Batches, Order, Samples, null_conditioning
+from .data import Batches, null_conditioning
 from .interrupt import Interrupt
 from .metrics import Metrics
 from .model import load_unet
 from .objective import Objective
+from .order import make_order
+from .samples import Samples
 from .setup import (
     agreed_seed,
     base_checkpoint,
-    check_every_byte,
     make_accelerator,
     make_optimizer,
     noise_scheduler,
+    open_caches,
     save_config,
 )
 from .validate import Validation, hold_out
@@ -52,24 +53,22 @@ def train(config: TrainConfig) -> None:
 def _train(config: TrainConfig) -> None:
     # What is trained, and on what.
     accelerator = make_accelerator(config)
-    cache = Cache.open(config.cache)
-    cache.check_files()
-    if config.verify_cache:
-        check_every_byte(cache, accelerator)
-    checkpoint = base_checkpoint(config, cache, accelerator)
-    reader = Reader(cache)
-    samples = Samples.of(cache, config.max_train_samples)
+    caches = open_caches(config, accelerator)
+    manifest = caches[0].manifest  # how all of them were encoded
+    checkpoint = base_checkpoint(config, caches[0], accelerator)
+    reader = Reader(*caches)
+    samples = Samples.of_all(reader, config.max_train_samples)
     reader.require(samples.rows, samples.text_rows)
     samples, held_out = hold_out(samples, config.num_validation_samples)
     objective = Objective(
         noise_scheduler(config, checkpoint),
-        null_conditioning(cache, reader, accelerator.device),
+        null_conditioning(caches[0], reader, accelerator.device),
         checkpoint.scaling_factor,
         config.dropout,
         config.snr_gamma,
         config.noise_offset,
     )
-    validation = Validation(config, accelerator, cache, checkpoint, reader, objective, held_out)
+    validation = Validation(config, accelerator, checkpoint, reader, objective, held_out)
 
     # What changes while it trains.
     unet = load_unet(config, checkpoint)
@@ -82,7 +81,7 @@ def _train(config: TrainConfig) -> None:
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    progress = Progress(cache.manifest["identity"] | cache.manifest["encoding"], agreed_seed(config))
+    progress = Progress(manifest["identity"] | manifest["encoding"], agreed_seed(config))
     accelerator.register_for_checkpointing(progress, lr_scheduler)
     ema = make_ema(config, unet, accelerator)
 
@@ -96,12 +95,7 @@ def _train(config: TrainConfig) -> None:
     batches = Batches(
         reader,
         samples,
-        Order(
-            len(samples.rows),
-            len(cache.views),
-            progress.seed,
-            samples.prompts() if config.sample_by == "prompt" else None,
-        ),
+        make_order(config, samples, progress.seed),
         accelerator.device,
         batch_size=size,
         start=progress.samples + rank * size,
@@ -144,9 +138,8 @@ def _train(config: TrainConfig) -> None:
         result: Any = accelerator.unwrap_model(unet)
         if ema:
             ema.copy_to(result.parameters())
-        resolution = cache.manifest["encoding"]["resolution"]
-        export(result, objective.scheduler, checkpoint, resolution, config.output_dir)
-        write_card(config, cache, progress.step, progress.samples)
+        export(result, objective.scheduler, checkpoint, manifest["encoding"]["resolution"], config.output_dir)
+        write_card(config, caches, progress.step, progress.samples)
         print(f"saved the pipeline in {config.output_dir}: try `ip2p-infer --model {config.output_dir} …`")
         if config.push_to_hub:
             print(f"uploaded to {push(config)}")

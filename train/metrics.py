@@ -1,6 +1,7 @@
 """What a run tells while it trains: a progress bar, metrics.jsonl, and accelerate's trackers."""
 
 import json
+import resource
 import time
 from pathlib import Path
 
@@ -58,14 +59,14 @@ class Metrics:
             "samples_per_second": self.samples / seconds,
             "waiting_for_data": (waited - self.waited) / seconds,
             "skipped_steps": int(skipped),
+            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
         }
-        if self.accelerator.device.type == "cuda":
-            shown["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.losses, self.samples, self.waited, self.since = [], 0, waited, time.perf_counter()
         self.write(step, shown)
         self.bar.set_postfix_str(
             f"loss {self.last_loss:.4f}, lr {lr:.1e}, {shown['samples_per_second']:.1f} samples/s, "
-            f"waiting for data {shown['waiting_for_data']:.1%}" + (f", {skipped:.0f} skipped" if skipped else "")
+            f"waiting for data {shown['waiting_for_data']:.1%}, {shown['memory_gib']:.1f} GiB"
+            + (f", {skipped:.0f} skipped" if skipped else "")
         )
         if in_a_row >= PATIENCE:
             raise TrainError(
@@ -87,3 +88,10 @@ class Metrics:
     def close(self) -> None:
         """Close the bar."""
         self.bar.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that the GPU has held for this process, or without one that the process has held itself."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB

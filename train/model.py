@@ -20,7 +20,12 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
         place, revision = config.pretrained_model_name_or_path, config.non_ema_revision
     try:
         unet = UNet2DConditionModel.from_pretrained(
-            place, subfolder="unet", revision=revision, variant=config.variant, dtype=torch.float32
+            place,
+            subfolder="unet",
+            revision=revision,
+            variant=config.variant,
+            cache_dir=config.cache_dir,
+            dtype=torch.float32,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{place} holds no UNet: {str(error).strip().splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""What a training run is made of: devices, base model, noise schedule, optimizer, seed."""
+"""What a training run is made of: devices, caches, base model, noise schedule, optimizer, seed."""
 
 import secrets
 from pathlib import Path
@@ -14,7 +14,6 @@ from ..encode.cache import Cache
 from ..encode.checkpoint import Checkpoint, find_checkpoint
 from ..encode.errors import CacheError, CacheMismatch, ModelError, SettingsError
 from ..encode.manifest import differences
-from ..encode.settings import dump
 from ..encode.verify import verify
 from .config import TrainConfig
 
@@ -30,6 +29,28 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
     except ValueError as error:
         raise SettingsError(f"{error} (--mixed_precision {config.mixed_precision}, --report_to {tracker})") from None
+
+
+def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
+    """Open the caches, check their files, and make sure that they were encoded alike.
+
+    Raises:
+        CacheError: one is missing or damaged.
+        CacheMismatch: two of them were encoded differently; the message says where they differ.
+    """
+    caches = [Cache.open(folder) for folder in config.cache]
+    for cache in caches:
+        cache.check_files()
+        names = f"in {caches[0].folder}", f"in {cache.folder}"
+        if different := differences(caches[0].manifest, cache.manifest, ("identity", "encoding"), names):
+            raise CacheMismatch(
+                f"{cache.folder} was encoded otherwise than {caches[0].folder}, and one run cannot train on both: "
+                "leave one out, or run ip2p-encode for its dataset as for the other, into another --cache\n"
+                + "\n".join(different)
+            )
+        if config.verify_cache:
+            check_every_byte(cache, accelerator)
+    return caches
 
 
 def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
@@ -118,6 +139,6 @@ def agreed_seed(config: TrainConfig) -> int:
 def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:
     """Keep the resolved configuration beside the results, where `--config` can read it, and tell the trackers."""
     if accelerator.is_main_process:
-        settings = dump(config) | {"seed": seed}
+        settings = config.dump() | {"seed": seed}
         Path(config.output_dir, "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         accelerator.init_trackers("ip2p", {name: str(value) for name, value in settings.items()})

@@ -17,7 +17,6 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import load_image
 from PIL import Image
 
-from ..encode.cache import Cache
 from ..encode.checkpoint import Checkpoint
 from ..encode.errors import SettingsError
 from ..encode.reader import Reader
@@ -25,9 +24,10 @@ from ..infer.edit import Editor
 from ..infer.sheet import contact_sheet
 from .checkpoint import make_pipeline
 from .config import TrainConfig
-from .data import Samples, gather
+from .data import gather
 from .metrics import Metrics
 from .objective import Objective
+from .samples import Samples
 
 BANDS = 4  # of timesteps, for which the loss is reported separately
 SEED = 0
@@ -36,10 +36,17 @@ SEED = 0
 def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
     """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
 
-    Which they are depends on their rows alone: the same ones after the dataset has grown by a little.
+    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a
+    little, and held out of every cache that holds them.
+
+    Raises:
+        SettingsError: nothing is left to train on.
     """
-    scattered = samples.rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing
-    chosen = np.isin(samples.rows, samples.rows[np.argsort(scattered)[:count]])
+    chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
+    if chosen.all():
+        raise SettingsError(
+            f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples, hold out fewer"
+        )
     return samples.select(~chosen), samples.select(chosen)
 
 
@@ -50,13 +57,12 @@ class Validation:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        cache: Cache,
         checkpoint: Checkpoint,
         reader: Reader,
         objective: Objective,
         held_out: Samples,
     ):
-        self.config, self.accelerator, self.cache, self.checkpoint = config, accelerator, cache, checkpoint
+        self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
         self.reader, self.objective, self.held_out = reader, objective, held_out
         self.picture = open_picture(config) if config.validation_image else None
 
@@ -128,15 +134,18 @@ class Validation:
             torch.cuda.empty_cache()
 
     def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
-        """Instruction, original and target of some held-out samples; the pictures decoded from the cache."""
-        count = min(self.config.num_validation_images, len(self.held_out.rows))
+        """Instruction, original and target of held-out samples from all over; the pictures decoded from the cache."""
+        there = len(self.held_out.rows)
+        count = min(self.config.num_validation_images, there)
         if not count:
             return
-        batch = gather(self.reader, self.held_out, np.arange(count), self.accelerator.device)
+        numbers = np.arange(count) * there // count
+        batch = gather(self.reader, self.held_out, numbers, self.accelerator.device)
         decode, to_pictures = pipeline.vae.decode, pipeline.image_processor.postprocess
         originals = to_pictures(decode(batch.original.float()).sample)
         targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
-        yield from zip(self.held_out.instructions(self.cache, count), originals, targets, strict=True)
+        instructions = self.held_out.select(numbers).instructions(self.reader.caches)
+        yield from zip(instructions, originals, targets, strict=True)
 
 
 @contextlib.contextmanager

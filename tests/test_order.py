@@ -1,0 +1,167 @@
+"""Tests of train/order.py: which samples come when."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ip2p.encode.errors import SettingsError
+from ip2p.train.config import TrainConfig
+from ip2p.train.order import Mix, Order, make_order
+from ip2p.train.samples import Samples
+
+
+def positions(order: Order, start: int, count: int) -> list[int]:
+    """Sample numbers at positions."""
+    return order(start, count)[0].tolist()
+
+
+def test_each_epoch_is_a_permutation_and_epochs_differ() -> None:
+    """Every sample comes once in each epoch, also where a batch reaches over the end of one."""
+    order = Order(10, 1, seed=1)
+    stream = [number for start in range(0, 40, 4) for number in positions(order, start, 4)]
+    epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    """Asking in other pieces, or backwards, gives the same sequence; another seed gives another."""
+    reference = positions(Order(7, 2, seed=3), 0, 21)
+    order = Order(7, 2, seed=3)
+    assert [positions(order, start, 1)[0] for start in reversed(range(21))] == reference[::-1]
+    assert positions(Order(7, 2, seed=4), 0, 21) != reference
+
+
+@pytest.mark.parametrize("split", [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_processes_goes_on_without_losing_or_repeating_a_sample(split: tuple[int, int]) -> None:
+    """5 steps on some processes and the rest on others together make whole epochs."""
+    order, seen, position, size = Order(60, 1, seed=5), [], 0, 2
+    for processes, steps in ((split[0], 5), (split[1], 30)):
+        for _ in range(steps):
+            for rank in range(processes):
+                seen += positions(order, position + rank * size, size)
+            position += processes * size
+    assert sorted(seen[:60]) == list(range(60))
+
+
+def test_sampling_by_prompt_draws_prompts_evenly_and_their_samples_at_random() -> None:
+    """A prompt with nine samples comes as often as one with a single sample, and all nine come."""
+    groups = np.array([0, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    order = Order(10, 1, 3, groups)
+    stream = positions(order, 0, 4000)
+    assert stream.count(0) == 2000
+    counts = np.bincount(stream, minlength=10)[1:]
+    assert counts.min() > 170
+    assert counts.max() < 280
+    assert positions(Order(10, 1, 3, groups), 25, 9) == stream[25:34]
+
+
+def test_each_sample_tosses_its_own_coin_for_the_view() -> None:
+    """With two views about half of a batch is flipped, not all or nothing, and epochs differ."""
+    _, views = Order(1000, 2, seed=1)(0, 2000)
+    assert 0.45 < views[:1000].mean() < 0.55
+    assert not np.array_equal(views[:1000], views[1000:])
+    assert Order(10, 1, seed=1)(0, 20)[1].tolist() == [0] * 20
+
+
+def test_a_mix_holds_the_share_of_each_cache_scattered_over_the_epoch() -> None:
+    """The shares are exact in every epoch, come as often early as late in it, and each coin stays with its cache."""
+    mix = Mix([Order(20, 2, 1, stream=1), Order(10, 1, 1, stream=2)], [6, 24], seed=1)
+    numbers, views = (part.reshape(100, 30) for part in mix(0, 3000))
+    of_first = numbers < 20
+    assert mix.samples == 30
+    assert (of_first.sum(axis=1) == 6).all()
+    assert of_first[:, :15].mean() == pytest.approx(0.2, abs=0.03)
+    assert views[of_first].mean() == pytest.approx(0.5, abs=0.1)
+    assert not views[~of_first].any()
+
+
+@pytest.mark.parametrize(("sizes", "shares"), [((20, 10), (6, 24)), ((7, 30, 5), (21, 14, 7)), ((3, 50), (30, 23))])
+def test_nothing_of_a_cache_comes_again_before_all_of_it_has_come(sizes: tuple[int, ...], shares: list[int]) -> None:
+    """What is drawn from each cache is a sequence of permutations, over the ends of epochs and several in one."""
+    mix = Mix([Order(size, 1, 4, stream=n + 1) for n, size in enumerate(sizes)], shares, seed=4)
+    stream, first = np.array(positions(mix, 0, 40 * sum(shares))), 0
+    for size in sizes:
+        mine = stream[(stream >= first) & (stream < first + size)] - first
+        passes = mine[: len(mine) // size * size].reshape(-1, size)
+        assert len(passes) > 4
+        assert (np.sort(passes) == np.arange(size)).all()
+        assert len(np.unique(passes, axis=0)) > 4
+        first += size
+
+
+def test_a_mix_is_a_function_of_seed_and_position() -> None:
+    """Asked in other pieces, or backwards, it is the same sequence: resuming is exact on any number of devices."""
+
+    def mix(seed: int) -> Mix:
+        return Mix([Order(20, 4, seed, stream=1), Order(10, 4, seed, stream=2)], [10, 20], seed)
+
+    numbers, views = mix(3)(0, 200)
+    again = mix(3)
+    for start in reversed(range(0, 200, 8)):
+        assert np.array_equal(again(start, 8), (numbers[start : start + 8], views[start : start + 8]))
+    assert positions(mix(4), 0, 200) != numbers.tolist()
+
+
+def columns(sizes: tuple[int, ...], groups: list[int] | None = None) -> Samples:
+    """Samples of caches of some sizes."""
+    count = sum(sizes)
+    numbers, nothing = np.arange(count), np.zeros((count, 2), np.int64)
+    prompts = numbers if groups is None else np.array(groups)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    return Samples(numbers, numbers, nothing, nothing, prompts, numbers, owners, numbers)
+
+
+def config(caches: int, *weights: float, **flags: Any) -> TrainConfig:
+    """Flags of a run on some caches."""
+    folders = tuple(Path(f"cache{number}") for number in range(caches))
+    return TrainConfig("m", folders, Path("out"), cache_weights=weights, **flags)
+
+
+def test_without_weights_an_epoch_is_every_sample_of_every_cache_once() -> None:
+    """Several caches are then one larger one."""
+    order = make_order(config(2), columns((20, 10)), seed=1)
+    assert sorted(positions(order, 0, 30)) == list(range(30))
+    assert positions(order, 0, 60) == positions(Order(30, 2, seed=1), 0, 60)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "shares"),
+    [((30, 10), (3, 1), [30, 10]), ((30, 10), (1, 3), [10, 30]), ((10, 10, 13), (1, 1, 1), [11, 11, 11])],
+)
+def test_weights_are_shares_of_an_epoch(sizes: tuple[int, ...], weights: tuple[float, ...], shares: list[int]) -> None:
+    """An epoch stays as long as all caches together, and its places are divided by weight."""
+    samples = columns(sizes)
+    order = make_order(config(len(sizes), *weights), samples, seed=1)
+    assert order.samples == sum(sizes)
+    for start in (0, order.samples):
+        owners = samples.caches[positions(order, start, order.samples)]
+        assert np.bincount(owners).tolist() == shares
+
+
+def test_prompts_are_drawn_within_the_share_of_their_cache() -> None:
+    """With `--sample_by prompt` a cache keeps its share, and its prompts divide it evenly."""
+    samples = columns((10, 10), [0] * 9 + [1] + list(range(2, 12)))
+    order = make_order(config(2, 1, 1, sample_by="prompt"), samples, seed=1)
+    stream = np.array(positions(order, 0, 4000))
+    assert (stream < 10).sum() == 2000
+    assert (stream == 9).sum() == 1000
+    assert np.bincount(stream)[10:].tolist() == [200] * 10
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [((20, 10), (1000, 1)), ((20, 0), (1, 1))])
+def test_a_cache_that_would_never_be_seen_is_named(sizes: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    """Too small a weight, or all of its samples held out."""
+    with pytest.raises(SettingsError, match=r"cache1 would give \d+ of .* from \d+ .*leave it out"):
+        make_order(config(2, *weights), columns(sizes), seed=1)
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, float("nan")), (1, float("inf"))])
+def test_weights_that_make_no_sense_are_refused(weights: tuple[float, ...]) -> None:
+    """One number above 0 for each cache; the answer says so and repeats what was given."""
+    with pytest.raises(
+        SettingsError, match=r"--cache_weights .*: expected one number above 0 for each --cache \(cache0 cache1\)"
+    ):
+        config(2, *weights)
