@@ -1,22 +1,19 @@
-"""ip2p-infer: finds pictures and prompts, edits what is not there yet, draws the contact sheet."""
+"""ip2p-infer: finds pictures and prompts, has them edited, draws the contact sheet; or scores models."""
 
 import contextlib
-import itertools
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from .config import InferConfig, parse
+from .config import InferConfig, parse, parse_evaluate
 from .errors import EditError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .edit import Editor
     from .inputs import Job
 
 SHEET_ROWS = 100
@@ -24,8 +21,13 @@ SHEET_ROWS = 100
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv`, or the process's own arguments; return its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
+        if arguments and arguments[0] == "evaluate":
+            from .evaluate import evaluate
+
+            return evaluate(parse_evaluate(arguments[1:]))
+        return run(parse(arguments))
     except EditError as error:
         print(f"ip2p-infer: {error}", file=sys.stderr)
         return 2
@@ -36,94 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: InferConfig) -> int:
     """Edit everything that `config` names, and report."""
+    if config.ui:
+        from .serve import serve
+
+        return serve(config)
+
+    from .batch import edit_all, load_editor
     from .inputs import find_jobs
     from .outputs import output_paths
 
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
-    edited, kept, failed = edit_all(config, work)
+    edited, kept, failed = edit_all(config, work, partial(load_editor, config))
     done = [(job, paths) for job, paths in work if job.stem not in failed]
     if config.sheet and done:
         save_sheet(config, done)
-    for line in compare_with_targets(done):
-        print(line)
+    if not config.sweep:
+        for line in compare_with_targets(done):
+            print(line)
     counts = {"edited": edited, "already there": kept, "skipped": len(failed)}
     print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.output)
     return 0 if done else 1
-
-
-def edit_all(config: InferConfig, work: Sequence[tuple["Job", list[Path]]]) -> tuple[int, int, set[str]]:
-    """Edit and save batch by batch.
-
-    Returns:
-        How many inputs were edited, how many were there already, and the stems of those that failed.
-    """
-    from .outputs import is_there, model_stamp, save, settings_of
-    from .pictures import open_picture
-
-    editor: Editor | None = None
-    stamp = model_stamp(config.model)
-    edited = kept = 0
-    failed: set[str] = set()
-    with tqdm(total=len(work), unit="picture", desc="editing") as bar:
-        for start in range(0, len(work), config.batch_size):
-            batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
-            for job, paths in work[start : start + config.batch_size]:
-                try:
-                    if not job.prompt.strip():
-                        raise EditError("the prompt is empty")
-                    content = job.image()
-                    files = list(zip(paths, settings_of(config, stamp, content, job.prompt), strict=True))
-                    if all(itertools.starmap(is_there, files)):
-                        kept += 1
-                    else:
-                        batch.append((open_picture(content), job.prompt, files))
-                except EditError as error:
-                    failed.add(job.stem)
-                    tqdm.write(f"skipped {job.label}: {error}", file=sys.stderr)
-            if batch:
-                editor = editor or load_editor(config)
-                pictures = iter(edit(editor, config, [image for image, _, _ in batch], [text for _, text, _ in batch]))
-                for path, settings in (file for _, _, files in batch for file in files):
-                    save(next(pictures), path, settings)
-                edited += len(batch)
-            bar.update(min(config.batch_size, len(work) - start))
-    return edited, kept, failed
-
-
-def load_editor(config: InferConfig) -> "Editor":
-    """Load the model that `config` names."""
-    from .edit import Editor
-
-    editor = Editor(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        variant=config.variant,
-        revision=config.revision,
-        scheduler=config.scheduler,
-    )
-    editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False)
-    return editor
-
-
-def edit(
-    editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str]
-) -> list["Image.Image"]:
-    """Edit pictures with the settings of `config`."""
-    return editor.edit(
-        images,
-        prompts,
-        seed=config.seed,
-        num_images=config.num_images,
-        num_inference_steps=config.num_inference_steps,
-        image_guidance_scale=config.image_guidance_scale,
-        guidance_scale=config.guidance_scale,
-        guidance_rescale=config.guidance_rescale,
-        negative_prompt=config.negative_prompt,
-        resolution=config.resolution,
-        batch_size=config.batch_size,
-    )
 
 
 def save_sheet(config: InferConfig, done: Sequence[tuple["Job", list[Path]]]) -> None:

@@ -18,20 +18,18 @@ if TYPE_CHECKING:
 
 # Columns of the datasets that people train with; the first of each is the name for tables made for editing.
 ORIGINAL = (
-    "image",
-    "input_image",
-    "original_image",
-    "source_image",
-    "source_img",
-    "src_img",
-    "input",
-    "image_file",
-)
+    "image", "input_image", "original_image", "source_image", "source_img", "src_img", "input", "image_file",
+)  # fmt: skip
 PROMPT = ("prompt", "edit_prompt", "instruction", "edit", "edit_instruction")
 EDITED = (
     "target", "edited_image", "target_img", "edited_img", "output_image", "output", "cartoonized_image",
     "edited_file",
 )  # fmt: skip
+
+
+# Captions of the pair, as scores need them.
+ORIGINAL_CAPTION = ("original_prompt", "original_caption", "source_caption", "input_caption")
+EDITED_CAPTION = ("edited_prompt", "edited_caption", "target_caption", "output_caption")
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Job:
         label: what reports call it.
         stem: what its outputs are named after; unique among the jobs of a run.
         path: the picture's own file, if it is one.
+        captions: of the original and of the edited picture; None where there is no such column.
     """
 
     label: str
@@ -51,16 +50,21 @@ class Job:
     image: Callable[[], bytes]
     target: Callable[[], bytes] | None = None
     path: Path | None = None
+    captions: tuple[str | None, str | None] = (None, None)
 
 
-def find_jobs(config: InferConfig) -> list[Job]:
+def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] = (None, None)) -> list[Job]:
     """List the jobs of a run, in a stable order.
+
+    Args:
+        captions: columns with captions of originals and of edited pictures, where they have other names than
+            the usual ones.
 
     Raises:
         EditError: nothing is there, the table cannot be read, or its columns are not told apart.
     """
     if config.table:
-        return _jobs_of_table(config, config.table)
+        return _jobs_of_table(config, config.table, captions)
     paths = [path for pattern in config.image for path in _pictures(pattern)]
     stems = _unique(path.stem for path in paths)
     return [
@@ -82,19 +86,20 @@ def _pictures(pattern: str) -> list[Path]:
     return found
 
 
-def _jobs_of_table(config: InferConfig, table: str) -> list[Job]:
+def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, str | None]) -> list[Job]:
     import datasets
 
     rows, base = _open_table(table, config.split)
     if len(rows) == 0:
         raise EditError(f"--table {table} has no rows")
     image = _column(rows, ORIGINAL, "original_image_column", config.original_image_column)
-    has_target = config.edited_image_column or not set(EDITED).isdisjoint(rows.column_names)
-    target = _column(rows, EDITED, "edited_image_column", config.edited_image_column) if has_target else None
+    target = _optional_column(rows, EDITED, "edited_image_column", config.edited_image_column)
     if config.prompt is not None:
         prompts = [config.prompt] * len(rows)
     else:
         prompts = list(rows[_column(rows, PROMPT, "edit_prompt_column", config.edit_prompt_column)])
+    befores = _captions(rows, ORIGINAL_CAPTION, "original_caption_column", captions[0])
+    afters = _captions(rows, EDITED_CAPTION, "edited_caption_column", captions[1])
     for name in filter(None, (image, target)):
         if isinstance(rows.features[name], datasets.Image):  # as bytes: a broken one must not stop the others
             rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -105,8 +110,11 @@ def _jobs_of_table(config: InferConfig, table: str) -> list[Job]:
             prompt="" if prompt is None else str(prompt),
             image=partial(_read_cell, rows, image, index, base),
             target=partial(_read_cell, rows, target, index, base) if target else None,
+            captions=(before, after),
         )
-        for index, (stem, prompt) in enumerate(zip(_unique(_stems(rows, image)), prompts, strict=True))
+        for index, (stem, prompt, before, after) in enumerate(
+            zip(_unique(_stems(rows, image)), prompts, befores, afters, strict=True)
+        )
     ]
 
 
@@ -149,6 +157,17 @@ def _column(rows: "Dataset", known: tuple[str, ...], flag: str, chosen: str | No
     if found:
         raise EditError(f"give --{flag}: {' and '.join(found)} could both be meant")
     raise EditError(f"give --{flag}: none is known among the columns {there}")
+
+
+def _optional_column(rows: "Dataset", known: tuple[str, ...], flag: str, chosen: str | None) -> str | None:
+    there = chosen or not set(known).isdisjoint(rows.column_names)
+    return _column(rows, known, flag, chosen) if there else None
+
+
+def _captions(rows: "Dataset", known: tuple[str, ...], flag: str, chosen: str | None) -> list[str | None]:
+    """One for each row, empty where the cell is; all None where there is no such column."""
+    column = _optional_column(rows, known, flag, chosen)
+    return [None] * len(rows) if column is None else [str(text or "") for text in rows[column]]
 
 
 def _stems(rows: "Dataset", column: str) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import EditError
@@ -28,28 +30,47 @@ def load(
     Raises:
         EditError: there is none, or it is damaged or of another kind, or the device is not there.
     """
-    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
-    if not (hub_id or os.path.isdir(name)):
-        raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
+    check_model(name, revision)
 
     import torch
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
-    try:
+    with _readable(name):
         device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if dtype is None:
             dtype = torch.float16 if device.type == "cuda" else torch.float32
         elif isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        # The kind is told by two small files, before gigabytes of weights are read.
+        options = {"dtype": dtype, "variant": variant, "revision": revision}
+        return DiffusionPipeline.from_pretrained(name, **options).to(device)
+
+
+def check_model(name: str, revision: str | None) -> None:
+    """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
+    if not is_place(name):
+        raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
+
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    with _readable(name):
         index = cast("dict[str, Any]", DiffusionPipeline.load_config(name, revision=revision))
         unet: dict[str, Any] = {}
         if "unet" in index:
             of_unet = {"subfolder": "unet", "revision": revision}
             unet = cast("dict[str, Any]", UNet2DConditionModel.load_config(name, **of_unet))
         check_kind(name, index.get("_class_name"), unet.get("in_channels"))
-        options = {"dtype": dtype, "variant": variant, "revision": revision}
-        return DiffusionPipeline.from_pretrained(name, **options).to(device)
+
+
+def is_place(name: str) -> bool:
+    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
+    return bool(hub_id) or os.path.isdir(name)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except EditError:
         raise
     except Exception as error:  # whatever a damaged or foreign folder leads the libraries to

@@ -1,6 +1,7 @@
 """Names and writes edited pictures, each with its settings inside, and knows which are there already."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -50,6 +51,9 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
     """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture."""
     common = {name: getattr(config, name) for name in SETTINGS}
+    if config.sweep:
+        common["image_guidance_scale"] = config.sweep_image_guidance_scale
+        common["guidance_scale"] = config.sweep_guidance_scale
     common |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
     return [json.dumps(common | {"seed": config.seed + k}, ensure_ascii=False) for k in range(config.num_images)]
 
@@ -63,7 +67,8 @@ def model_stamp(model: str) -> str | None:
     if not folder.is_dir():
         return None
     # The pipeline's own parts: a training folder also holds checkpoints and logs, which do not matter here.
-    parts = [path for path in folder.glob("*/*") if (path.parent / "config.json").is_file()]
+    found = itertools.chain(folder.glob("*"), folder.glob("*/*"))
+    parts = [path for path in found if (path.parent / "config.json").is_file()]
     parts += folder.glob("scheduler/*")
     stamps = sorted((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts)
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Draws contact sheets: pictures side by side under their names, with a caption below."""
+"""Draws contact sheets: pictures side by side under their names, with a caption, as strips or as a grid."""
 
 import math
 import textwrap
@@ -33,6 +33,48 @@ def contact_sheet(rows: Iterable[tuple[str, Sequence[Image.Image | None]]], labe
     return make_image_grid(strips, rows=len(strips) // columns, cols=columns)
 
 
+def grid(
+    original: Image.Image,
+    caption: str,
+    edits: Sequence[Image.Image],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+) -> Image.Image:
+    """Draw the edits of one picture over two settings, as the InstructPix2Pix paper shows its guidance scales.
+
+    Args:
+        original: stands at the left.
+        caption: stands above, such as the prompt.
+        edits: of the original's size, row by row, one for each pair of labels.
+
+    Returns:
+        An RGB picture, enlarged or reduced as in `contact_sheet`.
+    """
+    label_font, caption_font = ImageFont.load_default(14), ImageFont.load_default(18)
+    first = _fit(original)
+    across = max(first.width, *map(math.ceil, map(label_font.getlength, column_labels))) + GAP
+    down = first.height + GAP
+    left = 5 * GAP + across + math.ceil(max(map(label_font.getlength, row_labels)))
+    width = max(left + len(column_labels) * across, TILE) + GAP
+    lines = _wrap(caption, caption_font, width - 4 * GAP)
+    top = 2 * GAP + len(lines) * LINE + 20
+    height = top + len(row_labels) * down + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((2 * GAP, GAP), "\n".join(lines), fill="black", font=caption_font)
+    middle = top + (len(row_labels) - 1) * down // 2
+    draw.text((2 * GAP, middle - 20), "original", fill="gray", font=label_font)
+    sheet.paste(first, (2 * GAP, middle))
+    for column, label in enumerate(column_labels):
+        draw.text((left + column * across, top - 20), label, fill="gray", font=label_font)
+    for row, label in enumerate(row_labels):
+        draw.text((left - GAP, top + row * down + first.height // 2), label, "gray", label_font, anchor="rm")
+    for index, edit in enumerate(edits):
+        row, column = divmod(index, len(column_labels))
+        sheet.paste(_fit(edit), (left + column * across, top + row * down))
+    return sheet
+
+
 def _strip(caption: str, pictures: Sequence[Image.Image | None], labels: Sequence[str]) -> tuple[Image.Image, int]:
     """A strip with room for a caption of any length, and where its own ends, in pixels from the top."""
     label_font, caption_font = ImageFont.load_default(14), ImageFont.load_default(18)
@@ -46,11 +88,16 @@ def _strip(caption: str, pictures: Sequence[Image.Image | None], labels: Sequenc
         if picture is not None:
             tile = _fit(picture)
             strip.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-    # Letters per line, from the mean width of this caption's own; a tenth is left for lines of wider ones.
-    letters = int((width - 4 * GAP) / 1.1 / max(1.0, caption_font.getlength(caption)) * max(1, len(caption)))
-    lines = textwrap.wrap(caption, max(letters, 8), max_lines=CAPTION_LINES, placeholder=" …")
+    lines = _wrap(caption, caption_font, width - 4 * GAP)
     draw.multiline_text((2 * GAP, bottom), "\n".join(lines), fill="black", font=caption_font)
     return strip, bottom + len(lines) * LINE + GAP
+
+
+def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """At most `CAPTION_LINES` lines that fit into `width` pixels."""
+    # Letters per line, from the mean width of this caption's own; a tenth is left for lines of wider ones.
+    letters = int(width / 1.1 / max(1.0, font.getlength(caption)) * max(1, len(caption)))
+    return textwrap.wrap(caption, max(letters, 8), max_lines=CAPTION_LINES, placeholder=" …")
 
 
 def _fit(picture: Image.Image) -> Image.Image:

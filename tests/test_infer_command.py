@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 import tiny
@@ -110,6 +112,73 @@ def test_every_setting_reaches_the_model(
     expected = edit(Editor(model, **of_editor) if of_editor else editor, photos / "a.png", "make it red", **settings)
     assert apart(Image.open(out), expected[0]) == 0
     assert apart(Image.open(out), edit(editor, photos / "a.png", "make it red")[0]) > 0
+
+
+def test_command_editor_and_bare_pipeline_agree_bit_for_bit(
+    model: str, editor: Editor, photos: Path, tmp_path: Path
+) -> None:
+    """One picture, one prompt, one seed: three ways to the same pixels."""
+    picture(5).save(photos / "c.png")  # of the model's own size, at which nothing is resized
+    pipeline: Any = StableDiffusionInstructPix2PixPipeline.from_pretrained(model)
+    settings: dict[str, Any] = {"num_inference_steps": 2, "image_guidance_scale": 1.2, "guidance_scale": 7.5}
+    bare = pipeline("make it red", image=picture(5), generator=torch.Generator().manual_seed(3), **settings).images[0]
+    (edited,) = edit(editor, picture(5), "make it red", seed=3, **settings)
+    arguments = ["--model", model, "--image", str(photos / "c.png"), "--prompt", "make it red", "--seed", "3", *STEPS]
+    arguments += ["--image_guidance_scale", "1.2", "--guidance_scale", "7.5", "--output", str(tmp_path / "out.png")]
+    assert main(arguments) == 0
+    assert apart(bare, edited) == apart(bare, Image.open(tmp_path / "out.png")) == 0
+
+
+def test_a_variant_of_the_weights_is_chosen(model: str, photos: Path, tmp_path: Path) -> None:
+    """--variant takes the files of that name, which may hold other weights."""
+    folder = shutil.copytree(model, tmp_path / "two")
+    other: Any = StableDiffusionInstructPix2PixPipeline.from_pretrained(model)
+    with torch.no_grad():
+        other.unet.conv_out.weight.neg_()
+    other.save_pretrained(folder, variant="fp16")
+    arguments = ["--model", str(folder), "--image", str(photos / "a.png"), "--prompt", "make it red", *STEPS]
+    for flags in ([], ["--variant", "fp16"]):
+        assert main([*arguments, "--output", str(tmp_path / f"out{len(flags)}.png"), *flags]) == 0
+    of_variant = edit(Editor(folder, variant="fp16"), photos / "a.png", "make it red")[0]
+    assert apart(Image.open(tmp_path / "out2.png"), of_variant) == 0
+    assert apart(Image.open(tmp_path / "out2.png"), Image.open(tmp_path / "out0.png")) > 0
+
+
+# diffusers still passes an argument that huggingface_hub no longer heeds.
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning")
+def test_a_revision_on_the_hub_is_chosen(
+    model: str, editor: Editor, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--revision takes a branch of a Hub id; here from the Hub's cache on disk, where only that branch lies."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--editor"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text("a" * 40)
+    shutil.copytree(model, repository / "snapshots" / ("a" * 40))
+    arguments = ["--model", "someone/editor", "--image", str(photos / "a.png"), "--prompt", "make it red", *STEPS]
+    arguments += ["--output", str(tmp_path / "out.png")]
+    assert main(arguments) == 2, "the default branch is not there"
+    assert main([*arguments, "--revision", "v2"]) == 0
+    assert apart(Image.open(tmp_path / "out.png"), edit(editor, photos / "a.png", "make it red")[0]) == 0
+
+
+def test_columns_and_prompts_of_a_table_are_chosen_by_flags(
+    model: str, editor: Editor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns of any name are taken, and --prompt stands for all rows."""
+    columns, flags = tiny.pairs(2), ["--original_image_column", "x", "--edit_prompt_column", "z", *STEPS]
+    table = datasets.Dataset.from_dict(dict(zip("xyz", columns.values(), strict=True)))
+    table.to_parquet(tmp_path / "t.parquet")
+    arguments = ["--model", model, "--table", str(tmp_path / "t.parquet"), "--output", str(tmp_path / "out"), *flags]
+    assert main(arguments) == 0
+    assert "PSNR" not in capsys.readouterr().out
+    assert main([*arguments, "--edited_image_column", "y"]) == 0
+    assert "PSNR to the target, 2 pairs" in capsys.readouterr().out
+    for row, (image, text) in enumerate(zip(columns["input_image"], columns["edit_prompt"], strict=True)):
+        assert apart(Image.open(tmp_path / "out" / f"0000{row}.png"), edit(editor, image, text)[0]) <= 1
+    assert main([*arguments, "--prompt", "make it snowy"]) == 0
+    for row, image in enumerate(columns["input_image"]):
+        assert apart(Image.open(tmp_path / "out" / f"0000{row}.png"), edit(editor, image, "make it snowy")[0]) <= 1
 
 
 def test_two_prompts_with_two_images_each_give_four_paired_files(

@@ -1,0 +1,77 @@
+"""Scores one edited picture by the definitions of MagicBrush and of the InstructPix2Pix paper."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+
+from .scores import distances, psnr
+from .similarity import Judge
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited picture, and what it is compared with.
+
+    Attributes:
+        target: the dataset's own edit.
+        captions: of the original and of the target.
+    """
+
+    original: Image.Image
+    edited: Image.Image
+    target: Image.Image | None = None
+    captions: tuple[str | None, str | None] = (None, None)
+
+
+def measure(judge: Judge, edits: Sequence[Edit]) -> list[dict[str, float]]:
+    """The scores of each edit; those that need what all of `edits` lack are left out.
+
+    Against the target, as MagicBrush does (arXiv 2306.10012, section 4.1 and `evaluation/image_eval.py`):
+
+    - `l1`, `l2`: mean absolute and squared difference of values from 0 to 1; `psnr`: the latter in dB.
+    - `clip_i`, `dino`: cosine similarity of the two pictures' embeddings by CLIP and by DINO.
+    - `clip_t`: cosine similarity of the edited picture and the target's caption by CLIP.
+
+    Against the original, as the InstructPix2Pix paper does (arXiv 2211.09800, section 4.2 and
+    `metrics/clip_similarity.py`), embedded by CLIP:
+
+    - `clip_direction`: cosine similarity between the change of the picture and the change of its caption, 0
+      where either does not change.
+    - `clip_image`: cosine similarity of the original and the edited picture.
+    """
+    scores: list[dict[str, float]] = [{} for _ in edits]
+
+    def note(name: str, values: torch.Tensor) -> None:
+        for score, value in zip(scores, values.tolist(), strict=True):
+            score[name] = value
+
+    edited = judge.see([edit.edited for edit in edits])
+    targets = [edit.target for edit in edits if edit.target is not None]
+    if targets:
+        for score, edit, target in zip(scores, edits, targets, strict=True):
+            score["l1"], score["l2"] = distances(edit.edited, target)
+            score["psnr"] = psnr(edit.edited, target)
+        note("clip_i", _cosine(edited, judge.see(targets)))
+        note("dino", _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets)))
+    original = judge.see([edit.original for edit in edits])
+    befores, afters = ([text for edit in edits if (text := edit.captions[side]) is not None] for side in (0, 1))
+    if afters:
+        after = judge.read(afters)
+        note("clip_t", _cosine(edited, after))
+        if befores:
+            change = _unit(after) - _unit(judge.read(befores))
+            note("clip_direction", _cosine(_unit(edited) - _unit(original), change))
+    note("clip_image", _cosine(original, edited))
+    return scores
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors.double() / vectors.double().norm(dim=1, keepdim=True)
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(B,) of (B, d) each; in float64, so that equal vectors give 1."""
+    return cosine_similarity(one.double(), other.double())
