@@ -1,5 +1,6 @@
 """What all benchmarks share: rounds in which the cases take turns, a table, and a line in `bench/results/`."""
 
+import argparse
 import datetime
 import json
 import os
@@ -14,6 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Dense products of half precision with sums in float32, TFLOP/s, from the data sheets; the first name that fits.
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "RTX 4090": 165}
 
 
 class Row(NamedTuple):
@@ -26,11 +32,31 @@ class Row(NamedTuple):
     at_most: float | None = None
 
     @property
+    def bar(self) -> str:
+        bars = {">=": self.at_least, "<=": self.at_most}
+        return ", ".join(f"{sign} {number(bar)}" for sign, bar in bars.items() if bar is not None)
+
+    @property
     def holds(self) -> bool | None:
         if self.at_least is None and self.at_most is None:
             return None
         low = self.at_least is None or self.value >= self.at_least
         return low and (self.at_most is None or self.value <= self.at_most)
+
+
+def parser(description: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The flags of every benchmark; the one for rounds where something is measured."""
+    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds:
+        flags.add_argument("--rounds", type=int, default=rounds, help=f"medians are taken over these (here: {rounds})")
+    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results; another one for a trial")
+    return flags
+
+
+def peak() -> float | None:
+    """TFLOP/s that this GPU reaches at best in half precision; None for one that is not listed, and without one."""
+    name = torch.cuda.get_device_name() if GPU else ""
+    return next((float(tera) for part, tera in PEAKS.items() if part in name), None)
 
 
 def take_turns(rounds: int, cases: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -47,30 +73,30 @@ def ratio(values: Mapping[str, list[float]], above: str, below: str) -> float:
     return median(a / b for a, b in zip(values[above], values[below], strict=True))
 
 
-def report(name: str, settings: Mapping[str, Any], rows: list[Row]) -> None:
+def report(name: str, args: argparse.Namespace, rows: list[Row]) -> None:
     """Print a table, and append it to `bench/results/NAME.jsonl` with date, machine, commit and versions."""
     lines = [("", "measured", "", "bar", "holds")]
     for row in rows:
-        bars = {">=": row.at_least, "<=": row.at_most}
-        bar = ", ".join(f"{sign} {_number(bar)}" for sign, bar in bars.items() if bar is not None)
         holds = "" if row.holds is None else "yes" if row.holds else "NO"
-        lines.append((row.what, _number(row.value), row.unit, bar, holds))
+        lines.append((row.what, number(row.value), row.unit, row.bar, holds))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for what, value, *rest in lines:
         cells = [what.ljust(widths[0]), value.rjust(widths[1])]
         print("  ".join(cells + [cell.ljust(width) for cell, width in zip(rest, widths[2:], strict=True)]).rstrip())
     found = {row.what: row._asdict() | {"holds": row.holds} for row in rows}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    del settings["results"]
     line = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("ip2p", "torch", "diffusers", "zarr", "numpy")},
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
+        "settings": settings,
         "rows": found,
     }
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    args.results.mkdir(parents=True, exist_ok=True)
+    with (args.results / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -96,5 +122,6 @@ def commit() -> str:
     return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

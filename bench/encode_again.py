@@ -1,6 +1,5 @@
 """How long `ip2p-encode` takes where nothing, or little, is left to encode."""
 
-import argparse
 import io
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from statistics import median
 
 import datasets
 import numpy as np
-from common import Row, report
+from common import Row, parser, report
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -24,12 +23,11 @@ FEATURES = datasets.Features(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=100_000, help="in the dataset (default: 100000)")
-    parser.add_argument("--more", type=int, default=100, help="by how many it grows (default: 100)")
-    parser.add_argument("--rounds", type=int, default=5, help="the median is taken over these (default: 5)")
-    parser.add_argument("--folder", type=Path, help="where dataset and cache lie for the time being")
-    args = parser.parse_args()
+    flags = parser(__doc__, rounds=5)
+    flags.add_argument("--samples", type=int, default=100_000, help="in the dataset (default: 100000)")
+    flags.add_argument("--more", type=int, default=100, help="by how many it grows (default: 100)")
+    flags.add_argument("--folder", type=Path, help="where dataset and cache lie for the time being")
+    args = flags.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         checkpoint(folder / "model")
@@ -46,7 +44,7 @@ def main() -> None:
         Row(f"with {args.more:,} more samples", grown, "s"),
         Row("finished shards that changed", touched, f"of {len(before):,}", at_most=0),
     ]
-    report("encode_again", vars(args), rows)
+    report("encode_again", args, rows)
 
 
 def write_pairs(folder: Path, first: int, count: int) -> None:

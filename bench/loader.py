@@ -1,6 +1,5 @@
 """How fast samples come out of a cache: warm, cold, against `np.memmap`, and what that costs the main thread."""
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -9,14 +8,17 @@ from statistics import median
 
 import numpy as np
 import torch
-from common import Row, ratio, report, take_turns
-from synthetic import build, forget, row_shapes
+from common import Row, parser, ratio, report, take_turns
+from shapes import SIZES
+from synthetic import build, forget
 
 from ip2p.encode.cache import Cache
 from ip2p.encode.reader import Reader
-from ip2p.train.data import Batches, Order, Samples
+from ip2p.train.data import Batches
+from ip2p.train.order import Order
+from ip2p.train.samples import Samples
 
-SHAPES = {"sd256": row_shapes(32, 768), "sd512": row_shapes(64, 768), "sdxl1024": row_shapes(128, 2048, 1280)}
+SHAPES = {"sd256": SIZES["sd15"].rows(256), "sd512": SIZES["sd15"].rows(512), "sdxl1024": SIZES["sdxl"].rows(1024)}
 
 
 class WithoutPrefetch(Reader):
@@ -27,13 +29,12 @@ class WithoutPrefetch(Reader):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SHAPES, default="sd256", help="shapes of the samples (default: sd256)")
-    parser.add_argument("--samples", type=int, default=12_000, help="in the cache (default: 12000)")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7, help="medians are taken over these (default: 7)")
-    parser.add_argument("--folder", type=Path, help="where the cache lies for the time being: the disk to measure")
-    args = parser.parse_args()
+    flags = parser(__doc__, rounds=7)
+    flags.add_argument("--size", choices=SHAPES, default="sd256", help="shapes of the samples (default: sd256)")
+    flags.add_argument("--samples", type=int, default=12_000, help="in the cache (default: 12000)")
+    flags.add_argument("--batch_size", type=int, default=64)
+    flags.add_argument("--folder", type=Path, help="where the cache lies for the time being: the disk to measure")
+    args = flags.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cache = build(Path(folder), args.samples, SHAPES[args.size])
         cold = take_turns(
@@ -58,7 +59,7 @@ def main() -> None:
         Row("cold, no prefetch", median(cold["none"]), "samples/s"),
         *(Row(f"main thread beside {rate} samples/s", median(beside[rate]), "of its rate") for rate in beside),
     ]
-    report("loader", vars(args), rows)
+    report("loader", args, rows)
 
 
 def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:

@@ -13,89 +13,114 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from baselines import Online, bare
-from common import Row, ratio, report, take_turns
+from common import DEVICE, DTYPES, GPU, Row, parser, peak, ratio, report, take_turns
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from synthetic import build, row_shapes
+from diffusers.models.attention_processor import AttnProcessor
+from shapes import SIZES, make_unet
+from synthetic import build
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ip2p.encode.cache import Cache
 from ip2p.encode.reader import Reader
-from ip2p.train.data import Batches, Order, Samples, null_conditioning
+from ip2p.train.data import Batches, null_conditioning
 from ip2p.train.objective import Objective
+from ip2p.train.order import Order
+from ip2p.train.samples import Samples
 
-# Widths of UNet, VAE and text encoder, and the UNet's group size. `small` is a fifth of SD 1.5, but for the VAE: a
-# quarter, since processors like powers of two. So its arithmetic favors a cache more than that of the real one.
-SIZES = {
-    "small": ((64, 128, 256, 256), (32, 64, 128, 128), 160, 8),
-    "sd15": ((320, 640, 1280, 1280), (128, 256, 512, 512), 768, 32),
-}
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DROPOUT = (0.05, 0.05, 0.05)
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
+# What the budgets ask for, by size, pixels and whether there is a GPU; samples/s of an H100.
+RATIOS = {("small", 256, False): 1.75, ("sd15", 256, True): 1.9}
+RATES = {("sd15", 256): 640, ("sd15", 512): 150}
 Loss = Callable[[], Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="sd15: the real shapes, random weights")
-    parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--precision", choices=DTYPES, default="no", help="of autocast, and of the encoders' weights")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
-    parser.add_argument("--xformers", action="store_true", help="attention by xformers instead of PyTorch")
-    parser.add_argument("--rounds", type=int, default=7, help="medians are taken over these (default: 7)")
-    parser.add_argument("--steps", type=int, default=20 if GPU else 2, help="of each kind in a round")
-    args = parser.parse_args()
+    flags = parser(__doc__, rounds=7)
+    model_flags(flags)
+    flags.add_argument("--steps", type=int, default=20 if GPU else 2, help="of each kind in a round")
+    args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rates, tera = measure(Path(folder), args)
-    bar = {("small", 256, False): 1.75, ("sd15", 256, True): 1.9}.get((args.size, args.resolution, GPU))
-    rows = [Row(name, median(values), "samples/s") for name, values in rates.items()]
-    rows += [Row(f"{name}, achieved", median(rates[name]) * tera[name], "TFLOP/s") for name in rates]
+    half = peak() if args.precision != "no" else None
+    floor = RATES.get((args.size, args.resolution)) if half == 989 else None
+    rows = [
+        Row(name, median(values), "samples/s", floor if name == "cached" else None) for name, values in rates.items()
+    ]
+    for name in rates:
+        reached = median(rates[name]) * tera[name]
+        rows.append(Row(f"{name}, achieved", reached, "TFLOP/s"))
+        if half:
+            rows.append(Row(f"{name}, share of the peak", reached / half, f"of {half:.0f} TFLOP/s"))
+    bar = RATIOS.get((args.size, args.resolution, GPU))
     rows += [
         Row("time of cached / bare", ratio(rates, "bare", "cached"), "times", at_most=1.05),
         Row("time of online / cached", ratio(rates, "cached", "online"), "times", at_least=bar),
         Row("the same, VAE in channels_last", ratio(rates, "cached", "online, VAE in channels_last"), "times"),
         Row("the same by arithmetic", tera["online"] / tera["cached"], "times"),
+        Row("arithmetic of a cached sample", tera["cached"], "TFLOP"),
     ]
-    report("step", vars(args), rows)
+    report("step", args, rows)
+
+
+def model_flags(flags: argparse.ArgumentParser) -> None:
+    """Which UNet is trained, and how."""
+    flags.add_argument("--size", choices=SIZES, default="small", help="sd15, sdxl: the real shapes, random weights")
+    flags.add_argument("--resolution", type=int, default=256)
+    flags.add_argument("--batch_size", type=int, default=4)
+    flags.add_argument("--precision", choices=DTYPES, default="no", help="of autocast, and of the encoders' weights")
+    modes = ("default", "reduce-overhead", "max-autotune")
+    flags.add_argument("--compile", nargs="?", const="default", choices=modes, help="torch.compile the UNet")
+    flags.add_argument(
+        "--attention", choices=("pytorch", "xformers", "plain"), default="pytorch", help="plain: unfused"
+    )
 
 
 def measure(folder: Path, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Samples/s by round, and TFLOP per sample, of the three kinds of step."""
-    unet_width, vae_width, text_width, groups = SIZES[args.size]
-    size, side, dtype = args.batch_size, args.resolution // 8, DTYPES[args.precision]
-    with DEVICE:
-        unet = UNet2DConditionModel(
-            in_channels=8, block_out_channels=unet_width, cross_attention_dim=text_width, norm_num_groups=groups
-        )
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if dtype != torch.float32:
-        unet.forward = torch.autocast(DEVICE.type, dtype)(unet.forward)  # as accelerate does it
-    batches, cached = from_cache(build(folder, 8 * size, row_shapes(side, text_width)), unet, size)
-    options = {"batch_size": size, "resolution": args.resolution, "dtype": dtype, "dropout": DROPOUT[0]}
+    """Samples/s by round, and TFLOP per sample, of all kinds of step."""
+    shape, size, unet = SIZES[args.size], args.batch_size, trainable(args)
+    batches, cached = from_cache(build(folder, 8 * size, shape.rows(args.resolution)), unet, size)
+    place = {"batch_size": size, "resolution": args.resolution}
+    options = place | {"dtype": DTYPES[args.precision], "dropout": DROPOUT[0]}
     losses: dict[str, Loss] = {
-        "bare": bare(unet, text_width, batch_size=size, resolution=args.resolution),
+        "bare": bare(unet, shape, **place),
         "cached": cached,
-        "online": Online(unet, vae_width, text_width, **options),
-        "online, VAE in channels_last": Online(unet, vae_width, text_width, **options, channels_last=True),
+        "online": Online(unet, shape, **options),
+        "online, VAE in channels_last": Online(unet, shape, **options, channels_last=True),
     }
     train = trainer(unet, args.precision)
     tera = {name: operations(train, loss) / size / 1e12 for name, loss in losses.items()}
-    if args.xformers:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.compile:
-        unet.compile()
+    tune(unet, args)
     cases = {name: functools.partial(rate, train, loss, args.steps, size) for name, loss in losses.items()}
     take_turns(1, cases)  # compiles, allocates, reads
     rates = take_turns(args.rounds, cases)
     batches.close()
     return rates, tera
+
+
+def trainable(args: argparse.Namespace) -> UNet2DConditionModel:
+    """The UNet on the device, in channels_last and under autocast."""
+    with DEVICE:
+        unet = make_unet(SIZES[args.size])
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if (dtype := DTYPES[args.precision]) != torch.float32:
+        unet.forward = torch.autocast(DEVICE.type, dtype)(unet.forward)  # as accelerate does it
+    return unet
+
+
+def tune(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
+    """Choose the attention and compile: after the operations were counted, which neither lets through."""
+    if args.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    elif args.attention == "plain":
+        unet.set_attn_processor(AttnProcessor())
+    if args.compile:
+        unet.compile(mode=args.compile)
 
 
 def rate(train: Callable[[Loss], None], loss: Loss, steps: int, size: int) -> float:
@@ -122,18 +147,18 @@ def from_cache(cache: Cache, unet: UNet2DConditionModel, size: int) -> tuple[Bat
     return batches, loss
 
 
-def trainer(unet: UNet2DConditionModel, precision: str) -> Callable[[Loss], None]:
-    """One optimizer step on a loss, alike for all three."""
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
+def trainer(unet: UNet2DConditionModel, precision: str, optimizer: Any = None) -> Callable[[Loss], None]:
+    """One optimizer step on a loss, alike for all kinds; by fused AdamW as in `ip2p-train`, unless told otherwise."""
+    chosen = optimizer or torch.optim.AdamW(unet.parameters(), lr=1e-5, fused=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
 
     def train(loss: Loss) -> None:
         scaler.scale(loss()).backward()
-        scaler.unscale_(optimizer)
+        scaler.unscale_(chosen)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        scaler.step(optimizer)
+        scaler.step(chosen)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        chosen.zero_grad(set_to_none=True)
 
     return train
 

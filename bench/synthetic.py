@@ -2,15 +2,19 @@
 
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ip2p.encode.cache import FORMAT, SAMPLES, Cache, Unit, shard_rows
-from ip2p.encode.manifest import RowShapes
+from ip2p.encode.cache import FORMAT, SAMPLES, Cache, Unit, read_record, shard_rows, write_record
+from ip2p.encode.checkpoint import Checkpoint
+from ip2p.encode.config import EncodeConfig
+from ip2p.encode.manifest import RowShapes, describe
 from ip2p.encode.planner import NULL_PROMPT, SIZES, text_key
+from ip2p.encode.sources import Source
 from ip2p.encode.writer import UnitWriter, prepare, write_state
 
 
@@ -20,11 +24,19 @@ def row_shapes(side: int, width: int, pooled: int | None = None) -> RowShapes:
     return {"images": {"original": (4, side, side), "edited": (8, side, side)}, "text": text}
 
 
-def build(folder: Path, samples: int, shapes: RowShapes) -> Cache:
-    """Write a finished cache of `samples` samples, each with an instruction of its own."""
+def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = None) -> Cache:
+    """Write a finished cache of `samples` samples, each with an instruction of its own.
+
+    With a `model`, it is a cache that this checkpoint can be trained from, however large: all shards of an array but
+    the last are then one file under many names.
+    """
     rows = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
     resolution = 8 * shapes["images"]["original"][-1]
-    manifest = {"format": FORMAT, "views": ["plain"], "shard_rows": rows, "encoding": {"resolution": resolution}}
+    manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
+    if model:
+        config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
+        manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), 1)
+        manifest["counts"] = {"ok": samples}
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
     columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}
@@ -34,12 +46,16 @@ def build(folder: Path, samples: int, shapes: RowShapes) -> Cache:
     columns |= {name: [resolution] * samples for name in SIZES}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)
     prepare(folder, shapes, table, commits={}, views=1)
-    write_state(folder, manifest, table)
+    write_state(folder, manifest | {"format": FORMAT, "shard_rows": rows}, table)
 
     cache, random = Cache.open(folder), np.random.Generator(np.random.SFC64(0))
     keys = {"images": names, "text": [text_key(NULL_PROMPT), *map(text_key, names)]}
     for kind, arrays in shapes.items():
-        for shard in range(-(-len(keys[kind]) // rows[kind])):
+        last = (len(keys[kind]) - 1) // rows[kind]
+        for shard in range(last + 1):
+            if model and 0 < shard < last:
+                _repeat(cache, arrays, Unit(kind, shard), keys[kind][shard * rows[kind] : (shard + 1) * rows[kind]])
+                continue
             writer = UnitWriter(cache, Unit(kind, shard))
             values = {
                 name: random.standard_normal((writer.stop - writer.first, *shape), np.float32).astype(np.float16)
@@ -49,6 +65,42 @@ def build(folder: Path, samples: int, shapes: RowShapes) -> Cache:
                 writer.put(row, keys[kind][row], {name: value[at] for name, value in values.items()}, sizes)
             writer.commit()
     return cache
+
+
+class _Numbers:
+    """A dataset of which no more is read than its size."""
+
+    columns: tuple[str, ...] = ("original", "edited", "instruction")
+
+    def __init__(self, samples: int):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, row: int, /) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def instructions(self) -> Iterable[tuple[Any, ...]]:
+        raise NotImplementedError
+
+    def group(self, row: int, /) -> str | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return "synthetic"
+
+
+def _repeat(cache: Cache, arrays: Iterable[str], unit: Unit, keys: list[str]) -> None:
+    """Give the files of the first shard another name, with a record of other content."""
+    first, dimensions = Unit(unit.kind, 0), 5 if unit.kind == "images" else 3
+    record = read_record(cache.folder / "commits" / f"{first.name}.json") | {"shard": unit.shard, "keys": keys}
+    for name in arrays:
+        old, new = (cache.shard_path(name, one, dimensions - (name == "pooled")) for one in (first, unit))
+        (cache.folder / new).parent.mkdir(parents=True, exist_ok=True)
+        os.link(cache.folder / old, cache.folder / new)
+        record["files"][new] = record["files"].pop(old)
+    write_record(cache.folder / "commits" / f"{unit.name}.json", record)
 
 
 def forget(cache: Cache) -> None:

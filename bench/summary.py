@@ -1,0 +1,61 @@
+"""Writes the newest results into the tables of docs/performance.md, each figure with the file that it comes from."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Row, number
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with its tables written anew: each stands between `<!-- NAME: PATTERN -->` and `<!-- end -->`.
+
+    NAME is a results file and PATTERN a regular expression for its rows.
+    """
+    return re.sub(
+        r"(<!-- (\w+): ([^\n]+) -->\n).*?(<!-- end -->)",
+        lambda found: found[1] + table(results / f"{found[2]}.jsonl", found[3]) + found[4],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def table(file: Path, pattern: str) -> str:
+    """The rows of a results file whose names match, as Markdown: of its newest line.
+
+    A benchmark that was run in parts has several lines, alike but for what they leave out: they count as one.
+    """
+    if not file.is_file():
+        return f"\nNot measured yet (`bench/results/{file.name}`).\n\n"
+    lines: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if place(line) == place(lines[-1]):
+            found |= line["rows"]
+    rows = [Row(**{name: row[name] for name in Row._fields}) for row in found.values()]
+    rows = [row for row in rows if re.search(pattern, row.what)]
+    head = f"{place(lines[-1])[0]}, {lines[-1]['date'][:10]} (`bench/results/{file.name}`)"
+    cells = [[row.what, f"{number(row.value)} {row.unit}", row.bar] for row in rows]
+    columns = 3 if any(row.bar for row in rows) else 2
+    table = [[head, "", "bar"], ["---"] * 3, *cells]
+    return "\n" + "".join(f"| {' | '.join(row[:columns])} |\n" for row in table) + "\n"
+
+
+def place(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where a line was measured, and with what settings."""
+    machine = line["machine"]
+    settings = {name: value for name, value in line["settings"].items() if name != "only"}
+    if "rounds" not in settings:
+        return "On paper", settings
+    return machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}", settings
+
+
+if __name__ == "__main__":
+    main()

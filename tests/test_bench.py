@@ -1,0 +1,228 @@
+"""Tests of the benchmarks: their shapes are the real ones, they run, and what the documents say comes from results."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ip2p.encode.verify import verify
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+arithmetic, common, scaling, shapes, summary, synthetic = map(
+    importlib.import_module, ("arithmetic", "common", "scaling", "shapes", "summary", "synthetic")
+)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = shapes.text_config(16, 2, 2)
+SD = shapes.Shape({"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}, (4, 8, 8, 8), (TEXT,))
+SMALL_XL = {
+    "block_out_channels": (8, 16, 16),
+    "norm_num_groups": 4,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 2),
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16 + 6 * 8,
+}
+SDXL = shapes.Shape(shapes.XL_UNET | SMALL_XL, (4, 8, 8, 8), (TEXT, TEXT))
+Bench = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Run a benchmark with a tiny model; returns the line that it leaves."""
+    monkeypatch.setitem(shapes.SIZES, "sd", SD)
+    monkeypatch.setitem(shapes.SIZES, "xl", SDXL)
+
+    def run(name: str, words: str = "", *more: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *words.split(), *more, "--results", str(tmp_path)])
+        importlib.import_module(name).main()
+        return json.loads((tmp_path / f"{name}.jsonl").read_text().splitlines()[-1])
+
+    return run
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "unet", "texts"),
+    [("sd15", 859_520_964, [123_060_480]), ("sdxl", 2_567_463_684, [123_060_480, 694_659_840])],
+)
+def test_the_real_shapes_have_the_published_numbers_of_parameters(size: str, unet: int, texts: list[int]) -> None:
+    """What is measured under a model's name is that model, to the last parameter."""
+    shape = shapes.SIZES[size]
+    with torch.device("meta"):
+        assert parameters(shapes.make_unet(shape, in_channels=4)) == unet
+        assert parameters(shapes.make_vae(shape)) == 83_653_863
+        assert [parameters(encoder) for encoder in shapes.make_text_encoders(shape)] == texts
+
+
+def test_arithmetic_of_a_convolution_and_of_attention_is_counted() -> None:
+    """Two operations for each multiplication: a 3 x 3 convolution, and both products of fused attention."""
+    with torch.device("meta"):
+        conv, image, heads = torch.nn.Conv2d(2, 5, 3, padding=1), torch.empty(1, 2, 8, 8), torch.empty(1, 3, 16, 4)
+    assert arithmetic.count(lambda: conv(image)) * 1e12 == pytest.approx(2 * 64 * 5 * 2 * 9)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert arithmetic.count(lambda: attention(heads, heads, heads)) * 1e12 == pytest.approx(2 * 2 * 3 * 16 * 16 * 4)
+
+
+@pytest.mark.parametrize("size", ["sd", "xl"])
+def test_step_measures_all_kinds_beside_their_arithmetic(bench: Bench, size: str) -> None:
+    """Bare, cached and online run on SD and SDXL, and online costs more arithmetic than cached."""
+    rows = bench("step", f"--size {size} --resolution 64 --batch_size 2 --rounds 1 --steps 1")["rows"]
+    assert all(rows[kind]["value"] > 0 for kind in ("bare", "cached", "online", "online, VAE in channels_last"))
+    assert rows["time of cached / bare"]["at_most"] == 1.05
+    assert rows["the same by arithmetic"]["value"] > 1
+
+
+def test_unet_measures_each_variant_against_the_step_as_it_is(bench: Bench) -> None:
+    """Every variant that is asked for, and no other, gets a rate of its own and a ratio."""
+    names = ["contiguous", "bf16 weights, float32 masters", "four times the batch", "as diffusers' script"]
+    rows = bench("unet", "--size sd --resolution 64 --batch_size 1 --rounds 1 --steps 1 --only", *names)["rows"]
+    assert [name for name in rows if name in names] == names
+    assert all(rows[f"{name}, rate / as it is"]["value"] > 0 for name in names)
+
+
+def test_masters_keep_what_half_precision_rounds_away() -> None:
+    """Steps too small for bfloat16 add up in the float32 copies, and the weights follow them."""
+    masters = importlib.import_module("unet").Masters
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = shapes.make_unet(SD)
+    torch.nn.init.ones_(weight := unet.conv_out.weight)
+    optimizer = masters(unet, {"fused": True})
+    for _ in range(400):  # of 1e-5 each, where bfloat16 knows nothing between 1 - 1 / 256 and 1
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert weight.dtype == torch.bfloat16
+    assert weight.unique().tolist() == [1 - 1 / 256]
+
+
+def test_encode_measures_the_command_against_its_encoders(bench: Bench) -> None:
+    """The pipeline encodes every pair, and the encoders take a part of its time, not more than all."""
+    words = "--size sd --resolution 64 --batch_size 4 --pairs 6 --pixels 64 --workers 0 --rounds 2"
+    rows = bench("encode", words)["rows"]
+    assert 0 < rows["share of wall time in the encoders"]["value"] <= 1
+    assert rows["processes that decode"]["value"] == 0
+    assert rows["ip2p-encode"]["value"] > 0
+
+
+@pytest.mark.slow  # four runs of ip2p-train as processes
+def test_whole_runs_are_measured_to_their_first_step_and_between_two_numbers_of_steps(bench: Bench) -> None:
+    """The command itself trains on synthetic caches, small and large, and each measurement gives its figures."""
+    model = "--size sd --resolution 64 --batch_size 2 --rounds 1"
+    rows = bench("start", f"{model} --samples 3000")["rows"]
+    assert rows["command to first step"]["value"] > rows["loading the UNet"]["value"] > 0
+    assert rows["peak memory"]["value"] > 0
+    rows = bench("train", f"{model} --first 1 --more 40")["rows"]
+    assert rows["ip2p-train / bare"]["at_least"] == 0.95
+
+
+def test_a_cache_of_repeated_shards_is_a_sound_one(tmp_path: Path) -> None:
+    """The synthetic cache for training passes `ip2p-cache verify`, though most of its shards are one file."""
+    model = shapes.save(SD, tmp_path / "model", shapes.make_unet(SD, in_channels=4))
+    cache = synthetic.build(tmp_path / "cache", 3500, SD.rows(64), model)
+    assert verify(cache.folder) == []
+    shards = [path for path in (cache.folder / "data.zarr" / "edited" / "c").rglob("*") if path.is_file()]
+    assert len(shards) == 4
+    assert len({path.stat().st_ino for path in shards}) == 2
+
+
+def test_communication_is_waited_for_only_where_the_backward_pass_is_shorter() -> None:
+    """Summing that fits beside the backward pass costs its last bucket alone; ten batches' worth costs what is left."""
+    args = scaling.argparse.Namespace(size="sd15", batch_size=64, samples_per_second=640)
+    bucket = scaling.BUCKET / scaling.gradient_bytes(shapes.SIZES["sd15"])
+    assert scaling.efficiency(args, 0.05, 1) == pytest.approx(0.1 / (0.1 + 0.05 * bucket))
+    assert scaling.efficiency(args, 1.0, 1) == pytest.approx(0.1 / (0.1 + 1 - 0.2 / 3))
+    assert scaling.efficiency(args, 1.0, 4) == pytest.approx(0.4 / (0.4 + 1 - 0.2 / 3))
+
+
+def test_summing_gradients_follows_the_formula_of_rings() -> None:
+    """2 (n - 1) / n times the gradients over the bandwidth, first inside a machine and then between machines."""
+    args = scaling.argparse.Namespace(size="sd15", per_machine=8, inside=400.0)
+    size = scaling.gradient_bytes(shapes.SIZES["sd15"]) / 1e9
+    assert scaling.seconds(args, 8, 100.0) == pytest.approx(size * 2 * 7 / 8 / 400)
+    assert scaling.seconds(args, 64, 100.0) == pytest.approx(size * 2 * 7 / 8 * (1 / 400 + 1 / 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA Unknown", None)]
+)
+def test_the_peak_is_that_of_the_very_gpu(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variants of a GPU have peaks of their own, and of a GPU that is not listed none is made up."""
+    monkeypatch.setattr(common, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert common.peak() == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "holds"), [(1, None, None, None), (1, 1, None, True), (0.9, 1, 2, False), (3, 1, 2, False)]
+)
+def test_a_bar_holds_where_the_figure_reaches_it(value: float, low: Any, high: Any, holds: bool | None) -> None:
+    """At least the lower bar and at most the upper one; without a bar there is nothing to hold."""
+    assert common.Row("what", value, "s", low, high).holds is holds
+
+
+def test_a_line_of_results_says_when_where_and_with_what_it_was_measured(bench: Bench) -> None:
+    """Date, commit, machine, versions and settings are beside the figures."""
+    line = bench("scaling", "--gpus 8")
+    assert line.keys() == {"date", "commit", "machine", "versions", "settings", "rows"}
+    assert line["settings"]["gpus"] == [8]
+    assert {"cpu", "cores", "load", "gpu"} <= line["machine"].keys()
+
+
+def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
+    """The last line counts, with earlier ones alike but for what they leave out; only the rows asked for are shown."""
+    machine = {"gpu": None, "cores": 2, "cpu": "Chip"}
+    for size, only, rows in (
+        ("old", "", {"fast": 1}),
+        ("new", "a", {"fast": 2, "other": 3}),
+        ("new", "b", {"faster": 1.5}),
+    ):
+        found = {what: common.Row(what, value, "s", at_most=2)._asdict() for what, value in rows.items()}
+        settings = {"rounds": 3, "size": size, "only": only}
+        line = {"date": "2026-01-02T03", "machine": machine, "settings": settings, "rows": found}
+        with (tmp_path / "speed.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    page = summary.filled("before\n<!-- speed: ^fast -->\nold\n<!-- end -->\nafter", tmp_path)
+    assert page.splitlines() == [
+        "before",
+        "<!-- speed: ^fast -->",
+        "",
+        "| 2 cores of Chip, 2026-01-02 (`bench/results/speed.jsonl`) |  | bar |",
+        "| --- | --- | --- |",
+        "| fast | 2 s | <= 2 |",
+        "| faster | 1.5 s | <= 2 |",
+        "",
+        "<!-- end -->",
+        "after",
+    ]
+    assert summary.filled(page, tmp_path) == page
+
+
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    """docs/performance.md shows what the newest results say: `python bench/summary.py` brings it up to date."""
+    page = summary.PAGE.read_text()
+    assert summary.filled(page, common.RESULTS) == page
+    assert "Not measured yet" not in page
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_results_file_that_is_named_is_there(path: Path) -> None:
+    """A figure in a document names a file that can be looked into."""
+    for name in re.findall(r"bench/results/[\w.]+\w", path.read_text()):
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_paragraph_with_a_measured_figure_names_its_results() -> None:
+    """In docs/performance.md no rate, time or size of a run stands without the file that it comes from."""
+    figure = re.compile(r"\d\s*(samples/s|pairs/s|TFLOP|GiB|ms\b|s\b)")
+    for paragraph in summary.PAGE.read_text().split("\n\n"):
+        assert not figure.search(paragraph) or "bench/results/" in paragraph, paragraph
