@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+DEMO := .venv/demo
 INSTALLED := .venv/installed
 
 .PHONY: help install demo test slow check bench format clean
@@ -10,13 +12,17 @@ help:  ## list these targets
 
 install: $(INSTALLED)  ## prepare .venv with everything pinned; does nothing when nothing changed
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(DEMO): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev]'
+	$(PIP) -e '.[demo]'
 	mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ip2p
 	touch $@
 
-demo: install  ## encode, train and edit real pictures, and end with a contact sheet
+$(INSTALLED): $(DEMO)
+	$(PIP) -e '.[test,demo,dev,ui]'
+	touch $@
+
+demo: $(DEMO)  ## encode, train and edit real pictures, and end with a contact sheet
 	$(BIN)/python examples/openmoji/demo.py
 
 test: install  ## the tests that take less than a minute each
@@ -30,9 +36,9 @@ check: install  ## lint, format and types, as CI runs them
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-bench: install  ## measure the loader and the training step
-	$(BIN)/python bench/loader.py
-	$(BIN)/python bench/step.py
+bench: install  ## measure everything, and write docs/performance.md's tables anew
+	for name in arithmetic scaling loader step unet train start encode encode_again summary; do \
+		$(BIN)/python bench/$$name.py || exit; done
 
 format: install  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
