@@ -101,7 +101,7 @@ class EncodeConfig:
     encode_batch_size: int = 16
     """Pairs in one batch of the VAE, and twice as many instructions in one of the text encoder."""
     dataloader_num_workers: int | None = None
-    """Processes that read and resize images. Default: one for each core but one, at most eight."""
+    """Processes that read and resize images. Default: its share of the cores but one, at most sixteen."""
     on_error: Literal["quarantine", "fail"] = "quarantine"
     """What a sample that cannot be encoded does: stand aside with its reason, or stop the run."""
     retry_quarantined: bool = False

@@ -127,9 +127,9 @@ def known_samples(old: Cache | None, manifest: dict[str, Any]) -> pa.Table | Non
 
 
 def workers(config: EncodeConfig) -> int:
-    """Processes that read images; the encoders keep a core of their own."""
-    cores = len(os.sched_getaffinity(0))
-    return min(8, cores - 1) if config.dataloader_num_workers is None else config.dataloader_num_workers
+    """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(16, max(0, cores - 1)) if config.dataloader_num_workers is None else config.dataloader_num_workers
 
 
 def counts(samples: pa.Table) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Tests of the whole encode: cached numbers are those of diffusers and transformers, computed on the fly."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import tiny
+from ip2p.encode import run
+from ip2p.encode.config import EncodeConfig
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]
@@ -115,3 +118,13 @@ def test_the_samples_table_keeps_source_and_crop_sizes(sd: Path, data: Path, tmp
 def read(cache: Path) -> list[dict]:
     """The rows of the samples table."""
     return pq.read_table(cache / "samples.parquet").to_pylist()
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 0), (2, 1, 1), (64, 1, 16), (32, 8, 3), (8, 8, 0)])
+def test_processes_on_one_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    """Each process that encodes starts as many workers as its share of the cores allows, and keeps one for itself."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert run.workers(EncodeConfig("model", Path("cache"), "data")) == workers
