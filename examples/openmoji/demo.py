@@ -28,9 +28,9 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
-    parser.add_argument("--max_train_steps", default="1800")
-    parser.add_argument("--train_batch_size", default="16")
-    parser.add_argument("--learning_rate", default="5e-4")
+    parser.add_argument("--max_train_steps", default="2800")
+    parser.add_argument("--train_batch_size", default="8")
+    parser.add_argument("--learning_rate", default="1.5e-3")
     parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
@@ -48,7 +48,7 @@ def main() -> None:
         *("--adam_beta2", "0.99", "--use_ema", "--seed", args.seed, "--report_to", "none"),
     )
     run("Train from the cache", "-m", "ip2p.train", *base, "--cache", cache, "--output_dir", model, *settings)
-    edit = ("--model", model, "--num_inference_steps", "20", "--image_guidance_scale", "1.5", "--guidance_scale", "4")
+    edit = ("--model", model, "--num_inference_steps", "10", "--image_guidance_scale", "1.5", "--guidance_scale", "2")
     shown = ("--output", args.output / "edits", "--sheet", args.output / "edits.png", "--seed", args.seed)
     run("Edit held-out emoji", "-m", "ip2p.infer", *edit, "--table", data, "--split", "test[:12]", *shown)
     scored = ("--data", data, "--output", args.output, "--pairs", args.pairs, "--seed", args.seed)

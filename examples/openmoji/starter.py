@@ -71,12 +71,15 @@ def new_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         timestep_spacing="trailing",  # few steps begin where training ended: at the noisiest (arXiv 2305.08891)
     )
 
 
 def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as float16 safetensors that load as float32."""
+    for part in (pipeline.vae, pipeline.unet):
+        part.register_to_config(_name_or_path="")  # else the folder that they were loaded from is saved
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
         part.half()
     pipeline.save_pretrained(folder)
