@@ -24,7 +24,7 @@ def recorded_config(manifest: dict[str, Any], origin: "Origin") -> EncodeConfig:
     return EncodeConfig(**flags)
 
 
-def recorded_checkpoint(config: EncodeConfig, without: tuple[str, ...] = ("unet",)) -> Checkpoint:
+def named_checkpoint(config: EncodeConfig, without: tuple[str, ...] = ("unet",)) -> Checkpoint:
     """The checkpoint that these flags name."""
     return find_checkpoint(
         config.pretrained_model_name_or_path,

@@ -15,7 +15,7 @@ from .errors import CacheMismatch, SourceError
 from .images import Geometry, ImageError, View
 from .manifest import differences
 from .models import DTYPES, Encoders
-from .origin import recorded_checkpoint
+from .origin import named_checkpoint
 from .sources import Source, open_source
 
 TOLERANCE = 16
@@ -45,7 +45,7 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         CacheMismatch: the model is another one.
         SourceError: the dataset is another one.
     """
-    checkpoint = recorded_checkpoint(config)
+    checkpoint = named_checkpoint(config)
     _check_identity(cache, checkpoint, config.pretrained_model_name_or_path)
     source = open_source(config)
     encoding = cache.manifest["encoding"]

