@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
 from ip2p.encode.cache import Cache
 from ip2p.encode.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.errors import ModelError
 from ip2p.train.config import TrainConfig
-from ip2p.train.model import load_unet, widen
+from ip2p.train.model import choose_attention, load_unet, widen
 
 
 def config(model: Path) -> TrainConfig:
@@ -93,3 +94,21 @@ def test_a_missing_unet_is_one_clear_line(sd: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "sd" / "unet")
     with pytest.raises(ModelError, match="holds no UNet"):
         load_unet(config(tmp_path / "sd"), Checkpoint(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize(
+    ("side", "device", "precision", "expected"),
+    [
+        (16, "cpu", "bf16", AttnProcessor),
+        (16, "cpu", "no", AttnProcessor2_0),
+        (32, "cpu", "bf16", AttnProcessor2_0),
+        (16, "cuda", "bf16", AttnProcessor2_0),
+    ],
+)
+def test_attention_is_fused_but_for_small_pictures_in_bfloat16_on_a_cpu(
+    side: int, device: str, precision: str, expected: type
+) -> None:
+    """There diffusers' plain attention is the faster one; everywhere else it is PyTorch's own."""
+    unet = tiny.unet(sample_size=side)
+    choose_attention(unet, torch.device(device), precision)
+    assert {type(processor) for processor in unet.attn_processors.values()} == {expected}

@@ -16,10 +16,11 @@ import contrast
 import dataset
 import edits
 import evaluate
+import fit
 import openmoji
-import pretrain
 import starter
 import text
+import text_to_image
 import vae
 
 FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "color": 12}
@@ -137,7 +138,7 @@ def test_latents_are_scaled_to_unit_variance(pipeline: Any) -> None:
 def test_the_tokenizer_keeps_clips_conventions() -> None:
     """Text comes back in lower case; it is padded with the end token; unseen letters are spelled in bytes."""
     tokenizer = CLIPTokenizer.from_pretrained(starter.STARTER / "tokenizer")
-    ids = pretrain.token_ids(tokenizer, ["Make the skin tone dark", "zebra é 漢"])
+    ids = fit.token_ids(tokenizer, ["Make the skin tone dark", "zebra é 漢"])
     assert ids.shape == (2, text.LENGTH)
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == "make the skin tone dark"
     assert tokenizer.decode(ids[1], skip_special_tokens=True) == "zebra é 漢"
@@ -150,7 +151,7 @@ def test_the_text_encoder_pools_the_end_token() -> None:
     """The pooled output is the hidden state of the first end token: the configuration names the right one."""
     tokenizer = CLIPTokenizer.from_pretrained(starter.STARTER / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(starter.STARTER / "text_encoder")
-    ids = pretrain.token_ids(tokenizer, ["make it face left"])
+    ids = fit.token_ids(tokenizer, ["make it face left"])
     output: Any = encoder(ids)
     last = len(tokenizer("make it face left").input_ids) - 1
     torch.testing.assert_close(output.pooler_output[0], output.last_hidden_state[0, last])
@@ -164,20 +165,23 @@ def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
     assert long["loss"] < short["loss"]
     tokenizer = text.new_tokenizer(itertools.chain(*named.values()))
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    data = pretrain.Data(autoencoder, tokenizer, list(named.values()), pixels, seed=0)
-    for pairs in 0, 8:
-        model = pretrain.Model(text.new_text_encoder(tokenizer), starter.new_unet())
-        before = [part.detach().clone() for part in (model.unet.conv_in.weight, next(model.text_encoder.parameters()))]
-        saved: list[dict] = []
-        recipe = pretrain.Recipe(steps=2, batch_size=4, learning_rate=1e-3, pairs=pairs, seed=0)
-        averaged = pretrain.pretrain(
-            model, starter.new_scheduler(), data, recipe, lambda _, run, saved=saved: saved.append(run)
-        )
-        after = averaged.unet.conv_in.weight, next(averaged.text_encoder.parameters())
-        assert not any(map(torch.equal, before, after))
-        assert [run["steps"] for run in saved] == [2]
-        assert np.isfinite(saved[0]["loss"])
-        assert (saved[0]["loss_of_pairs"] > 0) == bool(pairs)
+    data = fit.Data(autoencoder, tokenizer, named, pixels)
+    saved: list[tuple[Any, dict]] = []
+
+    def save(trained: Any, run: dict) -> None:
+        saved.append((trained, run))
+
+    recipe = fit.Recipe(steps=40, batch_size=8, learning_rate=1e-3, seed=0)
+    text_encoder = text.new_text_encoder(tokenizer)
+    words = text_encoder.get_input_embeddings().weight.detach().clone()
+    contrast.train_text_encoder(text_encoder, data, recipe, save)
+    assert saved[-1][1]["steps"] == 40
+    assert 0 < saved[-1][1]["loss"] < np.log(8)  # what guessing among the pictures costs
+    assert not torch.equal(saved[-1][0].get_input_embeddings().weight, words)
+    for steps in 2, 12:
+        unet, scheduler = text_to_image.new_unet(), text_to_image.new_scheduler()
+        text_to_image.train_unet(unet, text_encoder, scheduler, data, recipe._replace(steps=steps), save)
+    assert saved[-1][1]["loss"] < saved[-2][1]["loss"]
 
 
 def test_matching_texts_with_pictures_shares_what_is_true_of_several() -> None:

@@ -18,7 +18,7 @@ from .config import TrainConfig
 from .data import Batches, null_conditioning
 from .interrupt import Interrupt
 from .metrics import Metrics
-from .model import load_unet
+from .model import choose_attention, load_unet
 from .objective import Objective
 from .order import make_order
 from .samples import Samples
@@ -72,6 +72,7 @@ def _train(config: TrainConfig) -> None:
 
     # What changes while it trains.
     unet = load_unet(config, checkpoint)
+    choose_attention(unet, accelerator.device, accelerator.mixed_precision)
     optimizer = make_optimizer(config, unet, accelerator)
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     epoch = len(samples.rows) / per_step  # optimizer steps, not a whole number

@@ -2,10 +2,13 @@
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 
 from ..encode.checkpoint import Checkpoint
 from ..encode.errors import ModelError, SettingsError
 from .config import TrainConfig
+
+SMALL = 16  # side of latents, below which the fused attention of CPUs loses in bfloat16 (docs/log.md)
 
 
 def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionModel:
@@ -43,6 +46,12 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
     if config.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def choose_attention(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:
+    """Leave PyTorch's fused attention in place, but for small pictures in bfloat16 on a CPU, in place."""
+    if device.type == "cpu" and precision == "bf16" and unet.config["sample_size"] in range(SMALL + 1):
+        unet.set_attn_processor(AttnProcessor())
 
 
 def widen(unet: UNet2DConditionModel, latent_channels: int = 4) -> None:

@@ -1,10 +1,17 @@
-"""Teaches the text encoder to tell pictures apart, as CLIP was taught: by matching texts with pictures in a batch."""
+"""Trains the starter's text encoder to tell pictures apart, as CLIP was: by matching texts with pictures in a batch."""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import CLIPTextModel
+
+from fit import Data, Recipe, fit
 
 
 class Matcher(nn.Module):
@@ -41,3 +48,24 @@ def contrastive_loss(scores: torch.Tensor, matches: torch.Tensor) -> torch.Tenso
     by_text = F.cross_entropy(scores, shares / shares.sum(1, keepdim=True))
     by_picture = F.cross_entropy(scores.T, (shares / shares.sum(0)).T)
     return (by_text + by_picture) / 2
+
+
+def train_text_encoder(
+    text_encoder: CLIPTextModel, data: Data, recipe: Recipe, save: Callable[[Any, dict], None]
+) -> None:
+    """Train the text encoder by its pooled output; `save` gets the averaged one and a record, as `fit` says.
+
+    A batch holds several variants of each character, so that *medium* must be told from *medium-dark*.
+    """
+    matcher = Matcher(text_encoder.config.hidden_size, data.moments.shape[-1])
+    end = text_encoder.config.eos_token_id
+
+    def loss(chance: random.Random) -> torch.Tensor:
+        pictures = data.alike(recipe.batch_size, chance)
+        rows = [data.text(picture, chance) for picture in pictures]
+        longest = int((data.ids[rows] != end).sum(1).max()) + 1
+        pooled = text_encoder(data.ids[rows, :longest]).pooler_output
+        matches = torch.tensor([[row in data.texts[picture] for picture in pictures] for row in rows])
+        return contrastive_loss(matcher(pooled, data.latents(pictures)).float(), matches)
+
+    fit(text_encoder, loss, recipe, save, helper=matcher)

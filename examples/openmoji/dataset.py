@@ -64,10 +64,23 @@ def thumbnail(key: str) -> np.ndarray:
     return np.asarray(render(key, 24), dtype=np.float32)
 
 
+def difference(one: str, other: str) -> float:
+    """Root mean square difference of two pictures, of 255."""
+    return float(np.sqrt(np.square(thumbnail(one) - thumbnail(other)).mean()))
+
+
 def visible(kind: str, source: str, target: str) -> bool:
     """Whether the two pictures differ enough to be an edit, and little enough to show the same character."""
-    difference = float(np.sqrt(np.square(thumbnail(source) - thumbnail(target)).mean()))
-    return difference >= SMALLEST and (kind != "gender" or difference <= LARGEST)
+    return SMALLEST <= difference(source, target) <= (LARGEST if kind == "gender" else 255)
+
+
+def candidates(family: Family, source: str, target: str) -> list[str]:
+    """What an edit could have become, the original included, without those that look like the target.
+
+    OpenMoji draws some people the same whoever they are: no picture could tell a man from nobody in particular.
+    """
+    others = dict.fromkeys([*family.members.values(), source])
+    return [key for key in others if key == target or difference(key, target) >= SMALLEST]
 
 
 def choose(
@@ -90,10 +103,14 @@ def choose(
                 yield family, source, value
 
 
-def rows(held_out: bool, size: int, seed: int) -> list[dict]:
-    """The rows of one split, shuffled; each edit appears once, in one of its wordings."""
+def rows(held_out: bool, size: int, seed: int, scale: float = 1) -> list[dict]:
+    """The rows of one split, shuffled; each edit appears once, in one of its wordings.
+
+    There are `scale` times as many to train on as `TRAIN` says, as far as OpenMoji allows.
+    """
     split = []
-    for kind, count in (TEST if held_out else TRAIN).items():
+    counts = TEST if held_out else {kind: round(scale * count) for kind, count in TRAIN.items()}
+    for kind, count in counts.items():
         chance = random.Random(f"{seed} {kind} {held_out}")
         mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
         edits = [(family, source, value) for family in mine for source, value in family.edits()]
@@ -108,20 +125,20 @@ def rows(held_out: bool, size: int, seed: int) -> list[dict]:
                     "base": family.base,
                     "source": source,
                     "target": target,
-                    "candidates": list(dict.fromkeys([*family.members.values(), source])),
+                    "candidates": candidates(family, source, target),
                 }
             )
     random.Random(seed).shuffle(split)
     return split
 
 
-def build(output: Path, size: int = 64, seed: int = 0) -> dict[str, Counter]:
+def build(output: Path, size: int = 64, seed: int = 0, scale: float = 1) -> dict[str, Counter]:
     """Write both splits and the attribution into the folder `output`; returns the rows by kind of each."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
     counts = {}
     for split, held_out in (("train", False), ("test", True)):
-        found = rows(held_out, size, seed)
+        found = rows(held_out, size, seed, scale)
         Dataset.from_list(found, features=FEATURES).to_parquet(output / f"{split}-00000-of-00001.parquet")
         counts[split] = Counter(row["kind"] for row in found)
     return counts
@@ -132,8 +149,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the two Parquet files")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="which edits and wordings are drawn (default 0)")
+    parser.add_argument("--scale", type=float, default=1, help="times the pairs to train on (default 1)")
     args = parser.parse_args()
-    for split, kinds in build(args.output, args.size, args.seed).items():
+    for split, kinds in build(args.output, args.size, args.seed, args.scale).items():
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         print(f"{split}: {kinds.total()} pairs ({listed})")
     print(f"written to {args.output}")

