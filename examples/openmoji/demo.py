@@ -30,7 +30,7 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
-    parser.add_argument("--max_train_steps", default="1500")
+    parser.add_argument("--max_train_steps", default="1800")
     parser.add_argument("--train_batch_size", default="32")
     parser.add_argument("--learning_rate", default="2.5e-3")
     parser.add_argument("--scale", default="1", help="how many times as many pairs to train on (default 1)")

@@ -63,7 +63,9 @@ def card(record: dict, pipeline: StableDiffusionPipeline) -> str:
 
     def trained(part: str) -> str:
         said = "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}"
-        return said.format(**record[part]) if part in record else "not at all: random weights"
+        if part not in record:
+            return "not at all: random weights"
+        return record[part].get("how") or said.format(**record[part])  # `how`: by hand, of several runs
 
     def millions(part: torch.nn.Module) -> float:
         return sum(weight.numel() for weight in part.parameters()) / 1e6
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=STARTER, help="folder of the checkpoint (default starter/)")
     parser.add_argument("--vae_steps", type=int, default=3000, help="of 8 pictures")
     parser.add_argument("--text_steps", type=int, default=4000, help="of 192 pictures and texts")
-    parser.add_argument("--unet_steps", type=int, default=3600, help="of 32 pictures; 0 leaves random weights")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="of 32 pictures; 0 leaves random weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     record = build(args.output, args.vae_steps, args.text_steps, args.unet_steps, args.seed)
