@@ -62,9 +62,18 @@ XL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 1280 + 6 * 256,
 }
+DEMO_UNET = {
+    "block_out_channels": (64, 128, 128),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 16,
+}  # of examples/openmoji, whose 64 pixels make the latents that 128 make elsewhere
 # `small` is a fifth of SD 1.5 in width, but for the VAE: a quarter, since processors like powers of two. So its
 # arithmetic favors a cache more than that of the real one.
 SIZES = {
+    "demo": Shape(DEMO_UNET, (16, 32, 64, 64), (text_config(128, 4, 3),)),
     "small": Shape(
         {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 8}, (32, 64, 128, 128), (text_config(160, 5),)
     ),

@@ -172,7 +172,7 @@ def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
         saved.append((trained, run))
 
     recipe = fit.Recipe(steps=40, batch_size=8, learning_rate=1e-3, seed=0)
-    text_encoder = text.new_text_encoder(tokenizer)
+    text_encoder: Any = text.new_text_encoder(tokenizer)
     words = text_encoder.get_input_embeddings().weight.detach().clone()
     contrast.train_text_encoder(text_encoder, data, recipe, save)
     assert saved[-1][1]["steps"] == 40

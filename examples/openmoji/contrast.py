@@ -58,7 +58,7 @@ def train_text_encoder(
     A batch holds several variants of each character, so that *medium* must be told from *medium-dark*.
     """
     matcher = Matcher(text_encoder.config.hidden_size, data.moments.shape[-1])
-    end = text_encoder.config.eos_token_id
+    end: Any = text_encoder.config.eos_token_id
 
     def loss(chance: random.Random) -> torch.Tensor:
         pictures = data.alike(recipe.batch_size, chance)
