@@ -22,7 +22,7 @@ ORIGINAL = (
 )  # fmt: skip
 PROMPT = ("prompt", "edit_prompt", "instruction", "edit", "edit_instruction")
 EDITED = (
-    "target", "edited_image", "target_img", "edited_img", "output_image", "output", "cartoonized_image",
+    "edited_image", "target", "target_img", "edited_img", "output_image", "output", "cartoonized_image",
     "edited_file",
 )  # fmt: skip
 
