@@ -1,5 +1,6 @@
 """The models that are measured, with random weights: the real shapes, and small ones in the same proportions."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,14 +63,10 @@ XL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 1280 + 6 * 256,
 }
-DEMO_UNET = {
-    "block_out_channels": (64, 128, 128),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
-}  # of examples/openmoji, whose 64 pixels make the latents that 128 make elsewhere
+# Of `demo` the UNet alone is that of examples/openmoji, whose 64 pixels make the latents that 128 make elsewhere.
+DEMO = json.loads((Path(__file__).parents[1] / "examples/openmoji/starter/unet/config.json").read_text())
+_NAMES = "block_out_channels down_block_types up_block_types layers_per_block attention_head_dim norm_num_groups"
+DEMO_UNET = {name: DEMO[name] for name in _NAMES.split()}
 # `small` is a fifth of SD 1.5 in width, but for the VAE: a quarter, since processors like powers of two. So its
 # arithmetic favors a cache more than that of the real one.
 SIZES = {

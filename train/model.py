@@ -8,7 +8,7 @@ from ..encode.checkpoint import Checkpoint
 from ..encode.errors import ModelError, SettingsError
 from .config import TrainConfig
 
-SMALL = 16  # side of latents, below which the fused attention of CPUs loses in bfloat16 (docs/log.md)
+SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in bfloat16 (docs/log.md)
 
 
 def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionModel:
@@ -49,7 +49,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:
-    """Leave PyTorch's fused attention in place, but for small pictures in bfloat16 on a CPU, in place."""
+    """Take plain attention for small pictures in bfloat16 on a CPU, in place; else leave PyTorch's fused one."""
     if device.type == "cpu" and precision == "bf16" and unet.config["sample_size"] in range(SMALL + 1):
         unet.set_attn_processor(AttnProcessor())
 

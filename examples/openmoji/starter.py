@@ -99,7 +99,8 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
     """Train the parts, save the checkpoint with its card in `output`, and return the record of the runs.
 
     In Stable Diffusion's order: the autoencoder; the text encoder, by matching texts with pictures; the UNet, from
-    text to picture beside these two. What `output/training.json` records already is kept and used.
+    text to picture beside these two. What `output/training.json` records already is kept and used, unless a part that
+    it was trained beside is trained anew.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = output / "training.json"
@@ -110,6 +111,7 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
         log.write_text(json.dumps(record, indent=2) + "\n")
 
     if "vae" not in record:
+        record.clear()
         train = pixels_of([code for code in hexcodes() if not is_held_out(code)])
         held_out = pixels_of([code for code in hexcodes() if is_held_out(code)])
         note(vae=train_vae(train, held_out, vae_steps, 8, seed, output / "vae"))
@@ -118,6 +120,7 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
     torch.manual_seed(seed)
     named = captions()
     if "text" not in record:
+        record.pop("unet", None)
         new_tokenizer(dict.fromkeys(itertools.chain(*named.values()))).save_pretrained(output / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
     data = cache(lambda: Data(vae, tokenizer, named, pixels_of(list(named))))
