@@ -92,8 +92,8 @@ def test_rows_are_true_pairs_of_one_character() -> None:
             (value,) = [value for value, key in family.members.items() if key == row["target"]]
             assert row["source"] in {family.default, *family.members.values()}
             assert row["edit_prompt"] in family.instructions(value)
-            assert row["input_image"]["bytes"] == dataset.png(row["source"], 64)
-            assert row["edited_image"]["bytes"] == dataset.png(row["target"], 64)
+            assert row["input_image"]["bytes"] == dataset.png(row["source"], 64, row["moved"])
+            assert row["edited_image"]["bytes"] == dataset.png(row["target"], 64, row["moved"])
             assert row["target"] in row["candidates"]
             assert openmoji.is_held_out(row["base"]) == held_out
 
@@ -210,12 +210,33 @@ def test_a_variant_that_looks_like_the_target_is_no_candidate() -> None:
     assert set(dataset.candidates(family, members["man"], members["woman"])) == set(members.values())
 
 
+def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
+    """A ponytail is an edit of the runner and long hair one of the teacher; the cyclist on another road is none."""
+    assert dataset.visible("gender", "1F3C3-200D-2642-FE0F", "1F3C3-200D-2640-FE0F")
+    assert dataset.visible("gender", "1F468-200D-1F3EB", "1F469-200D-1F3EB")
+    assert not dataset.visible("gender", "1F6B5", "1F6B5-200D-2640-FE0F")
+
+
 @pytest.mark.usefixtures("few")
-def test_scale_multiplies_the_pairs_to_train_on_alone() -> None:
-    """Twice the rows in the training split, the same rows in the other."""
-    twice = dataset.rows(False, 64, 0, scale=2)
-    assert len(twice) == 2 * len(dataset.rows(False, 64, 0)) == 2 * sum(FEW.values())
-    assert dataset.rows(True, 64, 0, scale=2) == dataset.rows(True, 64, 0)
+def test_pairs_beyond_the_first_are_moved_and_those_to_test_with_never() -> None:
+    """Each kind has its first rows as they are drawn; no other two pairs stand in the same place."""
+    first, thrice = dataset.rows(False, 64, 0), dataset.rows(False, 64, 0, scale=3)
+    moved = [row["moved"] for row in thrice if row["moved"]]
+    assert len(thrice) == 3 * len(first) == 3 * sum(FEW.values())
+    assert not any(row["moved"] for row in first)
+    assert len(set(moved)) == len(moved) == 2 * len(first)
+    mirrored = {
+        kind: {"scale(-" in row["moved"] for row in thrice if row["kind"] == kind and row["moved"]} for kind in FEW
+    }
+    assert mirrored == {kind: {False} if kind == "direction" else {False, True} for kind in FEW}
+    assert dataset.rows(True, 64, 0, scale=3) == dataset.rows(True, 64, 0)
+
+
+def test_a_picture_moved_is_the_picture_moved() -> None:
+    """The transform is SVG's, of the whole drawing: here by a quarter, and mirrored as OpenMoji mirrors."""
+    still, shifted = (np.asarray(openmoji.render("1F3C3", 72, moved)) for moved in ("", "translate(18, 0)"))
+    np.testing.assert_allclose(shifted[:, 18:], still[:, :-18].astype(float), atol=16)  # edges are drawn anew
+    assert openmoji.render("1F3C3", 64, openmoji.MIRROR).tobytes() == openmoji.render("1F3C3~mirror").tobytes()
 
 
 def test_the_unet_is_trained_anew_where_its_text_encoder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

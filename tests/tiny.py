@@ -160,8 +160,9 @@ def pairs(count: int, first: int = 0) -> dict[str, list]:
 def dataset(folder: Path, columns: dict[str, list]) -> Path:
     """Write pairs as the Parquet file of a split that `datasets.load_dataset(folder)` reads."""
     folder.mkdir(parents=True, exist_ok=True)
+    images = {"input_image", "edited_image"}
     features = datasets.Features(
-        input_image=datasets.Image(), edited_image=datasets.Image(), edit_prompt=datasets.Value("string")
+        {name: datasets.Image() if name in images else datasets.Value("string") for name in columns}
     )
     table = datasets.Dataset.from_dict(columns, features=features)
     table.to_parquet(folder / "train-00000-of-00001.parquet")

@@ -20,9 +20,9 @@ from openmoji import hexcodes, is_held_out, name_of, render
 # Rows by kind of edit. Skin tones dominate: they are what the demo is scored on.
 TRAIN = {"skin tone": 3000, "gender": 800, "hair": 1000, "direction": 700, "color": 1500}
 TEST = {"skin tone": 240, "gender": 80, "hair": 80, "direction": 80, "color": 120}
-UNCHANGED = 0.05  # share of instructions that ask for what is there already
+UNCHANGED = 0.1  # share of instructions that ask for what is there already
 SMALLEST = 4.0  # root mean square difference of two pictures, of 255, below which no edit can be seen
-LARGEST = 64.0  # above it a man and a woman strike different poses: no edit, another picture
+REDRAWN = 0.5  # the same over that to an empty picture: above it, man and woman strike different poses
 FEATURES = Features(
     {
         "input_image": Image(),
@@ -33,6 +33,7 @@ FEATURES = Features(
         "source": Value("string"),
         "target": Value("string"),
         "candidates": List(Value("string")),
+        "moved": Value("string"),
     }
 )
 ATTRIBUTION = f"""\
@@ -51,27 +52,45 @@ def emoji(held_out: bool) -> list[tuple[str, str]]:
 
 
 @lru_cache(maxsize=20_000)
-def png(key: str, size: int) -> bytes:
-    """The picture as PNG bytes."""
+def png(key: str, size: int, moved: str = "") -> bytes:
+    """The picture, under the SVG transform `moved`, as PNG bytes."""
     buffer = io.BytesIO()
-    render(key, size).save(buffer, "PNG")
+    render(key, size, moved).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 @lru_cache(maxsize=20_000)
-def thumbnail(key: str) -> np.ndarray:
-    """The picture at 24 pixels, (24, 24, 3) float32, to tell how far two of them differ."""
-    return np.asarray(render(key, 24), dtype=np.float32)
+def ink(key: str) -> np.ndarray:
+    """What is drawn on the white of the picture at 24 pixels, (24, 24, 3) float32, to tell how far two differ."""
+    return 255 - np.asarray(render(key, 24), dtype=np.float32)
+
+
+def size_of(difference: np.ndarray) -> float:
+    """Root mean square, of 255."""
+    return float(np.sqrt(np.square(difference).mean()))
 
 
 def difference(one: str, other: str) -> float:
     """Root mean square difference of two pictures, of 255."""
-    return float(np.sqrt(np.square(thumbnail(one) - thumbnail(other)).mean()))
+    return size_of(ink(one) - ink(other))
 
 
 def visible(kind: str, source: str, target: str) -> bool:
     """Whether the two pictures differ enough to be an edit, and little enough to show the same character."""
-    return SMALLEST <= difference(source, target) <= (LARGEST if kind == "gender" else 255)
+    largest = REDRAWN * max(size_of(ink(source)), size_of(ink(target))) if kind == "gender" else 255
+    return SMALLEST <= difference(source, target) <= largest
+
+
+def somewhere(kind: str, chance: random.Random) -> str:
+    """An SVG transform that moves, turns and zooms a picture a little, and mirrors every other one.
+
+    A few dozen characters that always stand in the same place are learned by heart, and what was not is smeared.
+    Where the instruction says left or right, nothing is mirrored.
+    """
+    zoom, mirror = chance.uniform(0.75, 1.1), 1 if kind == "direction" else chance.choice((1, -1))
+    x, y = (36 + chance.uniform(-5, 5) for _ in range(2))
+    turned = f"translate({x:.2f}, {y:.2f}) rotate({chance.uniform(-10, 10):.1f})"
+    return f"{turned} scale({mirror * zoom:.3f}, {zoom:.3f}) translate(-36, -36)"
 
 
 def candidates(family: Family, source: str, target: str) -> list[str]:
@@ -104,28 +123,33 @@ def choose(
 
 
 def rows(held_out: bool, size: int, seed: int, scale: float = 1) -> list[dict]:
-    """The rows of one split, shuffled; each edit appears once, in one of its wordings.
+    """The rows of one split, shuffled; each edit in one of its wordings.
 
-    There are `scale` times as many to train on as `TRAIN` says, as far as OpenMoji allows.
+    To train on there are `scale` times as many as `TRAIN` says: that many as they are drawn, as far as OpenMoji has
+    them, and then any, with both pictures moved alike. Those to test with appear once, as they are drawn.
     """
     split = []
-    counts = TEST if held_out else {kind: round(scale * count) for kind, count in TRAIN.items()}
-    for kind, count in counts.items():
+    for kind, count in (TEST if held_out else TRAIN).items():
         chance = random.Random(f"{seed} {kind} {held_out}")
         mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
         edits = [(family, source, value) for family in mine for source, value in family.edits()]
-        for family, source, value in choose(edits, count, chance):
+        wanted = count if held_out else round(scale * count)
+        chosen = [(edit, "") for edit in choose(edits, min(count, wanted), chance)]
+        while not held_out and (left := wanted - len(chosen)) > 0:
+            chosen += [(edit, somewhere(kind, chance)) for edit in choose(edits, left, chance)]
+        for (family, source, value), moved in chosen:
             target = family.members[value]
             split.append(
                 {
-                    "input_image": {"bytes": png(source, size), "path": None},
-                    "edited_image": {"bytes": png(target, size), "path": None},
+                    "input_image": {"bytes": png(source, size, moved), "path": None},
+                    "edited_image": {"bytes": png(target, size, moved), "path": None},
                     "edit_prompt": chance.choice(family.instructions(value)),
                     "kind": kind,
                     "base": family.base,
                     "source": source,
                     "target": target,
                     "candidates": candidates(family, source, target),
+                    "moved": moved,
                 }
             )
     random.Random(seed).shuffle(split)

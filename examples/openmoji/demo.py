@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--train_batch_size", default="32")
     parser.add_argument("--learning_rate", default="2.5e-3")
     parser.add_argument("--scale", default="1", help="how many times as many pairs to train on (default 1)")
-    parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored; 0 for all 592")
+    parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored; 0 for all")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     data, cache, model = (args.output / name for name in ("data", "cache", "model"))

@@ -96,6 +96,8 @@ SALT, HELD_OUT = "46", 1 / 8
 
 HAIR_LAYER = re.compile(r'<g id="hair"[^>]*(?<!/)>(?:(?!<g|</g>).)*</g>', re.DOTALL)
 HAIR_FILL = re.compile(r'fill="#(?!000)\w+"')  # the outlines are black
+BODY = re.compile(r"(<svg[^>]*>)(.*)</svg>", re.DOTALL)
+MIRROR = "scale(-1, 1) translate(-72, 0)"
 
 
 @cache
@@ -189,8 +191,7 @@ def svg(key: str) -> str:
     if not variant:
         return text
     if variant == "mirror":
-        body = re.compile(r"(<svg[^>]*>)(.*)</svg>", re.DOTALL)
-        return body.sub(r'\1<g transform="scale(-1, 1) translate(-72, 0)">\2</g></svg>', text)
+        return transformed(text, MIRROR)
     old, new = variant.split(":")
     if old == "hair":
         return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[new]}"', layer[0]), text)
@@ -199,13 +200,19 @@ def svg(key: str) -> str:
     return text
 
 
+def transformed(text: str, transform: str) -> str:
+    """The SVG with everything in it under one more SVG transform."""
+    return BODY.sub(rf'\1<g transform="{transform}">\2</g></svg>', text)
+
+
 @cache
 def fills(key: str) -> set[str]:
     """Every color that the drawing names, as `#RRGGBB` in capitals."""
     return {color.upper() for color in re.findall(r"#[0-9a-fA-F]{3,6}\b", svg(key))}
 
 
-def render(key: str, size: int = 64) -> Image.Image:
-    """The emoji as an RGB picture of `size` pixels squared over white."""
-    png = resvg_py.svg_to_bytes(svg_string=svg(key), width=size, height=size, background="#ffffff")
+def render(key: str, size: int = 64, transform: str = "") -> Image.Image:
+    """The emoji as an RGB picture of `size` pixels squared over white, under an SVG transform of its 72 units."""
+    drawing = transformed(svg(key), transform) if transform else svg(key)
+    png = resvg_py.svg_to_bytes(svg_string=drawing, width=size, height=size, background="#ffffff")
     return Image.open(io.BytesIO(png)).convert("RGB")
