@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..encode.errors import SettingsError, TrainError
 from ..encode.reader import Reader
 from .card import push, write_card
 from .checkpoint import Progress, export, find, resume, save
+from .compiled import check_gradients
 from .config import TrainConfig
 from .data import Batches, null_conditioning
 from .interrupt import Interrupt
@@ -103,6 +105,7 @@ def _train(config: TrainConfig) -> None:
         stride=accelerator.num_processes * size,
     )
     metrics = Metrics(accelerator, config.output_dir, every=config.logging_steps, total=total, done=progress.step)
+    unchecked = config.compile
     with Interrupt(accelerator, config.logging_steps) as interrupt, contextlib.closing(batches):
         while progress.step < total:
             loss = torch.zeros((), device=accelerator.device)
@@ -110,6 +113,9 @@ def _train(config: TrainConfig) -> None:
                 last = micro == config.gradient_accumulation_steps - 1
                 batch = next(batches)
                 draws = objective.draw(batch, progress.seed, progress.step, micro, rank)
+                if unchecked:
+                    check_gradients(accelerator, unet, partial(objective.loss, unet, batch, draws))
+                    unchecked = False
                 with contextlib.nullcontext() if last else accelerator.no_sync(unet):
                     part = objective.loss(unet, batch, draws)
                     accelerator.backward(part / config.gradient_accumulation_steps)

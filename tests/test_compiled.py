@@ -1,0 +1,94 @@
+"""Tests of train/compiled.py: a compiler that loses gradients is found out before it trains anything."""
+
+import json
+from collections.abc import Callable
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import tiny
+from ip2p.encode.errors import TrainError
+from ip2p.train.__main__ import main
+from ip2p.train.compiled import check_gradients
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")  # diffusers'
+
+
+def prepared(precision: str, backend: Any) -> tuple[Accelerator, torch.nn.Module, Callable[[], Tensor]]:
+    """A tiny UNet compiled by `backend`, and its loss on fixed numbers."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    accelerator, unet = Accelerator(cpu=True, mixed_precision=precision), tiny.unet(8)
+    unet.compile(backend=backend)
+    text = torch.randn(2, 77, unet.config["cross_attention_dim"])
+    latents, noise = torch.randn(2, 8, 8, 8), torch.randn(2, 4, 8, 8)
+    unet = accelerator.prepare(unet)
+    timesteps = torch.tensor([20, 700])
+    return accelerator, unet, lambda: (unet(latents, timesteps, text).sample - noise).square().mean()
+
+
+def backend_that(spoil: Callable[[Tensor], Tensor], name: str) -> Callable[..., Any]:
+    """A backend of torch.compile that runs the graph as it is, but takes the weight `name` through `spoil`."""
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        places = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+        spoiled = {i for i, place in enumerate(places) if name in place}
+        assert spoiled, places
+        return lambda *inputs: graph(*(spoil(x) if i in spoiled else x for i, x in enumerate(inputs)))
+
+    return backend
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_right_gradients_pass_and_none_is_left(precision: str) -> None:
+    """The compiler's graph, run faithfully, is no error, and the first step starts from no gradient."""
+    accelerator, unet, loss = prepared(precision, "eager")
+    check_gradients(accelerator, unet, loss)
+    assert all(weight.grad is None for weight in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [Tensor.detach, lambda weight: 2 * weight - weight.detach(), lambda weight: weight * torch.nan],
+    ids=["lost", "doubled", "nan"],
+)
+def test_a_wrong_gradient_is_refused(spoil: Callable[[Tensor], Tensor]) -> None:
+    """One weight whose gradient is lost or doubled, with an output that is right, is named; so is a NaN."""
+    accelerator, unet, loss = prepared("no", backend_that(spoil, "conv_out_parameters_weight"))
+    with pytest.raises(TrainError, match=r"--compile: .* gradients are not .*Leave --compile out") as error:
+        check_gradients(accelerator, unet, loss)
+    assert "conv_out.weight" in str(error.value) or spoil(torch.ones(1)).isnan()
+
+
+def test_an_overflow_of_fp16_says_nothing() -> None:
+    """A loss scaled beyond float16 is the scaler's business, as in any first step."""
+    accelerator, unet, loss = prepared("no", "eager")
+    check_gradients(accelerator, unet, lambda: loss() * torch.inf)
+
+
+def test_a_run_is_checked_and_not_changed_by_it(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a compiler that is right the losses are the uncompiled run's; with one that is not, nothing is trained."""
+
+    def losses(name: str, backend: Any) -> list[float]:
+        torch._dynamo.reset()
+        monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+        values = {"pretrained_model_name_or_path": sd, "cache": cache, "output_dir": tmp_path / name}
+        values |= {"max_train_steps": 3, "train_batch_size": 2, "logging_steps": 1, "seed": 0, "report_to": "none"}
+        main(tiny.arguments(values | {"compile": bool(backend)}))
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    plain = losses("plain", None)
+    assert len(plain) == 3
+    assert losses("right", "eager") == pytest.approx(plain, rel=1e-4)
+    with pytest.raises(SystemExit, match="2"):
+        losses("wrong", backend_that(Tensor.detach, "conv_out_parameters_weight"))
+    assert "conv_out.weight, by 100%. Leave --compile out" in capsys.readouterr().err
+    assert not (tmp_path / "wrong" / "unet").exists()
