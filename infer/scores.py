@@ -5,6 +5,8 @@ import math
 import numpy as np
 from PIL import Image
 
+EQUAL = 60.0  # dB of equal pictures: not infinite, or one of them would make every mean so
+
 
 def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:
     """L1 and L2: mean absolute and mean squared difference of two RGB pictures, of values from 0 to 1.
@@ -18,6 +20,6 @@ def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:
 
 
 def psnr(picture: Image.Image, target: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures; infinite for equal ones. Resizes as `distances`."""
+    """Peak signal-to-noise ratio in dB of two RGB pictures, at most `EQUAL`. Resizes as `distances`."""
     _, error = distances(picture, target)
-    return math.inf if error == 0 else -10 * math.log10(error)
+    return min(EQUAL, -10 * math.log10(error)) if error else EQUAL

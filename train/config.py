@@ -97,7 +97,8 @@ class TrainConfig:
     enable_xformers_memory_efficient_attention: bool = False
     """Attention by xformers instead of PyTorch."""
     compile: bool = False
-    """Compile the UNet with torch.compile: some minutes at the start, faster steps after that."""
+    """Compile the UNet with torch.compile: some minutes at the start, faster steps after that. Its first gradients are
+    compared with those of the uncompiled UNet."""
     checkpointing_steps: int = 500
     """Optimizer steps from one checkpoint to the next."""
     checkpoints_total_limit: int | None = None
