@@ -88,9 +88,9 @@ def somewhere(kind: str, chance: random.Random) -> str:
     Where the instruction says left or right, one picture stays the other one mirrored.
     """
     zoom, up = chance.uniform(0.75, 1.1), 36 + chance.uniform(-5, 5)
-    aside, turn, mirror = 36 + chance.uniform(-5, 5), chance.uniform(-10, 10), chance.choice((1, -1))
-    if kind == "direction":
-        aside, turn, mirror = 36, 0, 1
+    aside, turn, mirror = 36.0, 0.0, 1
+    if kind != "direction":
+        aside, turn, mirror = 36 + chance.uniform(-5, 5), chance.uniform(-10, 10), chance.choice((1, -1))
     turned = f"translate({aside:.2f}, {up:.2f}) rotate({turn:.1f})"
     return f"{turned} scale({mirror * zoom:.3f}, {zoom:.3f}) translate(-36, -36)"
 
