@@ -1,5 +1,6 @@
 """`ip2p-infer`: the command line on a tiny real pipeline, from flags to files."""
 
+import functools
 import json
 import os
 import re
@@ -307,7 +308,8 @@ def test_an_interrupted_batch_is_finished_by_the_same_command(
     arguments = ["--model", model, "--image", str(photos), "--prompt", "make it red", "--output", str(out), *STEPS]
     command = [sys.executable, "-m", "ip2p.infer", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    unmuted = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells mute it for what runs with `&`
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=unmuted) as process:
         while len(list(out.glob("*.png"))) < 8 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
