@@ -29,7 +29,7 @@ import text
 import text_to_image
 import vae
 
-FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "color": 12}
+FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "mirror": 6, "color": 12}
 
 
 @pytest.fixture
@@ -213,6 +213,17 @@ def test_a_variant_that_looks_like_the_target_is_no_candidate() -> None:
     assert set(dataset.candidates(family, members["man"], members["woman"])) == set(members.values())
 
 
+def test_nothing_is_mirrored_already() -> None:
+    """Whatever a picture shows, "mirror it" asks for another one; what faces left may be asked to face left."""
+    found: dict[str, list[bool]] = {"mirror": [], "direction": []}
+    for family in edits.families():
+        if family.kind in found:
+            found[family.kind] += [source == family.members[value] for source, value in family.edits()]
+    assert len(found["mirror"]) == len(openmoji.hexcodes())
+    assert not any(found["mirror"])
+    assert any(found["direction"])
+
+
 def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
     """A ponytail is an edit of the runner and long hair one of the teacher; the cyclist on another road is none."""
     assert dataset.visible("gender", "1F3C3-200D-2642-FE0F", "1F3C3-200D-2640-FE0F")
@@ -230,7 +241,7 @@ def test_pairs_beyond_the_first_are_moved_and_those_to_test_with_never() -> None
     assert Counter(row["kind"] for row in moved) == dict.fromkeys(FEW, round(2 * len(first) / len(FEW)))
     assert len({row["moved"] for row in moved}) == len(moved)
     mirrored = {kind: {"scale(-" in row["moved"] for row in moved if row["kind"] == kind} for kind in FEW}
-    assert mirrored == {kind: {False} if kind == "direction" else {False, True} for kind in FEW}
+    assert mirrored == {kind: {False} if kind in {"direction", "mirror"} else {False, True} for kind in FEW}
     assert dataset.rows(True, 64, 0, scale=3) == dataset.rows(True, 64, 0)
 
 
@@ -251,9 +262,10 @@ def test_moved_pairs_are_dressed_anew_and_alike() -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_direction_stays_a_mirror_image_wherever_it_stands() -> None:
+@pytest.mark.parametrize("kind", ["direction", "mirror"])
+def test_a_mirror_image_stays_one_wherever_it_stands(kind: str) -> None:
     """However such a pair is moved, one picture is the other one mirrored about the middle."""
-    moved = [row for row in dataset.rows(False, 64, 0, scale=3) if row["kind"] == "direction" and row["moved"]]
+    moved = [row for row in dataset.rows(False, 64, 0, scale=3) if row["kind"] == kind and row["moved"]]
     mirrored = [row for row in moved if ("mirror" in row["source"]) != ("mirror" in row["target"])]
     assert mirrored
     for row in mirrored:

@@ -30,6 +30,7 @@ def run(title: str, *command: str | Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
+    parser.add_argument("--pretrained_model_name_or_path", default=HERE / "starter", help="what to start from")
     parser.add_argument("--max_train_steps", default="1800")
     parser.add_argument("--train_batch_size", default="32")
     parser.add_argument("--learning_rate", default="2.5e-3")
@@ -38,10 +39,10 @@ def main() -> None:
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     data, cache, model = (args.output / name for name in ("data", "cache", "model"))
-    starter, started = HERE / "starter", time.monotonic()
+    started = time.monotonic()
 
     run("A paired dataset from OpenMoji", HERE / "dataset.py", "--output", data, "--scale", args.scale)
-    base = ("--pretrained_model_name_or_path", starter)
+    base = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     # No --random_flip: "make it face left" means another thing in a mirror.
     encode = ("--dataset_name", data, "--resolution", "64", "--encode_batch_size", "32", "--cache", cache)
     run("Encode it once", "-m", "ip2p.encode", *base, *encode)

@@ -59,6 +59,14 @@ WORDINGS = {
         "point it to the {}",
         "flip it so that it faces {}",
     ),
+    "mirror": (
+        "mirror it",
+        "flip it",
+        "turn it around",
+        "make it face the other way",
+        "have it look the other way",
+        "swap left and right",
+    ),
     "color": (
         "make it {}",
         "change the color to {}",
@@ -113,8 +121,9 @@ class Family:
         return base_of(next(iter(self.members.values())))
 
     def edits(self) -> Iterator[tuple[str, str]]:
-        """All (key before, what to ask for), those that ask for what is there already included."""
-        return product([self.default] * bool(self.default) + list(self.members.values()), self.members)
+        """All (key before, what to ask for), also for what is there already; no picture is mirrored already."""
+        pairs = product([self.default] * bool(self.default) + list(self.members.values()), self.members)
+        return (pair for pair in pairs if self.kind != "mirror" or pair[0] == self.default)
 
     def instructions(self, value: str) -> list[str]:
         """Every wording that asks for `value`."""
@@ -175,6 +184,12 @@ def directions() -> Iterator[Family]:
             yield Family("direction", {"left": codes["left"], "right": right})
 
 
+def mirrors() -> Iterator[Family]:
+    """Every picture and its mirror image: what turning around is, learned from more than the few that face a side."""
+    for code in hexcodes():
+        yield Family("mirror", {"mirrored": f"{code}~mirror"}, default=code)
+
+
 def colors() -> Iterator[Family]:
     """Things that OpenMoji draws in several colors, and all others of one color, redrawn in its palette."""
     for noun, members in COLORED.items():
@@ -197,4 +212,4 @@ def colors() -> Iterator[Family]:
 @cache
 def families() -> tuple[Family, ...]:
     """All of them, in a fixed order."""
-    return (*skin_tones(), *genders(), *hair(), *directions(), *colors())
+    return (*skin_tones(), *genders(), *hair(), *directions(), *mirrors(), *colors())
