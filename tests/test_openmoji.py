@@ -36,6 +36,7 @@ FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "mirror": 6, "co
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows, so that a split is built in a second."""
     monkeypatch.setattr(dataset, "TRAIN", FEW)
+    monkeypatch.setattr(dataset, "MOVED", FEW)
     monkeypatch.setattr(dataset, "TEST", FEW)
 
 
@@ -232,17 +233,17 @@ def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_pairs_beyond_the_first_are_moved_and_those_to_test_with_never() -> None:
-    """Each kind has its first rows as they are drawn, then as many as the others; no two stand in the same place."""
-    first, thrice = dataset.rows(False, 64, 0), dataset.rows(False, 64, 0, scale=3)
-    moved = [row for row in thrice if row["moved"]]
-    assert len(first) == sum(FEW.values())
-    assert not any(row["moved"] for row in first)
-    assert Counter(row["kind"] for row in moved) == dict.fromkeys(FEW, round(2 * len(first) / len(FEW)))
+def test_pairs_are_moved_where_told_and_those_to_test_with_never() -> None:
+    """Each kind has its rows as they are drawn, then its moved ones; no two of these stand in the same place."""
+    drawn, more = dataset.rows(False, 64, 0), dataset.rows(False, 64, 0, moved=2)
+    moved = [row for row in more if row["moved"]]
+    assert Counter(row["kind"] for row in drawn) == FEW
+    assert not any(row["moved"] for row in drawn)
+    assert Counter(row["kind"] for row in moved) == {kind: 2 * count for kind, count in FEW.items()}
     assert len({row["moved"] for row in moved}) == len(moved)
     mirrored = {kind: {"scale(-" in row["moved"] for row in moved if row["kind"] == kind} for kind in FEW}
     assert mirrored == {kind: {False} if kind in {"direction", "mirror"} else {False, True} for kind in FEW}
-    assert dataset.rows(True, 64, 0, scale=3) == dataset.rows(True, 64, 0)
+    assert dataset.rows(True, 64, 0, moved=2) == dataset.rows(True, 64, 0)
 
 
 @pytest.mark.usefixtures("few")
@@ -254,7 +255,7 @@ def test_moved_pairs_are_dressed_anew_and_alike() -> None:
     assert plain - dressed == plain & blue
     assert dressed - plain <= {*openmoji.PALETTE["red"]}
     assert openmoji.render("1F697~red:blue+blue:red~red:blue+blue:red").tobytes() == openmoji.render("1F697").tobytes()
-    for row in dataset.rows(False, 64, 0, scale=3):
+    for row in dataset.rows(False, 64, 0, moved=2):
         _, dash, clothes = row["target"].rpartition("~red:")
         assert (dash and "pink:" in clothes) if row["moved"] and row["kind"] != "color" else "+" not in row["target"]
         assert not row["moved"] or row["kind"] == "color" or row["source"].endswith(dash + clothes)
@@ -265,7 +266,7 @@ def test_moved_pairs_are_dressed_anew_and_alike() -> None:
 @pytest.mark.parametrize("kind", ["direction", "mirror"])
 def test_a_mirror_image_stays_one_wherever_it_stands(kind: str) -> None:
     """However such a pair is moved, one picture is the other one mirrored about the middle."""
-    moved = [row for row in dataset.rows(False, 64, 0, scale=3) if row["kind"] == kind and row["moved"]]
+    moved = [row for row in dataset.rows(False, 64, 0, moved=2) if row["kind"] == kind and row["moved"]]
     mirrored = [row for row in moved if ("mirror" in row["source"]) != ("mirror" in row["target"])]
     assert mirrored
     for row in mirrored:

@@ -19,7 +19,7 @@ from openmoji import CLOTHES, hexcodes, is_held_out, name_of, render
 
 # Rows by kind of edit, as they are drawn. Skin tones dominate: they are what the demo is scored on.
 TRAIN = {"skin tone": 3600, "gender": 600, "hair": 900, "direction": 200, "mirror": 700, "color": 1000}
-# Rows to add to these, moved, by `--scale`: most of what is hardest, since it changes shapes.
+# Rows to add to these, by `--moved`: most of what is hardest, since it changes shapes.
 MOVED = {"skin tone": 1700, "gender": 2000, "hair": 1200, "direction": 500, "mirror": 600, "color": 1000}
 TEST = {"skin tone": 240, "gender": 80, "hair": 80, "direction": 80, "mirror": 80, "color": 120}
 UNCHANGED = 0.1  # share of instructions that ask for what is there already
@@ -132,48 +132,48 @@ def choose(
                 yield family, source, value
 
 
-def rows(held_out: bool, size: int, seed: int, scale: float = 1) -> list[dict]:
+def rows(held_out: bool, size: int, seed: int, scale: float = 1, moved: float = 0) -> list[dict]:
     """The rows of one split, shuffled; each edit in one of its wordings.
 
-    To train on there are those of `TRAIN`, as they are drawn, as far as OpenMoji has them, and `scale` - 1 times those
-    of `MOVED`, with both pictures moved and dressed alike. Those to test with appear once, as they are drawn.
+    To train on there are `scale` times the rows of `TRAIN` and `moved` times those of `MOVED`. The former are as they
+    are drawn, as far as OpenMoji has them; of all others both pictures are moved and dressed alike. Those to test with
+    appear once, as they are drawn.
     """
     split = []
     for kind, count in (TEST if held_out else TRAIN).items():
         chance = random.Random(f"{seed} {kind} {held_out}")
         mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
         edits = [(family, source, value) for family in mine for source, value in family.edits()]
-        first = count if held_out else round(min(scale, 1) * count)
-        added = 0 if held_out else round(max(scale - 1, 0) * MOVED[kind])
-        chosen = [(edit, "", "") for edit in choose(edits, first, chance)]
-        while not held_out and (left := first + added - len(chosen)) > 0:
+        drawn = count if held_out else round(scale * count)
+        chosen = [(edit, "", "") for edit in choose(edits, drawn, chance)]
+        while not held_out and (left := drawn + round(moved * MOVED[kind]) - len(chosen)) > 0:
             chosen += [(edit, somewhere(kind, chance), dressed(kind, chance)) for edit in choose(edits, left, chance)]
-        for (family, source, value), moved, clothes in chosen:
+        for (family, source, value), transform, clothes in chosen:
             target = family.members[value]
             split.append(
                 {
-                    "input_image": {"bytes": png(source + clothes, size, moved), "path": None},
-                    "edited_image": {"bytes": png(target + clothes, size, moved), "path": None},
+                    "input_image": {"bytes": png(source + clothes, size, transform), "path": None},
+                    "edited_image": {"bytes": png(target + clothes, size, transform), "path": None},
                     "edit_prompt": chance.choice(family.instructions(value)),
                     "kind": kind,
                     "base": family.base,
                     "source": source + clothes,
                     "target": target + clothes,
                     "candidates": [key + clothes for key in candidates(family, source, target)],
-                    "moved": moved,
+                    "moved": transform,
                 }
             )
     random.Random(seed).shuffle(split)
     return split
 
 
-def build(output: Path, size: int = 64, seed: int = 0, scale: float = 1) -> dict[str, Counter]:
+def build(output: Path, size: int = 64, seed: int = 0, scale: float = 1, moved: float = 0) -> dict[str, Counter]:
     """Write both splits and the attribution into the folder `output`; returns the rows by kind of each."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
     counts = {}
     for split, held_out in (("train", False), ("test", True)):
-        found = rows(held_out, size, seed, scale)
+        found = rows(held_out, size, seed, scale, moved)
         Dataset.from_list(found, features=FEATURES).to_parquet(output / f"{split}-00000-of-00001.parquet")
         counts[split] = Counter(row["kind"] for row in found)
     return counts
@@ -184,9 +184,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the two Parquet files")
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="which edits and wordings are drawn (default 0)")
-    parser.add_argument("--scale", type=float, default=1, help="times the pairs to train on (default 1)")
+    parser.add_argument("--scale", type=float, default=1, help="how many times 7,000 pairs to train on (default 1)")
+    parser.add_argument("--moved", type=float, default=0, help="how many times 7,000 moved ones to add (default 0)")
     args = parser.parse_args()
-    for split, kinds in build(args.output, args.size, args.seed, args.scale).items():
+    for split, kinds in build(args.output, args.size, args.seed, args.scale, args.moved).items():
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         print(f"{split}: {kinds.total()} pairs ({listed})")
     print(f"written to {args.output}")

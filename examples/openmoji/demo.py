@@ -34,14 +34,16 @@ def main() -> None:
     parser.add_argument("--max_train_steps", default="1800")
     parser.add_argument("--train_batch_size", default="32")
     parser.add_argument("--learning_rate", default="2.5e-3")
-    parser.add_argument("--scale", default="1", help="how many times as many pairs to train on (default 1)")
+    parser.add_argument("--scale", default="1", help="how many times 7,000 pairs to train on (default 1)")
+    parser.add_argument("--moved", default="0", help="how many times 7,000 moved ones to add (default 0)")
     parser.add_argument("--pairs", default="240", help="how many held-out pairs are scored; 0 for all")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     data, cache, model = (args.output / name for name in ("data", "cache", "model"))
     started = time.monotonic()
 
-    run("A paired dataset from OpenMoji", HERE / "dataset.py", "--output", data, "--scale", args.scale)
+    size = ("--scale", args.scale, "--moved", args.moved)
+    run("A paired dataset from OpenMoji", HERE / "dataset.py", "--output", data, *size)
     base = ("--pretrained_model_name_or_path", args.pretrained_model_name_or_path)
     # No --random_flip: "make it face left" means another thing in a mirror.
     encode = ("--dataset_name", data, "--resolution", "64", "--encode_batch_size", "32", "--cache", cache)
