@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for everything")
     parser.add_argument("--pretrained_model_name_or_path", default=HERE / "starter", help="what to start from")
-    parser.add_argument("--max_train_steps", default="1800")
+    parser.add_argument("--max_train_steps", default="1700")
     parser.add_argument("--train_batch_size", default="32")
     parser.add_argument("--learning_rate", default="2.5e-3")
     parser.add_argument("--scale", default="1", help="how many times 7,000 pairs to train on (default 1)")
@@ -55,7 +55,7 @@ def main() -> None:
         *(("--mixed_precision", "bf16") if torch.cpu.get_capabilities().get("amx_bf16") else ()),
     )
     run("Train from the cache", "-m", "ip2p.train", *base, "--cache", cache, "--output_dir", model, *settings)
-    edit = ("--model", model, "--num_inference_steps", "10", "--image_guidance_scale", "1.2", "--guidance_scale", "2")
+    edit = ("--model", model, "--num_inference_steps", "5", "--image_guidance_scale", "1.2", "--guidance_scale", "2")
     shown = ("--output", args.output / "edits", "--sheet", args.output / "edits.png", "--seed", args.seed)
     run("Edit held-out emoji", "-m", "ip2p.infer", *edit, "--table", data, "--split", "test[:12]", *shown)
     scored = ("--data", data, "--output", args.output, "--pairs", args.pairs, "--seed", args.seed)

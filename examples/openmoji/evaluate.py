@@ -18,7 +18,7 @@ from ip2p.infer.scores import psnr
 from ip2p.infer.sheet import contact_sheet
 from openmoji import render
 
-STEPS, IMAGE_GUIDANCE, GUIDANCE = 10, 1.2, 2.0
+STEPS, IMAGE_GUIDANCE, GUIDANCE = 5, 1.2, 2.0
 
 
 def ssim_distance(picture: Image.Image, target: Image.Image) -> float:
