@@ -225,6 +225,13 @@ def test_nothing_is_mirrored_already() -> None:
     assert any(found["direction"])
 
 
+def test_what_is_its_own_mirror_image_is_no_pair() -> None:
+    """The flag of Bulgaria stays what it is, but for how 24 pixels round its edges; a horse turns around."""
+    assert dataset.difference("1F1E7-1F1EC", "1F1E7-1F1EC~mirror") > dataset.SMALLEST
+    assert not dataset.visible("mirror", "1F1E7-1F1EC", "1F1E7-1F1EC~mirror")
+    assert dataset.visible("mirror", "1F40E", "1F40E~mirror")
+
+
 def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
     """A ponytail is an edit of the runner and long hair one of the teacher; the cyclist on another road is none."""
     assert dataset.visible("gender", "1F3C3-200D-2642-FE0F", "1F3C3-200D-2640-FE0F")
