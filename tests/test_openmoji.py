@@ -208,10 +208,19 @@ def test_variants_of_a_character_are_drawn_together() -> None:
 
 def test_a_variant_that_looks_like_the_target_is_no_candidate() -> None:
     """OpenMoji draws this worker the same as a man and as nobody in particular, and the woman with other hair."""
-    members = {"person": "1F9D1-200D-1F3ED", "man": "1F468-200D-1F3ED", "woman": "1F469-200D-1F3ED"}
-    family = edits.Family("gender", members)
-    assert dataset.candidates(family, members["woman"], members["man"]) == [members["man"], members["woman"]]
-    assert set(dataset.candidates(family, members["man"], members["woman"])) == set(members.values())
+    person, members = "1F9D1-200D-1F3ED", {"man": "1F468-200D-1F3ED", "woman": "1F469-200D-1F3ED"}
+    family = edits.Family("gender", members, default=person)
+    assert dataset.candidates(family, person, members["man"]) == [members["man"], members["woman"]]
+    assert dataset.candidates(family, person, members["woman"]) == [members["man"], members["woman"], person]
+
+
+def test_nobody_in_particular_can_be_edited_and_is_never_asked_for() -> None:
+    """What OpenMoji draws as a person looks like the man here, like the woman there: an instruction cannot tell."""
+    genders = [family for family in edits.families() if family.kind == "gender"]
+    asked = {value for family in genders for value in family.members}
+    assert asked == {"man", "woman", "boy", "girl", "old man", "old woman"}
+    defaults = {openmoji.parse(family.default).gender for family in genders}
+    assert defaults == {"person", "child", "older person"}
 
 
 def test_nothing_is_mirrored_already() -> None:
@@ -231,10 +240,10 @@ def test_what_is_its_own_mirror_image_is_no_pair(code: str, turns: bool) -> None
     assert dataset.visible("mirror", code, f"{code}~mirror") == turns
 
 
-def test_no_pair_has_a_man_and_a_woman_in_other_poses() -> None:
-    """A ponytail is an edit of the runner and long hair one of the teacher; the cyclist on another road is none."""
-    assert dataset.visible("gender", "1F3C3-200D-2642-FE0F", "1F3C3-200D-2640-FE0F")
+def test_a_man_and_a_woman_are_a_pair_if_it_shows_and_they_strike_the_same_pose() -> None:
+    """Long hair is an edit of the teacher; the runner's ponytail of three pixels, or a cyclist's road, is none."""
     assert dataset.visible("gender", "1F468-200D-1F3EB", "1F469-200D-1F3EB")
+    assert not dataset.visible("gender", "1F3C3-200D-2642-FE0F", "1F3C3-200D-2640-FE0F")
     assert not dataset.visible("gender", "1F6B5", "1F6B5-200D-2640-FE0F")
 
 

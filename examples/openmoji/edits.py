@@ -77,7 +77,9 @@ WORDINGS = {
     ),
     "named color": ("make the {noun} {}", "turn the {noun} {}", "paint the {noun} {}"),
 }
-GENDERS = {"man", "woman", "person", "boy", "girl", "child", "old man", "old woman", "older person"}
+GENDERS = {"man": "person", "woman": "person", "boy": "child", "girl": "child"} | dict.fromkeys(
+    ("old man", "old woman"), "older person"
+)  # and who is nobody in particular
 COLORED = {  # one thing that OpenMoji itself draws in several colors
     "heart": "red:2764 orange:1F9E1 yellow:1F49B green:1F49A blue:1FA75 purple:1F49C brown:1F90E pink:1FA77 "
     "black:1F5A4 white:1F90D",
@@ -150,11 +152,14 @@ def skin_tones() -> Iterator[Family]:
 
 
 def genders() -> Iterator[Family]:
-    """Characters drawn as a man, as a woman and mostly as nobody in particular, in each tone."""
+    """Characters drawn as a man and as a woman, in each tone.
+
+    No instruction asks for nobody in particular: that one is drawn like the man here, like the woman there.
+    """
     for _, codes in _along("gender"):
         members = {gender: code for gender, code in codes.items() if gender in GENDERS}
         if len(members) > 1:
-            yield Family("gender", members)
+            yield Family("gender", members, default=codes.get(GENDERS[next(iter(members))], ""))
 
 
 def hair() -> Iterator[Family]:
