@@ -58,14 +58,17 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     config.write_text(config.read_text().replace('"float16"', '"float32"'))  # transformers loads what this says
 
 
+def told(run: dict) -> str:
+    """A run in words; the record says itself, as `how`, what several runs did."""
+    said = "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}"
+    return run.get("how") or said.format(**run)
+
+
 def card(record: dict, pipeline: StableDiffusionPipeline) -> str:
     """The model card, from the record of the runs."""
 
     def trained(part: str) -> str:
-        said = "{steps} steps of {batch_size}, {minutes:.0f} minutes, loss {loss:.4f}, seed {seed}"
-        if part not in record:
-            return "not at all: random weights"
-        return record[part].get("how") or said.format(**record[part])  # `how`: by hand, of several runs
+        return told(record[part]) if part in record else "not at all: random weights"
 
     def millions(part: torch.nn.Module) -> float:
         return sum(weight.numel() for weight in part.parameters()) / 1e6
@@ -95,12 +98,12 @@ def finish(output: Path, record: dict) -> None:
     (output / "README.md").write_text(card(record, saved), encoding="utf-8")
 
 
-def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: int) -> dict:
+def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: int, more_unet_steps: int = 0) -> dict:
     """Train the parts, save the checkpoint with its card in `output`, and return the record of the runs.
 
     In Stable Diffusion's order: the autoencoder; the text encoder, by matching texts with pictures; the UNet, from
     text to picture beside these two. What `output/training.json` records already is kept and used, unless a part that
-    it was trained beside is trained anew.
+    it was trained beside is trained anew; a UNet that is kept is trained `more_unet_steps` further.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = output / "training.json"
@@ -133,20 +136,24 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
         train_text_encoder(new_text_encoder(tokenizer), data(), Recipe(text_steps, 192, 1e-3, seed), save_text)
     text_encoder: Any = CLIPTextModel.from_pretrained(output / "text_encoder", dtype=torch.float32).eval()
 
+    before = record.get("unet")
+
     def save(unet: Any, run: dict | None = None) -> None:
-        note(**({"unet": run} if run else {}))
+        if run:
+            note(unet=run | ({"how": f"{told(before)}; {told(run)}"} if before else {}))
         parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
         parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": new_scheduler()}
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         save_half(StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False), output)
         finish(output, record)
 
-    if "unet" in record:
-        save(UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32))
-    elif unet_steps:
-        train_unet(new_unet(), text_encoder, new_scheduler(), data(), Recipe(unet_steps, 32, 8e-4, seed), save)
+    unet: Any = new_unet()
+    if before:
+        unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
+    if steps := more_unet_steps if before else unet_steps:
+        train_unet(unet, text_encoder, new_scheduler(), data(), Recipe(steps, 32, 8e-4, seed), save)
     else:
-        save(new_unet())
+        save(unet)
     return record
 
 
@@ -156,9 +163,10 @@ def main() -> None:
     parser.add_argument("--vae_steps", type=int, default=3000, help="of 8 pictures")
     parser.add_argument("--text_steps", type=int, default=4000, help="of 192 pictures and texts")
     parser.add_argument("--unet_steps", type=int, default=9000, help="of 32 pictures; 0 leaves random weights")
+    parser.add_argument("--more_unet_steps", type=int, default=0, help="of a UNet that is there already")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    record = build(args.output, args.vae_steps, args.text_steps, args.unet_steps, args.seed)
+    record = build(args.output, args.vae_steps, args.text_steps, args.unet_steps, args.seed, args.more_unet_steps)
     print(json.dumps(record, indent=2))
     print(f"saved in {os.path.relpath(args.output)}")
 
