@@ -215,7 +215,17 @@ def transformed(text: str, transform: str) -> str:
 @cache
 def fills(key: str) -> set[str]:
     """Every color that the drawing names, as `#RRGGBB` in capitals."""
-    return {color.upper() for color in re.findall(r"#[0-9a-fA-F]{3,6}\b", svg(key))}
+    return _fills(svg(key))
+
+
+def _fills(text: str) -> set[str]:
+    return {color.upper() for color in re.findall(r"#[0-9a-fA-F]{3,6}\b", text)}
+
+
+def worn(key: str) -> set[str]:
+    """The colors of the palette that are drawn outside the hair layer and are no skin's: clothes, mostly."""
+    drawn = _fills(HAIR_LAYER.sub("", svg(key)))
+    return {color for color, shades in PALETTE.items() if color not in {"yellow", "brown"} and drawn & {*shades}}
 
 
 def render(key: str, size: int = 64, transform: str = "") -> Image.Image:
