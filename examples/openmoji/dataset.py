@@ -18,7 +18,7 @@ from edits import Family, families
 from openmoji import CLOTHES, hexcodes, is_held_out, name_of, render, worn
 
 # Rows by kind of edit, as they are drawn. Skin tones dominate: they are what the demo is scored on.
-TRAIN = {"skin tone": 3600, "gender": 400, "hair": 800, "direction": 200, "mirror": 400, "color": 1600}
+TRAIN = {"skin tone": 4200, "gender": 300, "hair": 800, "direction": 100, "mirror": 200, "color": 1400}
 # Rows to add to these, by `--moved`.
 MOVED = {"skin tone": 1600, "gender": 1400, "hair": 1200, "direction": 400, "mirror": 600, "color": 1800}
 TEST = {"skin tone": 240, "gender": 80, "hair": 80, "direction": 80, "mirror": 80, "color": 120}
