@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", default="2.5e-3")
     parser.add_argument("--scale", default="1", help="how many times 7,000 pairs to train on (default 1)")
     parser.add_argument("--moved", default="0", help="how many times 7,000 moved ones to add (default 0)")
-    parser.add_argument("--pairs", default="0", help="how many held-out pairs are scored; 0 for all")
+    parser.add_argument("--pairs", default="0", help="how many held-out pairs are scored (default 0: all)")
     parser.add_argument("--seed", default="0")
     args = parser.parse_args()
     data, cache, model = (args.output / name for name in ("data", "cache", "model"))
