@@ -130,7 +130,7 @@ def test_the_unet_is_trained_anew_where_its_text_encoder_is(tmp_path: Path, monk
 
 
 def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two more steps move the kept weights little, and the card tells of both runs."""
+    """Two more steps move the kept weights little, leave the tokenizer as it is, and the card tells of both runs."""
     shutil.copytree(starter.STARTER, tmp_path / "starter")
     before = json.loads((tmp_path / "starter" / "training.json").read_text())
     short = dict(list(captions.captions().items())[:8])
@@ -140,6 +140,8 @@ def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: 
     assert {part: made[part] for part in ("vae", "text")} == {part: before[part] for part in ("vae", "text")}
     assert made["unet"]["how"].startswith(starter.told(before["unet"]) + "; 2 steps of 32")
     assert made["unet"]["how"] in (tmp_path / "starter" / "README.md").read_text()
+    tokenizers = [folder / "tokenizer" / "tokenizer.json" for folder in (starter.STARTER, tmp_path / "starter")]
+    assert len({file.read_text() for file in tokenizers}) == 1
     old, new = (
         UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
         for folder in (starter.STARTER, tmp_path / "starter")

@@ -25,7 +25,7 @@ TEST = {"skin tone": 240, "gender": 80, "hair": 80, "direction": 80, "mirror": 8
 UNCHANGED = 0.1  # share of instructions that ask for what is there already
 # The root mean square difference of two pictures, of 255, below which no edit can be seen. Of stick figures the women
 # are the men with a ponytail of three pixels.
-SMALLEST = {"skin tone": 6, "gender": 15, "hair": 6, "direction": 6, "mirror": 6, "color": 6}
+SMALLEST = dict.fromkeys(TRAIN, 6) | {"gender": 15}
 REDRAWN = 0.5  # the same over that to an empty picture: above it, man and woman strike different poses
 FEATURES = Features(
     {

@@ -142,7 +142,9 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
         if run:
             note(unet=run | ({"how": f"{told(before)}; {told(run)}"} if before else {}))
         parts: dict[str, Any] = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
-        parts = deepcopy(parts) | {"tokenizer": tokenizer, "scheduler": new_scheduler()}
+        # The tokenizer as it was saved: the one in use was told to pad, and would say so in its file.
+        saved = CLIPTokenizer.from_pretrained(output / "tokenizer")
+        parts = deepcopy(parts) | {"tokenizer": saved, "scheduler": new_scheduler()}
         absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
         save_half(StableDiffusionPipeline(**parts, **absent, requires_safety_checker=False), output)
         finish(output, record)
