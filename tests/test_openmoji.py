@@ -67,6 +67,18 @@ def test_derived_pictures_are_what_openmoji_draws_itself(derived: str, shipped: 
     assert openmoji.render(derived).tobytes() == openmoji.render(shipped).tobytes()
 
 
+def test_a_thing_of_one_shade_is_filled_as_openmoji_fills_hearts_circles_and_squares() -> None:
+    """Whatever shade it was drawn in; not in black or white if that would swallow a part of it."""
+    for noun in ("heart", "circle", "square"):
+        members = dict(member.split(":") for member in edits.COLORED[noun].split())
+        for color, key in members.items():
+            assert openmoji.fills(f"{members['red']}~fill:{color}") == openmoji.fills(key), (noun, color)
+    colors = {family.base: family.members for family in edits.families() if family.kind == "color"}
+    assert colors["1F433"] == {color: f"1F433~fill:{color}" for color in openmoji.FLAT}
+    assert colors["1F961"]["red"] == "1F961"
+    assert "white" not in colors["1F961"]
+
+
 @pytest.mark.usefixtures("few")
 def test_rows_are_true_pairs_of_one_character() -> None:
     """Both pictures are renders of one family's members, and the instruction asks for the second."""

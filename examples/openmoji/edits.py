@@ -10,6 +10,7 @@ from itertools import product
 
 from openmoji import (
     COLOR_SIGNS,
+    FLAT,
     HAIR_COLORS,
     HAIR_FILL,
     HAIR_LAYER,
@@ -102,7 +103,7 @@ FACING_LEFT = (
 FACING_RIGHT = "1F40C 1F40D 1F41D 1F426 1F691 1F995 1F996 1F99B 1F99D 1F9AC".split()
 POINTING = {"1F448": "1F449", "1F91C": "1F91B", "1FAF2": "1FAF1", "1FAF8": "1FAF7"}  # left to right
 SKIN = '<g id="skin'
-GRAYS = {"#000000", "#000", "#3F3F3F", "#9B9B9A", "#D0CFCE", "#FFFFFF", "#FFF"}
+GRAYS = {"#000000", "#3F3F3F", "#9B9B9A", "#D0CFCE", "#FFFFFF"}
 
 
 @dataclass(frozen=True)
@@ -196,21 +197,33 @@ def mirrors() -> Iterator[Family]:
 
 
 def colors() -> Iterator[Family]:
-    """Things that OpenMoji draws in several colors, and all others of one color, redrawn in its palette."""
+    """Things that OpenMoji draws in several colors, and all others of one color, redrawn in its palette.
+
+    What is drawn in one shade gets the one that hearts, circles and squares have in each color, so that the shade that
+    is asked for does not depend on the one before.
+    """
     for noun, members in COLORED.items():
         yield Family("color", dict(member.split(":") for member in members.split()), noun=noun)
     shipped = {member.partition(":")[2] for members in COLORED.values() for member in members.split()}
     shades = {shade: color for color, pair in PALETTE.items() for shade in pair}
     for code in hexcodes():
         found = fills(code)
-        used = {shades[fill] for fill in found if fill in shades}
+        drawn = found & {*shades}
+        used = {shades[fill] for fill in drawn}
         flag = code.startswith(("1F1", "1F3F4-E"))  # letters and countries
         if code in shipped or flag or len(used) != 1 or not found <= {*GRAYS, *shades} or SKIN in svg(code):
             continue
         (own,) = used
         members = {color: code if color == own else f"{code}~{own}:{color}" for color in PALETTE}
+        if len(drawn) == 1:
+            # In black or white that is there already, it would melt into the rest and could not be told apart again.
+            members = {
+                color: code if fill in drawn else f"{code}~fill:{color}"
+                for color, fill in FLAT.items()
+                if fill in drawn or fill not in found
+            }
         noun = name_of(code)
-        simple = noun and noun.count(" ") < 2 and not set(noun.split()) & {*PALETTE, "black", "white"}
+        simple = noun and noun.count(" ") < 2 and not set(noun.split()) & {*FLAT}
         yield Family("color", members, noun=noun if simple and noun.replace(" ", "").isalpha() else "")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import resvg_py
-from PIL import Image
+from PIL import Image, ImageColor
 
 TONES = {
     "1F3FB": "light",
@@ -51,6 +51,19 @@ PALETTE = {
     "purple": ("#B399C8", "#8967AA"),
     "pink": ("#FFA7C0", "#E67A94"),
     "brown": ("#A57939", "#6A462F"),
+}
+# The one fill of each color in OpenMoji's hearts, circles and squares.
+FLAT = {
+    "red": "#D22F27",
+    "orange": "#E27022",
+    "yellow": "#FCEA2B",
+    "green": "#B1CC33",
+    "blue": "#92D3F5",
+    "purple": "#8967AA",
+    "pink": "#FFA7C0",
+    "brown": "#6A462F",
+    "black": "#3F3F3F",
+    "white": "#FFFFFF",
 }
 CLOTHES = ("red", "green", "blue", "purple", "pink")  # of these, no skin and no hair is drawn
 HAIR_COLORS = {
@@ -97,6 +110,7 @@ SALT, HELD_OUT = "46", 1 / 8
 
 HAIR_LAYER = re.compile(r'<g id="hair"[^>]*(?<!/)>(?:(?!<g|</g>).)*</g>', re.DOTALL)
 HAIR_FILL = re.compile(r'fill="#(?!000)\w+"')  # the outlines are black
+COLORED_FILL = re.compile("|".join(shade for shades in PALETTE.values() for shade in shades), re.IGNORECASE)
 BODY = re.compile(r"(<svg[^>]*>)(.*)</svg>", re.DOTALL)
 MIRROR = "scale(-1, 1) translate(-72, 0)"
 
@@ -184,9 +198,10 @@ def _file(code: str) -> str:
 def svg(key: str) -> str:
     """The SVG of an emoji, `1F44B-1F3FD`, or of a variant of it that OpenMoji does not ship.
 
-    Variants: `1F393~hair:red` fills the hair layer, `1F697~red:blue` redraws what is red in blue (light and
-    shaded), `1F697~red:blue+blue:red` swaps the two, `1F40E~mirror` faces the other way, which is how OpenMoji makes
-    its own right-facing characters. One after another they are done in this order: `1F393~hair:red~blue:green`.
+    Variants: `1F393~hair:red` fills the hair layer, `1F6D1~fill:blue` all that is colored, with the blue of OpenMoji's
+    hearts, `1F697~red:blue` redraws what is red in blue (light and shaded), `1F697~red:blue+blue:red` swaps the two,
+    `1F40E~mirror` faces the other way, which is how OpenMoji makes its own right-facing characters. One after another
+    they are done in this order: `1F393~hair:red~blue:green`.
     """
     code, *variants = key.split("~")
     text = _file(code)
@@ -201,6 +216,8 @@ def _varied(text: str, variant: str) -> str:
     colors = dict(change.split(":") for change in variant.split("+"))
     if "hair" in colors:
         return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[colors["hair"]]}"', layer[0]), text)
+    if "fill" in colors:
+        return COLORED_FILL.sub(FLAT[colors["fill"]], text)
     shades = {
         before: after for old, new in colors.items() for before, after in zip(PALETTE[old], PALETTE[new], strict=True)
     }
@@ -219,7 +236,8 @@ def fills(key: str) -> set[str]:
 
 
 def _fills(text: str) -> set[str]:
-    return {color.upper() for color in re.findall(r"#[0-9a-fA-F]{3,6}\b", text)}
+    named = set(re.findall(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b", text))
+    return {"#{:02X}{:02X}{:02X}".format(*ImageColor.getrgb(color)) for color in named}
 
 
 def worn(key: str) -> set[str]:
