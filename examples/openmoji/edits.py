@@ -15,6 +15,7 @@ from openmoji import (
     HAIR_FILL,
     HAIR_LAYER,
     PALETTE,
+    SHADES,
     TONES,
     Variant,
     base_of,
@@ -205,23 +206,23 @@ def colors() -> Iterator[Family]:
     for noun, members in COLORED.items():
         yield Family("color", dict(member.split(":") for member in members.split()), noun=noun)
     shipped = {member.partition(":")[2] for members in COLORED.values() for member in members.split()}
-    shades = {shade: color for color, pair in PALETTE.items() for shade in pair}
     for code in hexcodes():
-        found = fills(code)
-        drawn = found & {*shades}
-        used = {shades[fill] for fill in drawn}
+        drawn = fills(code) & {*SHADES}
+        others = fills(code) - drawn
+        used = {SHADES[shade] for shade in drawn}
         flag = code.startswith(("1F1", "1F3F4-E"))  # letters and countries
-        if code in shipped or flag or len(used) != 1 or not found <= {*GRAYS, *shades} or SKIN in svg(code):
+        if code in shipped or flag or len(used) != 1 or not others <= GRAYS or SKIN in svg(code):
             continue
-        (own,) = used
-        members = {color: code if color == own else f"{code}~{own}:{color}" for color in PALETTE}
         if len(drawn) == 1:
             # In black or white that is there already, it would melt into the rest and could not be told apart again.
             members = {
                 color: code if fill in drawn else f"{code}~fill:{color}"
                 for color, fill in FLAT.items()
-                if fill in drawn or fill not in found
+                if fill not in others
             }
+        else:
+            (own,) = used
+            members = {color: code if color == own else f"{code}~{own}:{color}" for color in PALETTE}
         noun = name_of(code)
         simple = noun and noun.count(" ") < 2 and not set(noun.split()) & {*FLAT}
         yield Family("color", members, noun=noun if simple and noun.replace(" ", "").isalpha() else "")

@@ -52,6 +52,7 @@ PALETTE = {
     "pink": ("#FFA7C0", "#E67A94"),
     "brown": ("#A57939", "#6A462F"),
 }
+SHADES = {shade: color for color, shades in PALETTE.items() for shade in shades}
 # The one fill of each color in OpenMoji's hearts, circles and squares.
 FLAT = {
     "red": "#D22F27",
@@ -110,7 +111,7 @@ SALT, HELD_OUT = "46", 1 / 8
 
 HAIR_LAYER = re.compile(r'<g id="hair"[^>]*(?<!/)>(?:(?!<g|</g>).)*</g>', re.DOTALL)
 HAIR_FILL = re.compile(r'fill="#(?!000)\w+"')  # the outlines are black
-COLORED_FILL = re.compile("|".join(shade for shades in PALETTE.values() for shade in shades), re.IGNORECASE)
+ANY_SHADE = re.compile("|".join(SHADES), re.IGNORECASE)
 BODY = re.compile(r"(<svg[^>]*>)(.*)</svg>", re.DOTALL)
 MIRROR = "scale(-1, 1) translate(-72, 0)"
 
@@ -217,7 +218,7 @@ def _varied(text: str, variant: str) -> str:
     if "hair" in colors:
         return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[colors["hair"]]}"', layer[0]), text)
     if "fill" in colors:
-        return COLORED_FILL.sub(FLAT[colors["fill"]], text)
+        return ANY_SHADE.sub(FLAT[colors["fill"]], text)
     shades = {
         before: after for old, new in colors.items() for before, after in zip(PALETTE[old], PALETTE[new], strict=True)
     }
@@ -243,7 +244,7 @@ def _fills(text: str) -> set[str]:
 def worn(key: str) -> set[str]:
     """The colors of the palette that are drawn outside the hair layer and are no skin's: clothes, mostly."""
     drawn = _fills(HAIR_LAYER.sub("", svg(key)))
-    return {color for color, shades in PALETTE.items() if color not in {"yellow", "brown"} and drawn & {*shades}}
+    return {SHADES[shade] for shade in drawn & {*SHADES}} - {"yellow", "brown"}
 
 
 def render(key: str, size: int = 64, transform: str = "") -> Image.Image:
