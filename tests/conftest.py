@@ -7,11 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import tiny
+
+if TYPE_CHECKING:
+    from ip2p.infer import Editor
 
 torch.set_num_threads(1)
 
@@ -76,4 +80,31 @@ def cache(tmp_path_factory: pytest.TempPathFactory, sd: Path, data: Path, encode
     """A finished cache of the ten pairs with both views; copy it before changing it."""
     folder = tmp_path_factory.mktemp("caches") / "sd"
     encode(sd, data, folder, random_flip=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny InstructPix2Pix pipeline, as `ip2p-infer --model` takes it."""
+    return str(tiny.pipeline(tmp_path_factory.mktemp("models") / "sd"))
+
+
+@pytest.fixture(scope="module")
+def editor(model: str) -> "Editor":
+    """An `Editor` of `model` that shows no progress."""
+    from ip2p.infer import Editor
+
+    editor = Editor(model)
+    editor.pipeline.set_progress_bar_config(disable=True)
+    return editor
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of three pictures of two sizes, and a file that is none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(["a.png", "b.png", "b.bmp"]):
+        tiny.picture(number, (16, 8 + 4 * (number % 2))).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
     return folder

@@ -23,22 +23,10 @@ from ip2p.infer.evaluate import CURVE
 from ip2p.infer.metrics import Edit, measure
 from ip2p.infer.pictures import open_picture
 from ip2p.infer.similarity import Judge
-from test_infer import tiny_pipeline
 from test_scores import Judges, tiny_judges
 
 CAPTIONS = ["a cat", "a house", "the sky", "a dog"], ["a red cat", "a green house", "the sky at night", "a snowy dog"]
 Evaluate = Callable[..., int]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are read into a cache of the test's own."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_pipeline(tmp_path_factory.mktemp("models") / "sd"))
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +259,7 @@ def test_the_curve_compares_models_over_the_papers_scales(
     evaluate: Evaluate, model: str, out: Path, tmp_path: Path
 ) -> None:
     """Two models in one plot, each scored at seven image guidances and one text guidance."""
-    other = tiny_pipeline(tmp_path / "other")
+    other = tiny.pipeline(tmp_path / "other")
     assert evaluate(model=(model, other), split="test[:2]", curve=True) == 0
     found = [(result["model"], result["image_guidance_scale"]) for result in results(out)]
     assert found == [(name, scale) for name in (model, str(other)) for scale in CURVE]

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 import tiny
@@ -21,19 +20,10 @@ from ip2p.infer.sheet import TILE, contact_sheet
 STEPS = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices are slower on many threads, and far slower beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a tiny SD and SDXL InstructPix2Pix pipeline, trained at 16 pixels with a VAE that halves."""
-    return {name: tiny_pipeline(tmp_path_factory.mktemp("models") / name) for name in ("sd", "sdxl")}
+    return {name: tiny.pipeline(tmp_path_factory.mktemp("models") / name) for name in ("sd", "sdxl")}
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -52,20 +42,6 @@ def bare(models: dict[str, Path], kind: str) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(models[kind])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def tiny_pipeline(folder: Path) -> Path:
-    sdxl = folder.name == "sdxl"
-    base = tiny.checkpoint(folder.parent / f"{folder.name}-base", in_channels=8, sdxl=sdxl)
-    parts = DiffusionPipeline.from_pretrained(base).components
-    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config)
-    if sdxl:
-        parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
-        pipeline = diffusers.StableDiffusionXLInstructPix2PixPipeline(**parts)
-    else:
-        pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 def quiet(editor: Editor) -> Editor:

@@ -16,9 +16,10 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+import tiny
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
-from test_infer import apart, picture, tiny_pipeline
+from test_infer import apart, picture
 from visit import MODELS, Visit, running
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ with_browser = pytest.mark.skipif(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, `one` and `two`, a folder of pictures, and a file that is none."""
     folder = tmp_path_factory.mktemp("page")
-    pipeline: Any = DiffusionPipeline.from_pretrained(tiny_pipeline(folder / "sd"))
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny.pipeline(folder / "sd"))
     pipeline.save_pretrained(folder / "one")
     pipeline.unet.conv_out.bias.data += 0.5
     pipeline.save_pretrained(folder / "two")

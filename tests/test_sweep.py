@@ -13,23 +13,11 @@ from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import parse
 from ip2p.infer.sheet import TILE, grid
-from test_infer import apart, picture, tiny_pipeline
+from test_infer import apart, picture
 
 ROWS, COLUMNS = (0.5, 1.5), (1.0, 4.0, 9.0)
 SCALES = ["--sweep_image_guidance_scale", *map(str, ROWS), "--sweep_guidance_scale", *map(str, COLUMNS)]
 STEPS = ["--num_inference_steps", "2"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_pipeline(tmp_path_factory.mktemp("models") / "sd"))
-
-
-@pytest.fixture(scope="module")
-def editor(model: str) -> Editor:
-    editor = Editor(model)
-    editor.pipeline.set_progress_bar_config(disable=True)
-    return editor
 
 
 def enlarged(image: Image.Image) -> Image.Image:

@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -138,6 +142,21 @@ def checkpoint(
             absent: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
             pipeline = StableDiffusionPipeline(**parts, **absent)
         pipeline.save_pretrained(folder)
+    return folder
+
+
+def pipeline(folder: Path) -> Path:
+    """Write an untrained InstructPix2Pix pipeline, of SDXL in a folder of that name, for 16 pixels."""
+    sdxl = folder.name == "sdxl"
+    base = checkpoint(folder.parent / f"{folder.name}-base", in_channels=8, sdxl=sdxl)
+    parts = DiffusionPipeline.from_pretrained(base).components
+    parts["scheduler"] = DDIMScheduler.from_config(parts["scheduler"].config)
+    if sdxl:
+        parts = {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+        pipeline = StableDiffusionXLInstructPix2PixPipeline(**parts)
+    else:
+        pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,219 @@
+"""`ip2p-infer` over folders and tables: every input is edited once, and a second run continues."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from ip2p.infer import Editor
+from ip2p.infer.__main__ import main
+from ip2p.infer.scores import psnr
+from test_infer import apart, picture
+from test_infer_command import STEPS, edit
+
+
+def test_columns_and_prompts_of_a_table_are_chosen_by_flags(
+    model: str, editor: Editor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Columns of any name are taken, and --prompt stands for all rows."""
+    columns, flags = tiny.pairs(2), ["--original_image_column", "x", "--edit_prompt_column", "z", *STEPS]
+    table = datasets.Dataset.from_dict(dict(zip("xyz", columns.values(), strict=True)))
+    table.to_parquet(tmp_path / "t.parquet")
+    arguments = ["--model", model, "--table", str(tmp_path / "t.parquet"), "--output", str(tmp_path / "out"), *flags]
+    assert main(arguments) == 0
+    assert "PSNR" not in capsys.readouterr().out
+    assert main([*arguments, "--edited_image_column", "y"]) == 0
+    assert "PSNR to the target, 2 pairs" in capsys.readouterr().out
+    for row, (image, text) in enumerate(zip(columns["input_image"], columns["edit_prompt"], strict=True)):
+        assert apart(Image.open(tmp_path / "out" / f"0000{row}.png"), edit(editor, image, text)[0]) <= 1
+    assert main([*arguments, "--prompt", "make it snowy"]) == 0
+    for row, image in enumerate(columns["input_image"]):
+        assert apart(Image.open(tmp_path / "out" / f"0000{row}.png"), edit(editor, image, "make it snowy")[0]) <= 1
+
+
+def test_two_prompts_with_two_images_each_give_four_paired_files(
+    model: str, editor: Editor, photos: Path, tmp_path: Path
+) -> None:
+    """Rows of a table and seeds are told apart by file names, and each file is the right one."""
+    table = tmp_path / "table.jsonl"
+    rows = [("photos/a.png", "make it red"), ("photos/b.png", "make it blue")]
+    table.write_text("".join(json.dumps({"image": image, "prompt": text}) + "\n" for image, text in rows))
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--table", str(table), "--num_images", "2", "--output", str(out), *STEPS]
+    assert main([*arguments, "--device", "cpu", "--batch_size", "3"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a_0.png", "a_1.png", "b_0.png", "b_1.png"]
+    for stem, (image, text) in zip("ab", rows, strict=True):
+        for k, expected in enumerate(edit(editor, tmp_path / image, text, num_images=2)):
+            assert apart(Image.open(out / f"{stem}_{k}.png"), expected) <= 1
+
+
+def test_folders_patterns_and_files_are_taken_together_without_collisions(
+    model: str, editor: Editor, photos: Path, tmp_path: Path
+) -> None:
+    """Pictures of one stem get numbers, in the order in which they are named; other files are left alone."""
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--prompt", "make it red", "--output", str(out), *STEPS]
+    assert main([*arguments, "--image", str(photos), str(photos / "b*.png"), str(photos / "a.png")]) == 0
+    names = {"a": "a.png", "b": "b.bmp", "b-2": "b.png", "b-3": "b.png", "a-2": "a.png"}
+    assert {path.stem for path in out.iterdir()} == set(names)
+    for stem, name in names.items():
+        assert apart(Image.open(out / f"{stem}.png"), edit(editor, photos / name, "make it red")[0]) <= 1
+
+
+@pytest.mark.parametrize("how", ["csv", "parquet", "parquet of paths", "folder", "saved to disk"])
+def test_tables_of_every_kind_are_read(model: str, editor: Editor, photos: Path, tmp_path: Path, how: str) -> None:
+    """Pictures as paths, as bytes or as Images of datasets; columns named for editing or for training."""
+    columns = tiny.pairs(2)
+    if how == "csv":
+        (tmp_path / "t.csv").write_text("input,instruction\nphotos/a.png,make it red\nphotos/b.png,make it blue\n")
+        columns = {"input_image": [photos / "a.png", photos / "b.png"], "edit_prompt": ["make it red", "make it blue"]}
+        table, stems = tmp_path / "t.csv", ["a", "b"]
+    elif how == "parquet of paths":
+        rows = {"src": ["photos/a.png", "photos/b.png"], "prompt": columns["edit_prompt"]}
+        columns["input_image"] = [photos / "a.png", photos / "b.png"]
+        table, stems = tmp_path / "t.parquet", ["a", "b"]
+        datasets.Dataset.from_dict(rows).to_parquet(table)
+    else:
+        folder, stems = tiny.dataset(tmp_path / "set", columns), ["00000", "00001"]
+        table = next(folder.glob("*.parquet")) if how == "parquet" else folder
+        if how == "saved to disk":
+            table = tmp_path / "disk"
+            datasets.load_dataset(str(folder)).save_to_disk(table)
+    flags = ["--original_image_column", "src"] if how == "parquet of paths" else []
+    out = tmp_path / "out"
+    assert main(["--model", model, "--table", str(table), "--output", str(out), *flags, *STEPS]) == 0
+    assert sorted(path.stem for path in out.iterdir()) == stems
+    for stem, image, text in zip(stems, columns["input_image"], columns["edit_prompt"], strict=True):
+        assert apart(Image.open(out / f"{stem}.png"), edit(editor, image, text)[0]) <= 1
+
+
+def test_a_split_is_chosen_and_sliced(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With several splits the command asks which, and takes a slice of one."""
+    folder = tiny.dataset(tmp_path / "set", tiny.pairs(3))
+    (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
+    tiny.dataset(folder, tiny.pairs(1, first=9))
+    arguments = ["--model", model, "--table", str(folder), "--output", str(tmp_path / "out"), *STEPS]
+    assert main(arguments) == 2
+    assert "splits train, test: choose one with --split" in capsys.readouterr().err
+    assert main([*arguments, "--split", "test[:2]"]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_targets_give_a_sheet_and_a_score(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a table has targets, they stand in the contact sheet, and PSNR tells edits from doing nothing."""
+    columns = tiny.pairs(2)
+    named = columns | {"target": ["1F393", "1F40E"]}  # a column of names, as in examples/openmoji, is no picture
+    folder, out, sheet = tiny.dataset(tmp_path / "set", named), tmp_path / "out", tmp_path / "s" / "sheet.png"
+    arguments = ["--model", model, "--table", str(folder), "--output", str(out), "--sheet", str(sheet), *STEPS]
+    assert main(arguments) == 0
+    report = capsys.readouterr().out
+    edits = [Image.open(out / f"0000{n}.png") for n in range(2)]
+    after, before = (
+        np.mean([psnr(image, target) for image, target in zip(images, columns["edited_image"], strict=True)])
+        for images in (edits, columns["input_image"])
+    )
+    assert f"2 pairs: edited {after:.2f} dB, original {before:.2f} dB" in report
+    assert "2 edited" in report
+    with Image.open(sheet) as first:
+        assert first.width > 3 * 256  # original, edited, target
+    sheet.unlink()
+    assert main(arguments) == 0, "a sheet is drawn again from pictures that are there"
+    assert sheet.exists()
+    assert "2 already there" in capsys.readouterr().out
+
+
+def test_a_second_run_keeps_what_is_there_and_redoes_what_has_changed(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only a picture made from the same input by the same model with the same settings counts as there."""
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--image", str(photos), "--prompt", "make it red", "--output", str(out)]
+
+    def run(*flags: str) -> str:
+        assert main([*arguments, *STEPS, *flags]) == 0
+        return capsys.readouterr().out.splitlines()[-1].partition(" ->")[0]
+
+    assert run() == "3 edited"
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run("--batch_size", "1", "--device", "cpu") == "3 already there"
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    assert run("--seed", "1") == "3 edited"
+    assert run("--seed", "1") == "3 already there"
+    picture(99, (16, 8)).save(photos / "a.png")
+    (out / "b.png").write_bytes(b"half a file")
+    assert run("--seed", "1") == "2 edited, 1 already there"
+    os.utime(Path(model) / "unet" / "diffusion_pytorch_model.safetensors")
+    assert run("--seed", "1") == "3 edited"
+
+
+def test_an_interrupted_batch_is_finished_by_the_same_command(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 200 edits, those done before Ctrl-C stay as they are, and repeating the command makes the rest only."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for number in range(200):
+        picture(number).save(photos / f"{number:03d}.png")
+    arguments = ["--model", model, "--image", str(photos), "--prompt", "make it red", "--output", str(out), *STEPS]
+    command = [sys.executable, "-m", "ip2p.infer", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    unmuted = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells mute it for what runs with `&`
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=unmuted) as process:
+        while len(list(out.glob("*.png"))) < 8 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "the same command continues" in errors
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert 8 <= len(done) < 200
+    assert main(arguments) == 0
+    assert f"{200 - len(done)} edited, {len(done)} already there" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert len(list(out.iterdir())) == 200
+
+
+def test_bad_rows_are_named_and_the_batch_goes_on(
+    model: str, editor: Editor, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken picture, a missing one and an empty prompt cost one line each, and nothing else."""
+    (photos / "broken.png").write_bytes((photos / "a.png").read_bytes()[:60])
+    rows = [
+        ("broken.png", "make it red"),
+        ("a.png", " "),
+        ("gone.png", "make it red"),
+        ("", "x"),
+        ("a.png", "make it red"),
+    ]
+    table = photos / "table.jsonl"
+    table.write_text("".join(json.dumps({"image": image, "prompt": text}) + "\n" for image, text in rows))
+    out = tmp_path / "out"
+    assert main(["--model", model, "--table", str(table), "--output", str(out), *STEPS]) == 0
+    written = capsys.readouterr()
+    assert "1 edited, 4 skipped" in written.out
+    skipped = [line for line in written.err.splitlines() if "skipped row" in line]
+    assert len(skipped) == 4
+    assert all(name in line for name, line in zip(["read", "prompt", "gone.png", "image"], skipped, strict=True))
+    (only,) = out.iterdir()
+    assert apart(Image.open(only), edit(editor, photos / "a.png", "make it red")[0]) == 0
+
+
+def test_the_status_is_1_where_nothing_could_be_edited(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scripts can tell a run without any result from one with some."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    arguments = ["--model", model, "--image", str(tmp_path / "broken.png"), "--prompt", "make it red"]
+    assert main([*arguments, "--output", str(tmp_path / "out.png")]) == 1
+    assert "1 skipped" in capsys.readouterr().out
