@@ -22,19 +22,31 @@ LEFTOVERS = ("*.partial", ".*.json.*", ".samples.parquet.*")  # what a killed pr
 
 
 @contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
+    """Hold the lock of a folder, which is made if need be, for oneself or `shared` with others that do so.
+
+    The operating system lets go of the lock when its process dies; processes that it starts do not inherit it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        yield lock
+
+
+@contextlib.contextmanager
 def exclusive(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
     """Hold a cache for oneself, or `shared` with the other processes of one encode.
-
-    The operating system lets go of the lock when its process dies; worker processes do not inherit it.
 
     Raises:
         CacheError: another process writes to this cache, the folder cannot be written, or the disk is full;
             everything committed so far stays.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w+") as lock:
-            fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        with locked(folder, shared=shared) as lock:
             yield lock
     except BlockingIOError:
         raise CacheError(f"{folder} is being written by another ip2p-encode: wait for it or stop it") from None

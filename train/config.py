@@ -92,8 +92,11 @@ class TrainConfig:
     """Optimizer steps from one update of the average to the next."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the forward and backward pass. Default: that of accelerate's own configuration."""
-    allow_tf32: bool = False
-    """Let float32 products use the TF32 format on NVIDIA GPUs."""
+    allow_tf32: bool = True
+    """Let what stays in float32 use the TF32 format on NVIDIA GPUs; --no_allow_tf32 for full float32."""
+    deterministic: bool = False
+    """Use kernels on the GPU that give the same bits each time, so that a resumed run equals an undisturbed one there
+    as well; they are slower. On a CPU it is so in any case."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attention by xformers instead of PyTorch."""
     compile: bool = False
@@ -101,8 +104,8 @@ class TrainConfig:
     compared with those of the uncompiled UNet."""
     checkpointing_steps: int = 500
     """Optimizer steps from one checkpoint to the next."""
-    checkpoints_total_limit: int | None = None
-    """Keep only this many checkpoints, the newest."""
+    checkpoints_total_limit: int = 3
+    """Keep only this many checkpoints, the newest; 0 keeps all."""
     num_validation_samples: int = 0
     """Samples of the cache that are held out from training, for a validation loss and validation pictures."""
     val_image_url_or_path: str | None = None
@@ -136,7 +139,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "checkpointing_steps"):
             self._at_least(1, name)
-        for name in ("max_train_steps", "max_train_samples", "checkpoints_total_limit", "logging_steps", "ema_steps"):
+        for name in ("max_train_steps", "max_train_samples", "logging_steps", "ema_steps"):
             self._at_least(1, name)
         for name in ("num_validation_images", "validation_steps", "validation_epochs"):
             self._at_least(1, name)
@@ -148,6 +151,7 @@ class TrainConfig:
             "snr_gamma",
             "noise_offset",
             "num_validation_samples",
+            "checkpoints_total_limit",
         ):
             self._at_least(0, name)
         if not self.cache:

@@ -100,6 +100,8 @@ class Batches:
 
     def _work(self) -> None:
         try:
+            if self._device.type == "cuda" and self._device.index is not None:
+                torch.cuda.set_device(self._device)  # or a thread begins on the first GPU, and takes memory there
             ahead: deque[tuple[np.ndarray, ...]] = deque()  # rows that the disk was asked for
             for step in itertools.count():
                 ahead.append(self._rows(step))

@@ -2,10 +2,13 @@
 
 import signal
 import sys
+from collections import deque
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
+
+BEHIND = 2  # steps that the answer of several processes comes later, so that none of them waits for its device
 
 
 class Interrupt:
@@ -13,9 +16,10 @@ class Interrupt:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, accelerator: Accelerator, every: int):
-        self.accelerator, self.every = accelerator, every
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
         self.received = 0
+        self._asked: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
 
     def __enter__(self) -> "Interrupt":
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -31,14 +35,25 @@ class Interrupt:
         if self.accelerator.is_main_process:
             print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
 
-    def agreed(self, step: int) -> int:
-        """The signal to stop for at this step, or 0; the same answer on all processes.
-
-        Several processes ask each other every few steps only, since that waits for the device.
-        """
+    def agreed(self) -> int:
+        """The signal to stop for after this step, or 0; the same answer on all processes."""
         if self.accelerator.num_processes == 1:
             return self.received
-        if step % self.every:
+        self._asked.append(self._ask())
+        if len(self._asked) <= BEHIND:
             return 0
-        received = torch.tensor([self.received], device=self.accelerator.device)
-        return int(self.accelerator.gather(received).max())  # type: ignore[union-attr]
+        answer, there = self._asked.popleft()
+        if there:
+            there.synchronize()
+        return int(answer)
+
+    def _ask(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Begin to find out whether any process received a signal: the answer, and the event that it is there."""
+        answer = torch.full((), self.received, dtype=torch.int32, device=self.accelerator.device)
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX)
+        if not answer.is_cuda:
+            return answer, None
+        host, there = torch.empty((), dtype=torch.int32, pin_memory=True), torch.cuda.Event()
+        host.copy_(answer, non_blocking=True)
+        there.record()
+        return host, there

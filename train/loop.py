@@ -7,33 +7,39 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from ..encode.errors import SettingsError, TrainError
 from ..encode.reader import Reader
+from .average import Average
 from .card import push, write_card
-from .checkpoint import Progress, export, find, resume, save
+from .checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, SCHEDULE, Checkpoints, Parts, Progress, resume
 from .compiled import check_gradients
 from .config import TrainConfig
 from .data import Batches, null_conditioning
+from .flops import peak, training_flops
 from .interrupt import Interrupt
 from .metrics import Metrics
 from .model import choose_attention, load_unet
 from .objective import Objective
+from .optimizer import LossScale, Update, make_optimizer, takes_one_pass
 from .order import make_order
+from .pipeline import export
 from .samples import Samples
 from .setup import (
+    Precision,
+    advise,
+    agreed_checkpoint,
     agreed_seed,
+    alone,
     base_checkpoint,
     make_accelerator,
-    make_optimizer,
     noise_scheduler,
     open_caches,
     save_config,
 )
 from .validate import Validation, hold_out
+from .weights import Weights
 
 
 def train(config: TrainConfig) -> None:
@@ -43,8 +49,12 @@ def train(config: TrainConfig) -> None:
         Ip2pError: anything the user can mend.
         SystemExit: stopped by a signal, after a checkpoint.
     """
+    accelerator, precision = make_accelerator(config)
+    for line in advise(accelerator, precision):
+        accelerator.print(line)
     try:
-        _train(config)
+        with alone(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+            _train(config, accelerator, precision)
     except torch.OutOfMemoryError:
         raise TrainError(
             "out of memory: use a smaller --train_batch_size with more --gradient_accumulation_steps, "
@@ -52,9 +62,9 @@ def train(config: TrainConfig) -> None:
         ) from None
 
 
-def _train(config: TrainConfig) -> None:
+def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) -> None:
     # What is trained, and on what.
-    accelerator = make_accelerator(config)
+    device = accelerator.device
     caches = open_caches(config, accelerator)
     manifest = caches[0].manifest  # how all of them were encoded
     checkpoint = base_checkpoint(config, caches[0], accelerator)
@@ -64,18 +74,25 @@ def _train(config: TrainConfig) -> None:
     samples, held_out = hold_out(samples, config.num_validation_samples)
     objective = Objective(
         noise_scheduler(config, checkpoint),
-        null_conditioning(caches[0], reader, accelerator.device),
+        null_conditioning(caches[0], reader, device),
         checkpoint.scaling_factor,
         config.dropout,
         config.snr_gamma,
         config.noise_offset,
+        precision.dtype,
     )
     validation = Validation(config, accelerator, checkpoint, reader, objective, held_out)
 
     # What changes while it trains.
-    unet = load_unet(config, checkpoint)
-    choose_attention(unet, accelerator.device, accelerator.mixed_precision)
-    optimizer = make_optimizer(config, unet, accelerator)
+    unet: Any = load_unet(config, checkpoint).to(device)
+    choose_attention(unet, device, precision.name)
+    weights = Weights(unet, precision.half)
+    average = Average(weights.masters, config.ema_decay) if config.use_ema else None
+    scale = LossScale(device) if precision.name == "fp16" else None
+    optimizer = make_optimizer(config, weights, accelerator.num_processes)
+    fused = not config.use_8bit_adam and takes_one_pass(device, precision.half)
+    update = Update(weights, optimizer, config.max_grad_norm, average, scale, fused=fused)
+    unet = accelerator.prepare(unet)
     per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     epoch = len(samples.rows) / per_step  # optimizer steps, not a whole number
     total = config.max_train_steps or math.ceil(config.num_train_epochs * epoch)
@@ -83,13 +100,11 @@ def _train(config: TrainConfig) -> None:
     lr_scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
     )
-    unet, optimizer = accelerator.prepare(unet, optimizer)
     progress = Progress(manifest["identity"] | manifest["encoding"], agreed_seed(config))
-    accelerator.register_for_checkpointing(progress, lr_scheduler)
-    ema = make_ema(config, unet, accelerator)
-
-    if previous := find(config.output_dir, config.resume_from_checkpoint):
-        resume(accelerator, previous)
+    parts: Parts = {PROGRESS: progress, MODEL: weights, OPTIMIZER: update, SCHEDULE: lr_scheduler}
+    parts |= {AVERAGE: average, SCALE: scale}
+    if previous := agreed_checkpoint(config, accelerator):
+        resume(previous, parts)
         if config.seed not in (None, progress.seed):
             raise SettingsError(f"--seed {config.seed}: {previous} was trained with seed {progress.seed}, leave it out")
     save_config(config, progress.seed, accelerator)
@@ -99,52 +114,67 @@ def _train(config: TrainConfig) -> None:
         reader,
         samples,
         make_order(config, samples, progress.seed),
-        accelerator.device,
+        device,
         batch_size=size,
         start=progress.samples + rank * size,
         stride=accelerator.num_processes * size,
     )
-    metrics = Metrics(accelerator, config.output_dir, every=config.logging_steps, total=total, done=progress.step)
+    checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit)
+    metrics = Metrics(
+        accelerator,
+        config.output_dir,
+        every=config.logging_steps,
+        total=total,
+        done=progress.step,
+        per_step=per_step,
+        clocks={"waiting_for_data": lambda: batches.waited, "waiting_for_checkpoints": lambda: checkpoints.waited},
+        share=share_of_peak(unet, reader, precision, device),
+    )
     unchecked = config.compile
-    with Interrupt(accelerator, config.logging_steps) as interrupt, contextlib.closing(batches):
+    with Interrupt(accelerator) as interrupt, contextlib.closing(batches), checkpoints:
         while progress.step < total:
-            loss = torch.zeros((), device=accelerator.device)
+            loss = torch.zeros((), device=device)
             for micro in range(config.gradient_accumulation_steps):
                 last = micro == config.gradient_accumulation_steps - 1
                 batch = next(batches)
                 draws = objective.draw(batch, progress.seed, progress.step, micro, rank)
                 if unchecked:
-                    check_gradients(accelerator, unet, partial(objective.loss, unet, batch, draws))
+                    check_gradients(unet, partial(objective.loss, unet, batch, draws), precision.name)
                     unchecked = False
                 with contextlib.nullcontext() if last else accelerator.no_sync(unet):
-                    part = objective.loss(unet, batch, draws)
-                    accelerator.backward(part / config.gradient_accumulation_steps)
-                loss += part.detach() / config.gradient_accumulation_steps
-            skipped = update(accelerator, unet, optimizer, config.max_grad_norm)
+                    part = objective.loss(unet, batch, draws) / config.gradient_accumulation_steps
+                    (part * scale.value if scale else part).backward()
+                loss += part.detach()
+            norm, skipped = update(averages=(progress.step + 1) % config.ema_steps == 0)
             lr_scheduler.step()
             progress.step += 1
             progress.samples += per_step
-            if ema and progress.step % config.ema_steps == 0:
-                ema.step(unet.parameters())
 
-            metrics.step(progress.step, loss, skipped, float(lr_scheduler.get_last_lr()[0]), per_step, batches.waited)
+            metrics.step(progress.step, loss, norm, skipped, float(lr_scheduler.get_last_lr()[0]))
             if validation_every and (progress.step % validation_every == 0 or progress.step == total):
-                validation.run(progress.step, unet, ema, metrics)
-            stopping = interrupt.agreed(progress.step)
+                with metrics.paused():
+                    if values := validation.run(progress.step, unet, weights, average):
+                        metrics.write(progress.step, values)
+            checkpoints.check()
+            stopping = interrupt.agreed()
             if progress.step % config.checkpointing_steps == 0 or progress.step == total or stopping:
-                save(accelerator, config.output_dir, progress.step, config.checkpoints_total_limit)
-                metrics.pause()
+                # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
+                enough = stopping and checkpoints.busy and accelerator.num_processes > 1
+                if accelerator.is_main_process and not enough:
+                    checkpoints.save(progress.step, parts)
             if stopping and progress.step < total:
+                checkpoints.wait()
+                accelerator.wait_for_everyone()  # a launcher kills the others when the first process is gone
                 metrics.close()
                 accelerator.end_training()
-                print(f"stopped at step {progress.step}: continue with --resume_from_checkpoint latest")
+                accelerator.print(f"stopped at step {progress.step}: continue with --resume_from_checkpoint latest")
                 raise SystemExit(128 + stopping)
     metrics.close()
+    accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
         result: Any = accelerator.unwrap_model(unet)
-        if ema:
-            ema.copy_to(result.parameters())
+        weights.finish(average)
         export(result, objective.scheduler, checkpoint, manifest["encoding"]["resolution"], config.output_dir)
         write_card(config, caches, progress.step, progress.samples)
         print(f"saved the pipeline in {config.output_dir}: try `ip2p-infer --model {config.output_dir} …`")
@@ -153,32 +183,13 @@ def _train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def update(accelerator: Accelerator, unet: torch.nn.Module, optimizer: Any, max_grad_norm: float) -> torch.Tensor:
-    """Clip the gradients and change the weights, unless a gradient is not finite.
-
-    Returns:
-        1 on the device if the weights were left as they are, else 0.
-    """
-    norm = accelerator.clip_grad_norm_(unet.parameters(), max_grad_norm)
-    skipped = 1 - torch.isfinite(norm).float()  # type: ignore[arg-type]
-    if accelerator.scaler is None and isinstance(optimizer.optimizer, torch.optim.AdamW):
-        # The fused kernel itself reads this, as it does for a gradient scaler: nobody has to wait for the device.
-        optimizer.optimizer.found_inf = skipped  # type: ignore[attr-defined]
-        optimizer.step()
-    elif accelerator.scaler is not None or not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return skipped
-
-
-def make_ema(config: TrainConfig, unet: UNet2DConditionModel, accelerator: Accelerator) -> EMAModel | None:
-    """The average of the weights over time, as part of the checkpoints."""
-    if not config.use_ema:
+def share_of_peak(unet: Any, reader: Reader, precision: Precision, device: torch.device) -> float | None:
+    """The share of the GPU's peak that one sample in a second is; None where the peak is not known."""
+    tera = peak(device) if precision.name != "no" else None
+    if tera is None:
         return None
-    model: Any = accelerator.unwrap_model(unet)
-    ema = EMAModel(
-        model.parameters(), decay=config.ema_decay, foreach=True, model_cls=type(model), model_config=model.config
-    )
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-    return ema
+    shapes = {name: array.row_shape for name, array in reader.arrays.items()}
+    channels, *sides = shapes["original"]
+    config = getattr(unet, "module", unet).config
+    pooled = shapes["pooled"][0] if "pooled" in shapes else None
+    return training_flops(config, (2 * channels, *sides), shapes["text"], pooled) / tera

@@ -1,12 +1,15 @@
 """What a run tells while it trains: a progress bar, metrics.jsonl, and accelerate's trackers."""
 
+import contextlib
 import json
 import resource
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from ..encode.errors import TrainError
@@ -15,57 +18,86 @@ PATIENCE = 5  # steps in a row that may be skipped
 
 
 class Metrics:
-    """Collects what steps yield on the device and reports it once in a while, so that no step waits for the GPU."""
+    """Collects what steps yield on the device and reports it once in a while, so that no step waits for the GPU.
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, *, every: int, total: int, done: int):
-        self.accelerator, self.every, self.total = accelerator, every, total
+    Args:
+        every: steps from one report to the next.
+        total: steps of the run.
+        done: of them.
+        per_step: samples that all processes see in a step.
+        clocks: by the name of a figure, what gives the seconds that training has waited for something.
+        share: of the GPU's peak that one sample in a second is, or None where that is not known.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        *,
+        every: int,
+        total: int,
+        done: int,
+        per_step: int,
+        clocks: Mapping[str, Callable[[], float]],
+        share: float | None = None,
+    ):
+        self.accelerator, self.every, self.total, self.per_step = accelerator, every, total, per_step
+        self.clocks, self.share = clocks, share
         self.file = output_dir / "metrics.jsonl"
         self.bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
-        self.losses: list[torch.Tensor] = []
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
         self.last_loss = float("nan")
         self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
-        self.samples, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.waited = {name: clock() for name, clock in clocks.items()}
+        self.since = time.perf_counter()
 
-    def step(
-        self, step: int, loss: torch.Tensor, skipped: torch.Tensor, lr: float, samples: int, waited: float
-    ) -> None:
+    def step(self, step: int, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float) -> None:
         """Take what one optimizer step yields, and report if it is time.
 
         Args:
-            loss: scalar on the device.
+            step: its number.
+            loss: scalar on the device, of this process's samples.
+            norm: of the gradients, scalar on the device.
             skipped: 1 on the device if the step changed nothing, because a gradient was not finite; else 0.
-            samples: seen in this step by all processes.
-            waited: seconds that this process has waited for data in all.
+            lr: learning rate of the next step.
 
         Raises:
             TrainError: step after step is skipped.
         """
         self.losses.append(loss)
+        self.norms.append(norm)
         self.skipped = self.skipped + skipped
         self.in_a_row = (self.in_a_row + 1) * skipped
-        self.samples += samples
         self.bar.update()
         if len(self.losses) == self.every or step == self.total:
-            self._report(step, lr, waited)
+            self._report(step, lr)
 
-    def _report(self, step: int, lr: float, waited: float) -> None:
-        mean = torch.stack(self.losses).nanmean()
-        values = self.accelerator.reduce(torch.stack([mean, self.skipped, self.in_a_row]), "mean")
-        self.last_loss, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
-        seconds = time.perf_counter() - self.since
+    def _report(self, step: int, lr: float) -> None:
+        means = [torch.stack(values).nanmean() for values in (self.losses, self.norms)]
+        values = self.accelerator.reduce(torch.stack([*means, self.skipped, self.in_a_row]), "mean")
+        self.last_loss, norm, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
+        seconds, steps = time.perf_counter() - self.since, len(self.losses)
+        waited = {name: clock() for name, clock in self.clocks.items()}
+        rate = steps * self.per_step / seconds
         shown = {
             "loss": self.last_loss,
             "lr": lr,
-            "samples_per_second": self.samples / seconds,
-            "waiting_for_data": (waited - self.waited) / seconds,
+            "gradient_norm": norm,
+            "samples_per_second": rate,
+            **{name: (now - self.waited[name]) / seconds for name, now in waited.items()},
             "skipped_steps": int(skipped),
             "memory_gib": peak_memory(self.accelerator.device) / 2**30,
+            "seconds_left": (self.total - step) * seconds / steps,
         }
-        self.losses, self.samples, self.waited, self.since = [], 0, waited, time.perf_counter()
+        if self.share:
+            shown["share_of_peak"] = self.share * rate / self.accelerator.num_processes
+        self.losses, self.norms, self.waited, self.since = [], [], waited, time.perf_counter()
         self.write(step, shown)
         self.bar.set_postfix_str(
-            f"loss {self.last_loss:.4f}, lr {lr:.1e}, {shown['samples_per_second']:.1f} samples/s, "
+            f"loss {self.last_loss:.4f}, gradient {norm:.2g}, lr {lr:.1e}, {rate:.1f} samples/s, "
             f"waiting for data {shown['waiting_for_data']:.1%}, {shown['memory_gib']:.1f} GiB"
+            + (f", {shown['share_of_peak']:.0%} of peak" if self.share else "")
             + (f", {skipped:.0f} skipped" if skipped else "")
         )
         if in_a_row >= PATIENCE:
@@ -81,9 +113,12 @@ class Metrics:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
 
-    def pause(self) -> None:
-        """Leave the time since the last report, which was not spent on training, out of the rate."""
-        self.since = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave time that is not spent on training out of the rate."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def close(self) -> None:
         """Close the bar."""

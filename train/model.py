@@ -12,7 +12,7 @@ SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in 
 
 
 def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionModel:
-    """Load the UNet in float32, with input channels for noisy latent and image condition.
+    """Load the UNet in float32 on the CPU, with input channels for noisy latent and image condition.
 
     Raises:
         ModelError: no UNet there, or one with neither 4 nor 8 input channels.

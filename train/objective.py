@@ -52,6 +52,7 @@ class Objective:
         snr_gamma: clip of the signal-to-noise ratio that weighs timesteps (min-SNR, arXiv 2303.09556).
         noise_offset: strength of the noise that a whole channel shares, which lets a model learn brightness
             (crosslabs.org/blog/diffusion-with-offset-noise).
+        text_dtype: in which the UNet is given text: that of its attention, so that not each layer casts it anew.
     """
 
     scheduler: DDPMScheduler
@@ -60,6 +61,7 @@ class Objective:
     dropout: tuple[float, float, float]
     snr_gamma: float | None = None
     noise_offset: float = 0.0
+    text_dtype: torch.dtype = torch.float32
 
     def draw(self, batch: Batch, *position: int) -> Draws:
         """Draw what a batch needs, as a function of its position alone: (seed, step, micro-batch, rank)."""
@@ -90,9 +92,8 @@ class Objective:
         noisy = self.scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
         text, image, pooled = drop_conditioning(batch, self.null, draws.dropout, self.dropout)
         added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": batch.time_ids}
-        prediction = unet(
-            torch.cat([noisy, image], dim=1), draws.timesteps, text.float(), added_cond_kwargs=added, return_dict=False
-        )[0]
+        sample, text = torch.cat([noisy, image], dim=1), text.to(self.text_dtype)
+        prediction = unet(sample, draws.timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
         return (prediction.float() - self.target(latents, draws)).square().flatten(1).mean(dim=1)
 
     def target(self, latents: Tensor, draws: Draws) -> Tensor:

@@ -1,34 +1,151 @@
-"""What a training run is made of: devices, caches, base model, noise schedule, optimizer, seed."""
+"""What a training run is made of: devices, precision, caches, base model, noise schedule, seed."""
 
+import contextlib
+import os
 import secrets
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+from diffusers import DDPMScheduler
 
 from ..encode.cache import Cache
 from ..encode.checkpoint import Checkpoint, find_checkpoint
-from ..encode.errors import CacheError, CacheMismatch, ModelError, SettingsError
+from ..encode.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
 from ..encode.manifest import differences
 from ..encode.verify import verify
+from ..encode.writer import locked
+from .checkpoint import find
 from .config import TrainConfig
 
+PATIENCE = timedelta(days=1)
+UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Set up devices, processes and trackers."""
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+
+class Precision(NamedTuple):
+    """The precision that the UNet computes in, and how.
+
+    Attributes:
+        name: no, fp16 or bf16.
+        copies: by weights that are copies of float32 masters in this precision, in place of autocast.
+    """
+
+    name: str
+    copies: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.name]
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """That of the weights, if they are copies."""
+        return self.dtype if self.copies else None
+
+
+def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
+    """Take the precision of the flags, or of accelerate's launcher.
+
+    On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
+    several batches would lose too much in that precision, and AdamW in 8 bits takes no others than float32: there
+    autocast stays.
+
+    Raises:
+        SettingsError: the launcher's is none that is known here.
+    """
+    name = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if name not in ("no", "fp16", "bf16"):
+        raise SettingsError(f"accelerate's mixed precision {name}: expected no, fp16 or bf16 (--mixed_precision)")
+    summed = config.gradient_accumulation_steps > 1
+    return Precision(name, cuda and name != "no" and not summed and not config.use_8bit_adam)
+
+
+def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
+    """Set up devices, processes and trackers.
+
+    Raises:
+        SettingsError: an engine that would need another way of training, or flags that do not fit the machine.
+    """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads what nobody wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
     config.output_dir.mkdir(parents=True, exist_ok=True)
     folders = ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir))
     tracker = None if config.report_to == "none" else config.report_to
+    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    precision = choose_precision(config, cuda=cuda)
+    if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
     try:
-        return Accelerator(mixed_precision=config.mixed_precision, log_with=tracker, project_config=folders)
+        accelerator = Accelerator(
+            mixed_precision="no" if precision.copies else precision.name,
+            log_with=tracker,
+            project_config=folders,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),  # while one process downloads, checks, draws or writes
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+            ],
+        )
     except ValueError as error:
         raise SettingsError(f"{error} (--mixed_precision {config.mixed_precision}, --report_to {tracker})") from None
+    if accelerator.distributed_type in UNSUPPORTED:
+        raise SettingsError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which shards what ip2p keeps whole on "
+            "each GPU: use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
+        )
+    return accelerator, precision
+
+
+def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
+    """What a user should know of the machine before the run begins, a line each."""
+    if accelerator.device.type == "cuda" and precision.name == "no":
+        yield (
+            "training in float32: --mixed_precision bf16 (A100 and later) or fp16 is several times as fast on a GPU, "
+            "and takes half the memory for activations"
+        )
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+        yield (
+            f"Ctrl-C or SIGTERM leave {seconds} s for a last checkpoint, then the launcher kills all processes: if the "
+            "disk needs longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 for the launcher"
+        )
+
+
+@contextlib.contextmanager
+def alone(output_dir: Path) -> Iterator[None]:
+    """Keep an output folder to this run.
+
+    Raises:
+        TrainError: another run trains into it; the message says which process.
+    """
+    try:
+        with locked(output_dir) as lock:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+    except BlockingIOError:
+        who = (output_dir / ".lock").read_text(encoding="utf-8")
+        raise TrainError(
+            f"--output_dir {output_dir} is in use by another ip2p-train ({who}): wait for it, stop it, or name another "
+            "folder"
+        ) from None
 
 
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
@@ -111,29 +228,29 @@ def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMSchedule
     return scheduler
 
 
-def make_optimizer(config: TrainConfig, unet: UNet2DConditionModel, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """AdamW, fused or in 8 bits."""
-    scale = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    options: dict[str, Any] = {
-        "lr": config.learning_rate * (scale if config.scale_lr else 1),
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if not config.use_8bit_adam:
-        return torch.optim.AdamW(unet.parameters(), fused=True, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise SettingsError("--use_8bit_adam needs bitsandbytes (pip install 'ip2p[gpu]'), or leave it out") from None
-    return AdamW8bit(unet.parameters(), **options)
-
-
 def agreed_seed(config: TrainConfig) -> int:
     """The seed of the flags, or a drawn one that all processes agree on."""
     seed = [secrets.randbits(32) if config.seed is None else config.seed]
     broadcast_object_list(seed)
     return seed[0]
+
+
+def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from, as the main process finds it: others may see a shared disk later than it.
+
+    Raises:
+        SettingsError: there is none, or nobody said what shall become of those that are there.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find(config.output_dir, config.resume_from_checkpoint)]
+        except SettingsError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], SettingsError):
+        raise found[0]
+    return found[0]
 
 
 def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:

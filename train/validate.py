@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from diffusers.utils import load_image
 from PIL import Image
 
@@ -22,12 +21,13 @@ from ..encode.errors import SettingsError
 from ..encode.reader import Reader
 from ..infer.edit import Editor
 from ..infer.sheet import contact_sheet
-from .checkpoint import make_pipeline
+from .average import Average
 from .config import TrainConfig
 from .data import gather
-from .metrics import Metrics
 from .objective import Objective
+from .pipeline import make_pipeline
 from .samples import Samples
+from .weights import Weights
 
 BANDS = 4  # of timesteps, for which the loss is reported separately
 SEED = 0
@@ -66,19 +66,22 @@ class Validation:
         self.reader, self.objective, self.held_out = reader, objective, held_out
         self.picture = open_picture(config) if config.validation_image else None
 
-    def run(self, step: int, unet: torch.nn.Module, ema: EMAModel | None, metrics: Metrics) -> None:
-        """Report losses, raw and averaged, and draw edited pictures with the weights that would be saved."""
+    def run(self, step: int, unet: torch.nn.Module, weights: Weights, average: Average | None) -> dict[str, float]:
+        """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
         model: Any = self.accelerator.unwrap_model(unet)
         model.eval()
-        with torch.no_grad():
+        # What a compiled UNet meets here, other batch sizes and no gradients, it would have to be compiled for anew.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        with torch.no_grad(), eager:
             values = self.losses(model, "validation_loss")
-            with averaged(model, ema):
-                values |= self.losses(model, "ema_validation_loss") if ema else {}
-                self.draw(step, model)
+            with weights.averaged(average):
+                values |= self.losses(model, "ema_validation_loss") if average else {}
+                try:
+                    self.draw(step, model)
+                except torch.OutOfMemoryError:
+                    print(f"no pictures at step {step}: out of memory (--num_validation_images draws fewer at once)")
         model.train()
-        if values:
-            metrics.write(step, values)
-        metrics.pause()
+        return values
 
     def losses(self, unet: torch.nn.Module, name: str) -> dict[str, float]:
         """The mean loss over the held-out samples, in all and by band of timesteps, both conditions kept."""
@@ -146,17 +149,6 @@ class Validation:
         targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
         instructions = self.held_out.select(numbers).instructions(self.reader.caches)
         yield from zip(instructions, originals, targets, strict=True)
-
-
-@contextlib.contextmanager
-def averaged(unet: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Put the averaged weights into the UNet for a while."""
-    if ema:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-    yield
-    if ema:
-        ema.restore(unet.parameters())
 
 
 def open_picture(config: TrainConfig) -> Image.Image:

@@ -1,0 +1,77 @@
+"""Copies of a run's state in the memory of the host, which outlive the step that they are of."""
+
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes
+SPARE = 2**30  # bytes that stay free for everybody else
+
+
+class HostCopies:
+    """Memory that is taken once and used for one state after the other; pinned where a GPU copies into it."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._used, self._pinned = 0, False
+
+    def take(self, state: Any) -> Any:
+        """A copy of a tree of dictionaries, lists, tuples and tensors, done when this returns.
+
+        Each tensor of the copy is contiguous, on the CPU, and its memory is overwritten by the next copy.
+
+        Returns:
+            None if there is too little memory for it.
+        """
+        tensors = list(leaves(state))
+        needed = sum(map(room, tensors))
+        if needed > len(self._memory):
+            if needed + SPARE > psutil.virtual_memory().available + len(self._memory):
+                return None
+            self._take_memory(needed, pinned=any(tensor.is_cuda for tensor in tensors))
+        self._used = 0
+        copy = self._copy(state)
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return copy
+
+    def _take_memory(self, size: int, *, pinned: bool) -> None:
+        """Ask for memory, into which a GPU writes at full speed if the system lets it be pinned.
+
+        PyTorch's own pinned memory is rounded up to a power of two, which for gigabytes is too much.
+        """
+        cuda: Any = torch.cuda.cudart() if pinned else None
+        if self._pinned:
+            cuda.cudaHostUnregister(self._memory.ctypes.data)
+        self._memory = np.empty(0, np.uint8)  # the old one goes before the new one comes
+        self._memory = np.empty(size, np.uint8)
+        self._pinned = bool(cuda) and int(cuda.cudaHostRegister(self._memory.ctypes.data, size, 0)) == 0
+
+    def _copy(self, state: Any) -> Any:
+        if isinstance(state, dict):
+            return {key: self._copy(value) for key, value in state.items()}
+        if isinstance(state, list | tuple):
+            return type(state)(map(self._copy, state))
+        if not isinstance(state, Tensor) or not state.numel():
+            return state
+        # A tensor over a part of the memory owns no more than that part, so no file gets more than its own tensors.
+        part = torch.frombuffer(self._memory, dtype=state.dtype, count=state.numel(), offset=self._used)
+        self._used += room(state)
+        return part.reshape(state.shape).copy_(state.detach(), non_blocking=True)
+
+
+def leaves(state: Any) -> Any:
+    """All tensors of a tree."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from leaves(value)
+
+
+def room(tensor: Tensor) -> int:
+    """Bytes that a tensor gets."""
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,104 @@
+"""The float32 weights that are trained, and what the UNet computes with: themselves or copies in half precision."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .average import Average
+
+
+class Weights:
+    """The parameters of a UNet, and the float32 masters behind them.
+
+    With `half`, the UNet's own parameters become copies in that precision, so that no step casts its weights and their
+    gradients again and again, as autocast does (Micikevicius et al., arXiv 1710.03740, section 3.1). The optimizer
+    changes the masters, and checkpoints hold them. Whoever calls the UNet goes on giving and getting float32.
+
+    Args:
+        unet: on its device, in float32; changed in place.
+        half: torch.float16 or torch.bfloat16, or None: the parameters are the masters themselves.
+
+    Attributes:
+        names: of the parameters, in the order of the lists.
+        parameters: the UNet's own, which get the gradients.
+        masters: float32.
+    """
+
+    def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None):
+        named = dict(unet.named_parameters())
+        self.half, self.names, self.parameters = half, list(named), list[Tensor](named.values())
+        self.masters: list[Tensor] = list(self.parameters)
+        if half:
+            self.masters = [torch.nn.Parameter(weight.detach().clone()) for weight in self.parameters]
+            torch.nn.Module.to(unet, half)  # diffusers' own `to` warns that a pipeline could not use it on a CPU
+            take_float32(unet, half)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the copies up to date with the masters."""
+        if self.half:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    @contextlib.contextmanager
+    def averaged(self, average: Average | None) -> Iterator[None]:
+        """Let the UNet compute with the average for a while."""
+        if average:
+            self._show(average)
+        try:
+            yield
+        finally:
+            if average:
+                self._show(average)
+
+    @torch.no_grad()
+    def _show(self, average: Average) -> None:
+        """Exchange the average for the masters, one tensor after the other: at no time is there a second copy."""
+        for master, mean in zip(self.masters, average.tensors, strict=True):
+            kept = master.detach().clone()
+            master.copy_(mean)
+            mean.copy_(kept)
+        self.refresh()
+
+    @torch.no_grad()
+    def finish(self, average: Average | None) -> None:
+        """Leave what was trained in the UNet, in float32: the average if there is one. Nothing trains after that."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.data = master.data
+        if average:
+            for parameter, mean in zip(self.parameters, average.tensors, strict=True):
+                parameter.copy_(mean)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masters by name: what a checkpoint keeps."""
+        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the masters of a checkpoint.
+
+        Raises:
+            KeyError: one is missing.
+            RuntimeError: one has another shape.
+        """
+        for name, master in zip(self.names, self.masters, strict=True):
+            if (shape := state[name].shape) != master.shape:  # `copy_` would repeat a smaller one
+                raise RuntimeError(f"{name} has shape {tuple(shape)}, expected {tuple(master.shape)}")
+            master.copy_(state[name])
+        self.refresh()
+
+
+def take_float32(unet: torch.nn.Module, half: torch.dtype) -> None:
+    """Let a UNet in half precision take float32 latents and text, and give a float32 prediction, in place."""
+    forward = unet.forward
+
+    def cast(sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
+        output = forward(sample.to(half), timestep, encoder_hidden_states.to(half), *rest, **options)
+        if isinstance(output, tuple):
+            return tuple(part.float() for part in output)
+        output.sample = output.sample.float()
+        return output
+
+    unet.forward = cast  # type: ignore[method-assign]
