@@ -20,7 +20,7 @@ from ip2p.train.compiled import check_gradients
 pytestmark = pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")  # diffusers'
 
 
-def prepared(precision: str, backend: Any) -> tuple[Accelerator, torch.nn.Module, Callable[[], Tensor]]:
+def prepared(precision: str, backend: Any) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     """A tiny UNet compiled by `backend`, and its loss on fixed numbers."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def prepared(precision: str, backend: Any) -> tuple[Accelerator, torch.nn.Module
     latents, noise = torch.randn(2, 8, 8, 8), torch.randn(2, 4, 8, 8)
     unet = accelerator.prepare(unet)
     timesteps = torch.tensor([20, 700])
-    return accelerator, unet, lambda: (unet(latents, timesteps, text).sample - noise).square().mean()
+    return unet, lambda: (unet(latents, timesteps, text).sample - noise).square().mean()
 
 
 def backend_that(spoil: Callable[[Tensor], Tensor], name: str) -> Callable[..., Any]:
@@ -48,8 +48,8 @@ def backend_that(spoil: Callable[[Tensor], Tensor], name: str) -> Callable[..., 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_right_gradients_pass_and_none_is_left(precision: str) -> None:
     """The compiler's graph, run faithfully, is no error, and the first step starts from no gradient."""
-    accelerator, unet, loss = prepared(precision, "eager")
-    check_gradients(accelerator, unet, loss)
+    unet, loss = prepared(precision, "eager")
+    check_gradients(unet, loss, precision)
     assert all(weight.grad is None for weight in unet.parameters())
 
 
@@ -60,16 +60,26 @@ def test_right_gradients_pass_and_none_is_left(precision: str) -> None:
 )
 def test_a_wrong_gradient_is_refused(spoil: Callable[[Tensor], Tensor]) -> None:
     """One weight whose gradient is lost or doubled, with an output that is right, is named; so is a NaN."""
-    accelerator, unet, loss = prepared("no", backend_that(spoil, "conv_out_parameters_weight"))
+    unet, loss = prepared("no", backend_that(spoil, "conv_out_parameters_weight"))
     with pytest.raises(TrainError, match=r"--compile: .* gradients are not .*Leave --compile out") as error:
-        check_gradients(accelerator, unet, loss)
+        check_gradients(unet, loss, "no")
     assert "conv_out.weight" in str(error.value) or spoil(torch.ones(1)).isnan()
 
 
-def test_an_overflow_of_fp16_says_nothing() -> None:
-    """A loss scaled beyond float16 is the scaler's business, as in any first step."""
-    accelerator, unet, loss = prepared("no", "eager")
-    check_gradients(accelerator, unet, lambda: loss() * torch.inf)
+def test_where_all_gradients_overflow_it_is_said_that_nothing_was_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """An overflow is no compiler's fault, and no proof of the opposite."""
+    unet, loss = prepared("no", "eager")
+    check_gradients(unet, lambda: loss() * torch.inf, "no")
+    assert "the compiled ones could not be checked" in capsys.readouterr().out
+
+
+def test_in_fp16_gradients_are_compared_at_a_scale_that_they_survive() -> None:
+    """At the scale that training begins with, the lost gradient would hide among those that overflow."""
+    unet, loss = prepared("no", backend_that(Tensor.detach, "conv_out_parameters_weight"))
+    for weight in unet.parameters():
+        weight.register_hook(lambda gradient: gradient.half().float())  # what float16 holds of it
+    with pytest.raises(TrainError, match="gradients are not"):
+        check_gradients(unet, lambda: 10 * loss(), "fp16")
 
 
 def test_a_run_is_checked_and_not_changed_by_it(

@@ -1,5 +1,6 @@
 """Tests of train/interrupt.py: a signal at any moment leaves a run that goes on exactly."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from ip2p.train import checkpoint
 from ip2p.train.__main__ import main
 from ip2p.train.metrics import Metrics
 from ip2p.train.validate import Validation
@@ -37,13 +38,12 @@ def at_step(number: int, kind: signal.Signals) -> Callable[..., None]:
     return step
 
 
-def save(self: Accelerator, folder: str, original: Callable[..., Path] = Accelerator.save_state) -> Path:
-    """`Accelerator.save_state`, with a signal when its files are there under their temporary name."""
-    result = original(self, folder)
-    if "checkpoint-9" in folder:
-        assert not Path(folder).with_name("checkpoint-9").exists()
-        signal.raise_signal(signal.SIGTERM)
-    return result
+def save(folder: Path, state: object, original: Callable[..., None] = checkpoint.write) -> None:
+    """`checkpoint.write`, with a signal when its files are there under their temporary name."""
+    original(folder, state)
+    if "checkpoint-9" in folder.name:
+        assert not folder.with_name("checkpoint-9").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def look(self: Validation, *rest: object, original: Callable[..., object] = Validation.held_out_pictures) -> object:
@@ -57,7 +57,7 @@ def look(self: Validation, *rest: object, original: Callable[..., object] = Vali
     [
         ((Metrics, "step"), at_step(7, signal.SIGTERM), signal.SIGTERM, {7}),
         ((Metrics, "step"), at_step(7, signal.SIGINT), signal.SIGINT, {7}),
-        ((Accelerator, "save_state"), save, signal.SIGTERM, {9, 10}),
+        ((checkpoint, "write"), save, signal.SIGTERM, {9, 10}),
         ((Validation, "held_out_pictures"), look, signal.SIGTERM, {9, 13}),
     ],
     ids=["SIGTERM in a step", "Ctrl-C in a step", "SIGTERM in a checkpoint", "SIGTERM in a validation"],
@@ -67,7 +67,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_exactly(
     cache: Path,
     straight: Path,
     tmp_path: Path,
-    place: tuple[type, str],
+    place: tuple[object, str],
     change: Callable[..., object],
     number: signal.Signals,
     saved: set[int],
@@ -86,16 +86,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_exactly(
 
 
 TWICE = """
-import os, signal, sys
-from accelerate import Accelerator
+import os, signal, sys, time
+from ip2p.train import checkpoint
 
-def save(self, folder, original=Accelerator.save_state):
-    original(self, folder)
-    if "checkpoint-9" in folder:
+def save(folder, state, original=checkpoint.write):
+    original(folder, state)
+    if "checkpoint-9" in folder.name:
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # the first one is noted
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
 
-Accelerator.save_state = save
+checkpoint.write = save
+from ip2p.train import checkpoint
 from ip2p.train.__main__ import main
 main(sys.argv[1:])
 """

@@ -76,7 +76,7 @@ def test_a_run_by_weights_goes_on_exactly(
     sd: Path, cache: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three quarters of the samples come from the lighter dataset; resumed with the saved settings, bit for bit."""
-    mixed = {"cache_weights": (1, 3), "max_train_steps": 16, "checkpointing_steps": 5}
+    mixed = {"checkpoints_total_limit": 0, "cache_weights": (1, 3), "max_train_steps": 16, "checkpointing_steps": 5}
     arguments = flags(sd, (cache, other), tmp_path / "straight", **mixed)
     batches = seen(arguments, monkeypatch)
     assert come_from(batches[:16], other).sum() == come_from(batches[16:], other).sum() == 12

@@ -18,12 +18,12 @@ pytestmark = pytest.mark.slow  # five launches of one or two processes
 SPY = """
 import os, sys
 import torch
-from ip2p.train import loop
 from ip2p.train.objective import Draws, Objective
+from ip2p.train.optimizer import Update
 
 folder, same, arguments = sys.argv[1], sys.argv[2] == "same", sys.argv[3:]
 rank, seen = int(os.environ.get("RANK", 0)), []
-original_draw, original_update = Objective.draw, loop.update
+original_draw, original_update = Objective.draw, Update.__call__
 
 def draw(self, batch, *position):
     drawn = original_draw(self, batch, *position)
@@ -34,12 +34,12 @@ def draw(self, batch, *position):
     seen.append({"original": batch.original.clone(), "noise": drawn.noise.clone()})
     return drawn
 
-def update(accelerator, unet, *rest):
-    gradients = {n: p.grad.clone() for n, p in accelerator.unwrap_model(unet).named_parameters()}
+def update(self, **rest):
+    gradients = {n: p.grad.clone() for n, p in zip(self.weights.names, self.weights.parameters)}
     torch.save({"batches": list(seen), "gradients": gradients}, f"{folder}/rank{rank}-{len(seen):03d}.pt")
-    return original_update(accelerator, unet, *rest)
+    return original_update(self, **rest)
 
-Objective.draw, loop.update = draw, update
+Objective.draw, Update.__call__ = draw, update
 from ip2p.train.__main__ import main
 main(arguments)
 """

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import tiny
 from ip2p.encode.errors import SettingsError
+from ip2p.train import checkpoint
 from ip2p.train.__main__ import main
 from ip2p.train.checkpoint import find
 from ip2p.train.metrics import Metrics
@@ -53,6 +53,7 @@ def step(self, step, *rest, original=Metrics.step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.step = step
+from ip2p.train import checkpoint
 from ip2p.train.__main__ import main
 main(sys.argv[1:])
 """
@@ -224,13 +225,13 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_previous_one(
 ) -> None:
     """The torn checkpoint is removed and the answer names the last good one."""
 
-    def full(self: Accelerator, folder: str, original: Callable[..., Path] = Accelerator.save_state) -> None:
-        original(self, folder)
-        if "checkpoint-6" in folder:
+    def full(folder: Path, state: Any, original: Callable[..., None] = checkpoint.write) -> None:
+        original(folder, state)
+        if "checkpoint-6" in folder.name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", full)
+        patch.setattr(checkpoint, "write", full)
         with pytest.raises(SystemExit):
             main(flags(sd, cache, tmp_path, checkpointing_steps=3))
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]

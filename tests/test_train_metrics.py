@@ -28,7 +28,8 @@ def test_bar_file_and_tracker_show_the_same_numbers(
     assert [line["step"] for line in trained] == [4, 8, 12, 16, 20]
     for line in trained:
         shown = (
-            f"loss {line['loss']:.4f}, lr {line['lr']:.1e}, {line['samples_per_second']:.1f} samples/s, "
+            f"loss {line['loss']:.4f}, gradient {line['gradient_norm']:.2g}, lr {line['lr']:.1e}, "
+            f"{line['samples_per_second']:.1f} samples/s, "
             f"waiting for data {line['waiting_for_data']:.1%}, {line['memory_gib']:.1f} GiB"
         )
         assert shown in bar
@@ -36,7 +37,7 @@ def test_bar_file_and_tracker_show_the_same_numbers(
 
     (events,) = {path.parent for path in (tmp_path / "logs").rglob("events*") if path.parent.name == "ip2p"}
     tracker = EventAccumulator(str(events)).Reload()
-    for name in ("loss", "lr", "memory_gib", "validation_loss", "ema_validation_loss"):
+    for name in ("loss", "lr", "gradient_norm", "seconds_left", "memory_gib", "validation_loss", "ema_validation_loss"):
         told = {event.step: event.value for event in tracker.Scalars(name)}
         assert told == pytest.approx({line["step"]: line[name] for line in lines if name in line}, rel=1e-6), name
 

@@ -1,0 +1,145 @@
+"""Tests of train/weights.py: what is trained stays float32, whatever the UNet computes in."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+import tiny
+from ip2p.train.average import Average
+from ip2p.train.model import widen
+from ip2p.train.weights import Weights
+
+STARTER = Path(__file__).parents[1] / "examples" / "openmoji" / "starter" / "unet"
+
+
+def inputs(unet: Any, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, timesteps, text and target of four samples."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(4, 77, unet.config["cross_attention_dim"], generator=generator)
+    timesteps = torch.randint(0, 1000, (4,), generator=generator)
+    latents, target = (torch.randn(4, channels, 8, 8, generator=generator) for channels in (8, 4))
+    return latents, timesteps, text, target
+
+
+def gradients(unet: Any, seed: int) -> list[Tensor]:
+    """Those of a mean squared error, float32."""
+    latents, timesteps, text, target = inputs(unet, seed)
+    unet.zero_grad()
+    (unet(latents, timesteps, text, return_dict=False)[0].float() - target).square().mean().backward()
+    return [weight.grad.float().clone() for weight in unet.parameters()]
+
+
+def test_without_copies_the_masters_are_the_parameters() -> None:
+    """In float32 there is one set of weights, and nothing to bring up to date."""
+    unet = tiny.unet(8)
+    weights = Weights(unet)
+    assert all(one is other for one, other in zip(weights.masters, unet.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_a_unet_of_copies_takes_and_gives_float32(half: torch.dtype) -> None:
+    """Who calls it need not know: the pipeline's own way to call it works, and no weight is float32."""
+    unet = tiny.unet(8)
+    expected = unet(*inputs(unet)[:3], return_dict=False)[0]
+    weights = Weights(unet, half)
+    assert {weight.dtype for weight in unet.parameters()} == {half}
+    assert {weight.dtype for weight in weights.masters} == {torch.float32}
+    for output in (unet(*inputs(unet)[:3], return_dict=False)[0], unet(*inputs(unet)[:3]).sample):
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, expected, rtol=0, atol=0.05)
+
+
+def test_copies_follow_their_masters() -> None:
+    """A change too small for the copies adds up in the masters."""
+    unet = tiny.unet(8)
+    weights = Weights(unet, torch.bfloat16)
+    start = [weight.clone() for weight in weights.masters]
+    for _ in range(100):
+        with torch.no_grad():
+            torch._foreach_add_(weights.masters, 1e-4)
+    weights.refresh()
+    for before, copied in zip(start, unet.parameters(), strict=True):
+        torch.testing.assert_close(copied.float(), before + 0.01, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_the_average_is_shown_for_a_while_and_everything_is_back_after_an_error(half: torch.dtype | None) -> None:
+    """Inside, the UNet computes with the average; outside, weights and average are as they were bit for bit."""
+    unet = tiny.unet(8)
+    weights = Weights(unet, half)
+    average = Average([torch.full_like(master, 0.5) for master in weights.masters], 0.9)
+    before = [weight.detach().clone() for weight in (*weights.masters, *unet.parameters())]
+    with pytest.raises(KeyError), weights.averaged(average):
+        assert all((weight == 0.5).all() for weight in unet.parameters())
+        raise KeyError
+    after = [weight.detach() for weight in (*weights.masters, *unet.parameters())]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all((mean == 0.5).all() for mean in average.tensors)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_what_was_trained_is_left_in_float32(averages: bool) -> None:
+    """The pipeline gets the masters, or the average, with all their digits."""
+    unet = tiny.unet(8)
+    weights = Weights(unet, torch.float16)
+    expected = [master.detach() + (0.1 if averages else 0) for master in weights.masters]
+    weights.finish(Average(expected, 0.9) if averages else None)
+    assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), expected, strict=True))
+
+
+def test_a_checkpoint_is_read_into_masters_and_copies_and_must_fit() -> None:
+    """Nothing is missing, nothing is repeated to make it fit."""
+    unet = tiny.unet(8)
+    weights = Weights(unet, torch.bfloat16)
+    state = {name: torch.full_like(master, 2.0) for name, master in weights.state_dict().items()}
+    weights.load_state_dict(state)
+    assert all((weight == 2).all() for weight in (*weights.masters, *unet.parameters()))
+    with pytest.raises(RuntimeError, match="conv_in.bias has shape"):
+        weights.load_state_dict(state | {"conv_in.bias": torch.ones(1)})
+    del state["conv_in.bias"]
+    with pytest.raises(KeyError, match="conv_in.bias"):
+        weights.load_state_dict(state)
+
+
+@pytest.fixture
+def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CUDA's autocast computes norms in float32 and leaves their result so; that of CPUs does not."""
+
+    def upcast(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def compute(sample: Tensor, *rest: Any) -> Tensor:
+            if not torch.is_autocast_enabled("cpu"):
+                return norm(sample, *rest)
+            with torch.autocast("cpu", enabled=False):
+                return norm(sample.float(), *rest)
+
+        return compute
+
+    for name in ("group_norm", "layer_norm"):
+        monkeypatch.setattr(F, name, upcast(getattr(F, name)))
+    yield
+
+
+@pytest.mark.usefixtures("norms_as_on_cuda")
+def test_gradients_of_copies_are_as_good_as_those_of_autocast() -> None:
+    """In bfloat16 on a trained UNet, their error against float32 is at most 1.1 times that of autocast."""
+    unet = UNet2DConditionModel.from_pretrained(STARTER)
+    widen(unet)
+    cast, copied = copy.deepcopy(unet), copy.deepcopy(unet)
+    cast.forward = torch.autocast("cpu", torch.bfloat16)(cast.forward)
+    Weights(copied, torch.bfloat16)
+    errors = torch.zeros(2)
+    for seed in range(3):
+        exact = gradients(unet, seed)
+        for number, other in enumerate((cast, copied)):
+            apart = [(a - b).square().sum() for a, b in zip(exact, gradients(other, seed), strict=True)]
+            errors[number] += torch.stack(apart).sum()
+    autocast, copies = errors.sqrt()
+    assert copies <= 1.1 * autocast
+    assert copies > 0.1 * autocast  # the comparison above is one of rounding
