@@ -1,4 +1,4 @@
-"""Tests of train/optimizer.py and train/fused.py: what an optimizer step does, in one pass as by PyTorch's functions."""
+"""Tests of train/optimizer.py and train/fused.py: a step does in one pass what PyTorch's functions do."""
 
 import copy
 import os

@@ -1,0 +1,66 @@
+"""What earlier versions wrote stays readable: files of a run at commit 005a64b, in tests/recorded.
+
+They were made there with the tiny model of tests/tiny.py: six pairs at 16 px with flips, then six steps of two samples
+(seed 1, cosine, two steps of warm-up), a checkpoint every three, once without and once with --use_ema.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from ip2p.encode.cache import Cache
+from ip2p.encode.verify import verify
+from ip2p.train.__main__ import main
+
+RECORDED = Path(__file__).parent / "recorded" / "005a64b"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files, in which paths are as they were recorded."""
+    shutil.copytree(RECORDED, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["plain", "average"])
+def test_its_checkpoints_are_resumed_by_its_own_settings(run: Path, kind: str) -> None:
+    """To where that version got with the same steps: the order in which products are rounded is all that differs."""
+    expected = (run / kind / "checkpoint-6").rename(run / "expected")
+    main(["--config", f"{kind}/train.yaml", "--resume_from_checkpoint", "latest"])
+    reached, before = (load_file(run / kind / f"checkpoint-{step}" / "model.safetensors") for step in (6, 3))
+    for name, weight in load_file(expected / "model.safetensors").items():
+        torch.testing.assert_close(reached[name], weight, rtol=0, atol=2e-6)
+    moved = max((reached[name] - before[name]).abs().max().item() for name in before)
+    assert moved > 1e-4  # fifty times what may differ
+    if kind == "average":
+        old, new = (
+            torch.load(folder / "custom_checkpoint_2.pkl") for folder in (expected, run / kind / "checkpoint-6")
+        )
+        assert new["optimization_step"] == old["optimization_step"] == 6
+        torch.testing.assert_close(new["shadow_params"], old["shadow_params"], rtol=0, atol=2e-6)
+
+
+def test_its_cache_is_sound_and_grows(run: Path, encode: Callable[..., None]) -> None:
+    """Nothing of it is encoded again, and what is new comes to it."""
+    cache = run / "cache"
+    assert verify(cache) == []
+    records = {path.name: path.read_bytes() for path in (cache / "commits").iterdir()}
+    encode(Path("model"), Path("data"), cache, random_flip=True)
+    assert {path.name: path.read_bytes() for path in (cache / "commits").iterdir()} == records
+    tiny.dataset(run / "data", tiny.pairs(8))
+    encode(Path("model"), Path("data"), cache, random_flip=True)
+    assert Cache.open(cache).manifest["counts"] == {"ok": 8}
+    assert verify(cache) == []
+
+
+def test_its_settings_are_those_of_today(run: Path) -> None:
+    """Each flag that it recorded is still one, and a new run can start from the file."""
+    main(["--config", "average/train.yaml", "--output_dir", "again", "--max_train_steps", "1"])
+    assert json.loads(Path("again/metrics.jsonl").read_text().splitlines()[-1])["step"] == 1

@@ -1,0 +1,225 @@
+"""Tests of train/setup.py: what a run takes from flags, launcher and machine before anything is loaded."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+
+from ip2p.encode.errors import SettingsError, TrainError
+from ip2p.train import setup
+from ip2p.train.__main__ import main
+from ip2p.train.config import TrainConfig
+from ip2p.train.setup import Precision, advise, agreed_checkpoint, alone, choose_precision, make_accelerator
+from test_train import flags
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A configuration with some flags."""
+
+    def make(**changed: Any) -> TrainConfig:
+        return TrainConfig("model", (tmp_path / "cache",), tmp_path / "out", report_to="none", **changed)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """Put back what is set for a whole process."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = kept
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "cuda", "expected"),
+    [
+        ({"mixed_precision": "bf16"}, True, Precision("bf16", copies=True)),
+        ({"mixed_precision": "fp16"}, True, Precision("fp16", copies=True)),
+        ({"mixed_precision": "bf16"}, False, Precision("bf16", copies=False)),
+        ({"mixed_precision": "no"}, True, Precision("no", copies=False)),
+        ({}, True, Precision("no", copies=False)),
+        ({"mixed_precision": "bf16", "gradient_accumulation_steps": 2}, True, Precision("bf16", copies=False)),
+        ({"mixed_precision": "bf16", "use_8bit_adam": True}, True, Precision("bf16", copies=False)),
+    ],
+)
+def test_copies_take_the_place_of_autocast_where_they_lose_nothing(
+    config: Callable[..., TrainConfig], changed: dict[str, Any], cuda: bool, expected: Precision
+) -> None:
+    """On a GPU in mixed precision; but not where gradients are summed, or go to an optimizer of float32 alone."""
+    assert choose_precision(config(**changed), cuda=cuda) == expected
+    assert expected.half == (expected.dtype if expected.copies else None)
+
+
+def test_the_launchers_precision_counts_where_no_flag_is_given(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in accelerate; one that is not known here is answered."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert choose_precision(config(), cuda=False).name == "bf16"
+    assert choose_precision(config(mixed_precision="no"), cuda=False).name == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(SettingsError, match="fp8: expected no, fp16 or bf16"):
+        choose_precision(config(), cuda=True)
+
+
+def test_a_gpu_without_bfloat16_is_told_of(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would emulate it, slowly and without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: including_emulation)
+    with pytest.raises(SettingsError, match="this GPU computes in no such format, take fp16"):
+        make_accelerator(config(mixed_precision="bf16"))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_on_a_gpu_takes_tf32_unless_it_is_told_not_to(config: Callable[..., TrainConfig], tf32: bool) -> None:
+    """Products and convolutions alike; and kernels are tried out, since all batches have one shape."""
+    make_accelerator(config(allow_tf32=tf32))
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+    assert torch.backends.cudnn.benchmark
+
+
+def test_deterministic_asks_all_libraries_for_it(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch, cuBLAS by the variable that it reads, and cuDNN, which must not pick another kernel each time."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    make_accelerator(config(deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_engines_that_shard_the_weights_are_refused_in_a_line(
+    sd: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: DistributedType,
+) -> None:
+    """At the start, and not by a traceback after everything was loaded."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    monkeypatch.setattr("ip2p.train.loop.open_caches", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(sd, cache, tmp_path))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"set up for {kind.value}" in line
+    assert "use one process per GPU" in line
+
+
+def test_processes_wait_a_day_for_one_that_works_alone(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL gives up after ten minutes by default; and gradients lie in the buckets that are sent."""
+    given: dict[str, Any] = {}
+
+    class Spy(Accelerator):
+        def __init__(self, **options: Any):
+            given.update(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(setup, "Accelerator", Spy)
+    make_accelerator(config())
+    group, buckets = given["kwargs_handlers"]
+    assert group.timeout >= timedelta(days=1)
+    assert buckets.gradient_as_bucket_view
+
+
+def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half precision on a GPU, and how long a signal leaves where several processes are started."""
+    gpu = type("Fake", (), {"device": torch.device("cuda")})()
+    cpu = type("Fake", (), {"device": torch.device("cpu")})()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert "--mixed_precision bf16" in "".join(advise(gpu, Precision("no", copies=False)))
+    assert not list(advise(gpu, Precision("bf16", copies=True)))
+    assert not list(advise(cpu, Precision("no", copies=False)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (line,) = advise(cpu, Precision("no", copies=False))
+    assert "leave 30 s for a last checkpoint" in line
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in line
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+    assert "leave 120 s" in "".join(advise(cpu, Precision("no", copies=False)))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ip2p.train.setup import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_runs_never_share_an_output_folder(tmp_path: Path) -> None:
+    """The second one is told which process has it; when that is gone, the folder is free again."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdin  # noqa: PT018
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(TrainError, match=rf"in use by another ip2p-train \(process {other.pid} on "):
+            alone(tmp_path).__enter__()
+        other.kill()
+    with alone(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+
+
+def test_the_folder_is_locked_while_a_run_trains(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the caches are opened to the end."""
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def spy(folder: Path) -> Iterator[None]:
+        entered.append(str(folder))
+        yield
+        assert (folder / "model_index.json").is_file()
+        entered.append("left")
+
+    monkeypatch.setattr("ip2p.train.loop.alone", spy)
+    main(flags(sd, cache, tmp_path, max_train_steps=1))
+    assert entered == [str(tmp_path), "left"]
+
+
+def test_the_main_process_alone_looks_for_the_checkpoint(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others take its word, its complaint included: on a shared disk they may see another newest one."""
+    sent: list[Any] = []
+
+    def broadcast(found: list[Any]) -> None:
+        if sent:
+            found[:] = sent
+        sent[:] = found
+
+    monkeypatch.setattr(setup, "broadcast_object_list", broadcast)
+    given = config(resume_from_checkpoint="latest")
+    for steps, expected in (((), SettingsError), ((3, 7), given.output_dir / "checkpoint-7")):
+        sent.clear()
+        for step in steps:
+            (given.output_dir / f"checkpoint-{step}").mkdir(parents=True)
+        for main_process in (True, False):
+            rank = type("Fake", (), {"is_main_process": main_process})()
+            if not main_process:
+                (given.output_dir / "checkpoint-9").mkdir(parents=True, exist_ok=True)  # which the main one did not see
+            if isinstance(expected, Path):
+                assert agreed_checkpoint(given, rank) == expected
+            else:
+                with pytest.raises(expected, match="holds no checkpoint"):
+                    agreed_checkpoint(given, rank)
+        (given.output_dir / "checkpoint-9").rmdir()
