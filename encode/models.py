@@ -1,7 +1,7 @@
 """The frozen VAE and text encoder(s), and what they compute."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,26 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
 
 
+def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy to the CPU; what is returned waits for the copy and gives it."""
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = values.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
+    arrived = torch.cuda.current_stream(values.device).record_event()
+
+    def finish() -> torch.Tensor:
+        arrived.synchronize()
+        return copy
+
+    return finish
+
+
 class Encoders:
-    """The VAE and the text encoder(s) of a checkpoint, frozen, on one device."""
+    """The VAE and the text encoder(s) of a checkpoint, frozen, on one device.
+
+    `moments` and `embed` begin a batch and return at once a function that waits for it. Where the next batch is begun
+    before that function is called, a GPU need not wait between two batches.
+    """
 
     def __init__(
         self,
@@ -54,21 +72,25 @@ class Encoders:
         return self._load_vae(torch.float32)
 
     @torch.inference_mode()
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode images.
+    def moments(self, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to encode images.
 
         Args:
-            pixels: (B, 3, H, W) uint8.
+            pixels: (B, 3, H, W) uint8 on the CPU.
 
         Returns:
-            Mean and log variance of the posterior, unscaled, (B, 8, h, w) float16 on the CPU. What half precision
-            cannot hold is encoded again in float32; what is then still not finite stays so.
+            A function that waits for mean and log variance of the posterior, unscaled, (B, 8, h, w) float16 on the CPU.
+            What half precision cannot hold is then encoded again in float32; what is still not finite stays so.
         """
-        moments = self._moments(self.vae, pixels)
+        return functools.partial(self._finish, pixels, _begin_copy(self._moments(self.vae, pixels)))
+
+    @torch.inference_mode()
+    def _finish(self, pixels: torch.Tensor, arrived: Callable[[], torch.Tensor]) -> torch.Tensor:
+        moments = arrived()
         bad = ~moments.isfinite().flatten(1).all(dim=1)  # (B,)
         if self.vae_dtype != torch.float32 and bad.any():
-            moments[bad] = self._moments(self._float32_vae, pixels[bad.to(pixels.device)])
-        return moments.cpu()
+            moments[bad] = self._moments(self._float32_vae, pixels[bad]).cpu()
+        return moments
 
     def _moments(self, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
         images = 2 * (pixels.to(self.device, non_blocking=True).float() / 255) - 1  # diffusers' order of operations
@@ -77,13 +99,14 @@ class Encoders:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 8, h, w)
 
     @torch.inference_mode()
-    def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Encode instructions, padded to the tokenizer's length; padding is kept, since the UNet attends to it.
+    def embed(self, prompts: Sequence[str]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """Begin to encode instructions.
 
+        They are padded to the tokenizer's length; padding is kept, since the UNet attends to it.
         SDXL: the penultimate hidden states of both encoders side by side, and the pooled embedding of the second.
 
         Returns:
-            Text (B, 77, d) and pooled (B, 1280) or None, float16 on the CPU.
+            A function that waits for text (B, 77, d) and pooled (B, 1280) or None, float16 on the CPU.
         """
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
@@ -94,7 +117,8 @@ class Encoders:
             output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.checkpoint.is_sdxl)
             if self.checkpoint.is_sdxl:
                 hidden.append(output.hidden_states[-2])
-                pooled = output[0].half().cpu()  # the last encoder's projection stays
+                pooled = _begin_copy(output[0].half())  # the last encoder's projection stays
             else:
                 hidden.append(output[0])
-        return torch.cat(hidden, dim=-1).half().cpu(), pooled
+        text = _begin_copy(torch.cat(hidden, dim=-1).half())
+        return lambda: (text(), pooled() if pooled else None)

@@ -1,9 +1,9 @@
 """From missing units to committed ones: images are read in worker processes, encoded here, written beside that."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from .planner import Item, Rows, text_key
 from .sources import Source
 from .writer import UnitWriter
 
+Begun = TypeVar("Begun")
 Work = tuple[list[Unit], Rows]
 NOT_FINITE = "the encoding is not finite, in float32 either"
 
@@ -49,9 +50,9 @@ class _Images(Dataset):
         return Read(row, item, sizes, None), pixels  # (V, 2, 3, H, W)
 
 
-def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor | None]:
+def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor]:
     pixels = [pair for _, pair in batch if pair is not None]
-    stacked = torch.from_numpy(np.concatenate(pixels, axis=1)) if pixels else None  # (V, 2B, 3, H, W) uint8
+    stacked = torch.from_numpy(np.concatenate(pixels, axis=1)) if pixels else torch.empty(0)  # (V, 2B, 3, H, W) uint8
     return [read for read, _ in batch], stacked
 
 
@@ -79,21 +80,27 @@ class Pipeline:
     def run(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
         """Encode and commit all of `work`; counts text rows and pairs on `bar`."""
         with self._writer:
-            for (unit,), rows in (item for item in work if item[0][0].kind == "text"):
-                self._encode_texts(unit, rows, bar)
+            self._encode_texts([item for item in work if item[0][0].kind == "text"], bar)
             self._encode_images([item for item in work if item[0][0].kind == "images"], source, bar)
             self._wait()
 
-    def _encode_texts(self, unit: Unit, rows: Rows, bar: tqdm) -> None:
-        writer = UnitWriter(self.cache, unit)
-        for batch in _batches(sorted(rows.items()), 2 * self.batch_size):
-            text, pooled = self.encoders.embed([instruction for _, instruction in batch])
-            for n, (row, instruction) in enumerate(batch):
-                values = {"text": text[n].numpy()} | ({} if pooled is None else {"pooled": pooled[n].numpy()})
-                if not writer.put(row, text_key(instruction), values):
-                    self._set_aside(row, text_key(instruction), f"instruction {instruction!r}", NOT_FINITE, [writer])
-            bar.update(len(batch))
-        self._commit([writer])
+    def _encode_texts(self, work: Sequence[Work], bar: tqdm) -> None:
+        size = 2 * self.batch_size
+        batches = (batch for _, rows in work for batch in _batches(sorted(rows.items()), size))
+        begun = one_behind((batch, self.encoders.embed([text for _, text in batch])) for batch in batches)
+        for (unit,), rows in work:
+            writer = UnitWriter(self.cache, unit)
+            for _ in _batches(range(len(rows)), size):
+                batch, finish = next(begun)
+                text, pooled = finish()
+                for n, (row, instruction) in enumerate(batch):
+                    values = {"text": text[n].numpy()} | ({} if pooled is None else {"pooled": pooled[n].numpy()})
+                    if not writer.put(row, text_key(instruction), values):
+                        self._set_aside(
+                            row, text_key(instruction), f"instruction {instruction!r}", NOT_FINITE, [writer]
+                        )
+                bar.update(len(batch))
+            self._commit([writer])
 
     def _encode_images(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
@@ -111,24 +118,25 @@ class Pipeline:
             pin_memory=self.encoders.device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
-        loaded = iter(loader)
+        begun = one_behind((reads, [self.encoders.moments(seen) for seen in pixels]) for reads, pixels in loader)
         for units, rows in work:
             writers = [UnitWriter(self.cache, unit) for unit in units]
             for _ in _batches(range(len(rows)), self.batch_size):
-                reads, pixels = next(loaded)
-                self._encode_batch(reads, pixels, writers)
+                reads, views = next(begun)
+                self._take(reads, views, writers)
                 bar.update(len(reads))
             self._commit(writers)
 
-    def _encode_batch(self, reads: list[Read], pixels: torch.Tensor | None, writers: Sequence[UnitWriter]) -> None:
+    def _take(self, reads: list[Read], views: list[Callable[[], torch.Tensor]], writers: Sequence[UnitWriter]) -> None:
+        """Take over a batch that was begun: what could not be read stands aside, the rest is waited for."""
         good = [read for read in reads if read.reason is None]
         for row, item, _, reason in reads:
             if reason is not None:
                 self._set_aside(row, item.pair, f"sample {item.key}", reason, writers)
-        if pixels is None:
+        if not good:
             return
-        for view, (writer, seen) in enumerate(zip(writers, pixels, strict=True)):
-            moments = self.encoders.moments(seen).unflatten(0, (len(good), 2)).numpy()  # (B, 2, 8, h, w)
+        for view, (writer, finish) in enumerate(zip(writers, views, strict=True)):
+            moments = finish().unflatten(0, (len(good), 2)).numpy()  # (B, 2, 8, h, w)
             channels = moments.shape[2] // 2
             for (row, item, sizes, _), (original, edited) in zip(good, moments, strict=True):
                 values = {"original": original[:channels], "edited": edited}
@@ -156,6 +164,16 @@ def commit(writers: Iterable[UnitWriter]) -> None:
     """Write units one after the other."""
     for writer in writers:
         writer.commit()
+
+
+def one_behind(begun: Iterable[Begun]) -> Iterator[Begun]:
+    """Each batch once the next one is begun, so that the device has work while the numbers of this one are stored."""
+    waiting: list[Begun] = []
+    for batch in begun:
+        waiting.append(batch)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

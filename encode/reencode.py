@@ -97,8 +97,9 @@ def _fresh(cache: Cache, encoders: Encoders, source: Source, sample: dict[str, A
         pixels, _ = Geometry.of(cache.manifest["encoding"]).read(pair[:2], sample["pair"], views)  # (V, 2, 3, H, W)
     except ImageError as error:
         raise SourceError(f"{source.name}, position {position:,}: {error}, but once could be") from None
-    moments = encoders.moments(torch.from_numpy(pixels).flatten(0, 1)).unflatten(0, (-1, 2)).numpy()  # (V, 2, 8, h, w)
-    text, pooled = encoders.embed([sample["instruction"]])
+    encoded = encoders.moments(torch.from_numpy(pixels).flatten(0, 1))()  # (V * 2, 8, h, w)
+    moments = encoded.unflatten(0, (-1, 2)).numpy()
+    text, pooled = encoders.embed([sample["instruction"]])()
     images = _split({"original": moments[:, 0, : moments.shape[2] // 2], "edited": moments[:, 1]})
     return images | {"text": text.numpy()} | ({} if pooled is None else {"pooled": pooled.numpy()})
 

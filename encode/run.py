@@ -48,6 +48,7 @@ def encode(config: EncodeConfig) -> None:
         with nullcontext() if main else exclusive(config.cache, shared=True):
             encode_missing(config, source, checkpoint, state)
             state.wait_for_everyone()
+        state.destroy_process_group()  # here alone: NCCL waits for all processes, so one that fails must not do it
         if main:
             finish(Cache.open(config.cache))
 

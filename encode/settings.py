@@ -19,8 +19,8 @@ Config = TypeVar("Config")
 def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping[str, str]) -> Config:
     """Read `argv` into an instance of the dataclass `config`.
 
-    `--config run.yaml` stands for the flags that the file holds; later flags win. `refused` maps flags
-    that users may know from elsewhere to the reason why they are not taken here.
+    `--config run.yaml` stands for the flags that the file holds; later flags win, and `--no_x` takes back `--x`.
+    `refused` maps flags that users may know from elsewhere to the reason why they are not taken here.
 
     Raises:
         SettingsError: an unknown flag or value, with the nearest right one, or a flag of another command.
@@ -29,7 +29,7 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
 
     arguments = _expand_config(list(argv))
     _check(config, arguments, prog, refused)
-    options = (tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands)
+    options = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
 
 
@@ -78,7 +78,7 @@ def _flags_of(path: Path) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         if value in ("true", "false"):
-            flags += [f"--{name}"] if value == "true" else []
+            flags.append(f"--{name}" if value == "true" else f"--no_{name}")
         elif value not in ("null", "", []):
             flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
     return flags
@@ -87,6 +87,7 @@ def _flags_of(path: Path) -> list[str]:
 def _check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
     """Answer mistyped names and values in one line, before tyro would in ten."""
     hints = get_type_hints(config)
+    off = [f"no_{name}" for name, hint in hints.items() if hint is bool]
     for position, argument in enumerate(arguments):
         if not argument.startswith("--"):
             continue
@@ -94,10 +95,10 @@ def _check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[s
         name = name.replace("-", "_")
         if name in hints:
             _check_value(name, hints[name], value if equals else (*arguments[position + 1 : position + 2], "")[0])
-        elif name in refused:
-            raise SettingsError(f"--{name} {refused[name]}")
-        elif name != "help":
-            near = difflib.get_close_matches(name, [*hints, *refused], n=1)
+        elif reason := refused.get(name) or refused.get(name.removeprefix("no_")):
+            raise SettingsError(f"--{name} {reason}")
+        elif name not in ("help", *off):
+            near = difflib.get_close_matches(name, [*hints, *off, *refused], n=1)
             hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists them all"
             raise SettingsError(f"unknown flag --{name}{hint}")
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,17 +78,17 @@ class Encoders:
     def before(self) -> None:
         """Replaced where something shall happen before each batch."""
 
-    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+    def moments(self, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
         """(B, 3, H, W) uint8 to (B, 8, H / 2, W / 2) float16."""
         self.before()
         self.log.extend(zip(map(content, pixels[::2]), map(content, pixels[1::2]), strict=True))
-        return moments(pixels)
+        return lambda: moments(pixels)
 
-    def embed(self, prompts: Sequence[str]) -> tuple[torch.Tensor, None]:
+    def embed(self, prompts: Sequence[str]) -> Callable[[], tuple[torch.Tensor, None]]:
         """Text (B, 2, 8) float16."""
         self.before()
         self.log.extend(prompts)
-        return torch.stack([text(prompt) for prompt in prompts]), None
+        return lambda: (torch.stack([text(prompt) for prompt in prompts]), None)
 
 
 def moments(pixels: torch.Tensor) -> torch.Tensor:

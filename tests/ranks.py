@@ -7,6 +7,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ip2p.encode import cache
 from ip2p.encode.cache import Cache, Unit
 from ip2p.encode.writer import UnitWriter, exclusive
@@ -50,6 +52,8 @@ def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log:
     from ip2p.encode.__main__ import main
 
     main(arguments)
+    if processes > 1:
+        print("left the process group:", not torch.distributed.is_initialized())
 
 
 def hold(folder: Path, shared: bool, worker: bool, started: Connection) -> None:

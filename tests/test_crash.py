@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -199,6 +200,12 @@ def test_a_process_that_falls_behind_takes_its_own_share(killable: Encode, undis
     check_work(killable.rows(), set(), committed(tmp_path / "cache"))
     assert_same(tmp_path / "cache", undisturbed)
     assert {rank for rank, *_ in killable.rows()} == {0, 1}
+
+
+def test_processes_leave_their_group_at_the_end(killable: Encode, undisturbed: Path, tmp_path: Path) -> None:
+    """NCCL would print a warning for each process that ends without."""
+    killable.finish(shutil.copytree(undisturbed, tmp_path / "cache"), processes=2)
+    assert all("left the process group: True" in killable.said(rank) for rank in range(2))
 
 
 def test_each_process_of_an_encode_holds_the_cache(killable: Encode, tmp_path: Path) -> None:

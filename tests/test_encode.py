@@ -15,9 +15,11 @@ from diffusers import AutoencoderKL, StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import fakes
 import tiny
 from ip2p.encode import run
 from ip2p.encode.config import EncodeConfig
+from ip2p.encode.sources import Pair
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]
@@ -118,6 +120,47 @@ def test_the_samples_table_keeps_source_and_crop_sizes(sd: Path, data: Path, tmp
 def read(cache: Path) -> list[dict]:
     """The rows of the samples table."""
     return pq.read_table(cache / "samples.parquet").to_pylist()
+
+
+def test_the_next_batch_is_begun_before_the_numbers_of_this_one_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One batch is always in flight, over the ends of shards too; each row gets the numbers of its own picture."""
+    pairs = [Pair(fakes.png(2 * n), fakes.png(2 * n + 1), f"make it {n}") for n in range(10)]
+    fakes.install(monkeypatch, fakes.Source(pairs), 4)
+    log: dict[str, list[str]] = {"moments": [], "embed": []}
+
+    def logged(name: str) -> Callable[..., Callable[[], Any]]:
+        original = getattr(fakes.Encoders, name)
+
+        def begin(self: fakes.Encoders, batch: Any) -> Callable[[], Any]:
+            finish, number = original(self, batch), sum(line.startswith("begin") for line in log[name])
+            log[name].append(f"begin {number}")
+
+            def finish_logged() -> Any:
+                log[name].append(f"finish {number}")
+                return finish()
+
+            return finish_logged
+
+        return begin
+
+    for name in log:
+        monkeypatch.setattr(fakes.Encoders, name, logged(name))
+    fakes.encode(tmp_path / "cache", encode_batch_size=2)
+    assert log == {"moments": in_flight(2 + 2 + 1), "embed": in_flight(1 + 1 + 1)}  # batches of the shards
+    group = zarr.open_group(tmp_path / "cache" / "data.zarr", mode="r")
+    for sample in read(tmp_path / "cache"):
+        for array, file in zip(("original", "edited"), pairs[sample["position"]][:2], strict=True):
+            found = numbers(group[array])[sample["row"], 0]
+            expected = fakes.moments(fakes.view(file, False)[None])[0].numpy()
+            np.testing.assert_array_equal(found, expected[: len(found)])
+
+
+def in_flight(batches: int) -> list[str]:
+    """What happens to batches where each is begun before the one ahead of it is finished."""
+    between = [line for n in range(1, batches) for line in (f"begin {n}", f"finish {n - 1}")]
+    return ["begin 0", *between, f"finish {batches - 1}"]
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 0), (2, 1, 1), (64, 1, 16), (32, 8, 3), (8, 8, 0)])

@@ -1,8 +1,12 @@
 """Every flag of diffusers' two training scripts is taken by the right command, or refused with the right pointer."""
 
+import dataclasses
+import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import yaml
 
 from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
 from ip2p.encode.errors import SettingsError
@@ -127,3 +131,55 @@ def test_a_configuration_file_stands_for_its_flags_and_later_flags_win(tmp_path:
     config = parse(TrainConfig, ["--config", str(path), "--learning_rate", "2e-5"], "ip2p-train", {})
     assert (config.use_ema, config.scale_lr, config.learning_rate) == (True, False, 2e-5)
     assert (config.mixed_precision, config.conditioning_dropout_prob, config.seed) == ("no", (0.1, 0.2, 0.3), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """A switch that is off by default and one that is on."""
+
+    off: bool = False
+    on: bool = True
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        ("", "", Switches()),
+        ("", "--off --no_on", Switches(True, False)),
+        ("", "--no-on --off --on --no-off", Switches()),
+        ("off: true\non: true\n", "", Switches(True, True)),
+        ("off: false\non: false\n", "", Switches(False, False)),
+        ("off: true\non: false\n", "--no_off --on", Switches()),
+    ],
+)
+def test_a_switch_is_set_both_ways_and_the_last_one_wins(
+    file: str, flags: str, expected: Switches, tmp_path: Path
+) -> None:
+    """`--x` and `--no_x` are there for each of them, whatever its default, and so are true and false in a file."""
+    (tmp_path / "run.yaml").write_text(file)
+    config = ["--config", str(tmp_path / "run.yaml")] if file else []
+    assert parse(Switches, [*config, *flags.split()], "ip2p-x", {}) == expected
+
+
+def test_what_a_run_has_kept_of_its_switches_is_read_again(tmp_path: Path) -> None:
+    """The train.yaml of any run, with every switch on or off, gives the same configuration."""
+    switches = {name for name, hint in get_type_hints(TrainConfig).items() if hint is bool}
+    for value in (True, False):
+        config = TrainConfig("m", (Path("c"),), Path("o"), **dict.fromkeys(switches, value))  # pyright: ignore
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config.dump()))
+        assert parse(TrainConfig, ["--config", str(tmp_path / "train.yaml")], "ip2p-train", refused()) == config
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--no_use_eam", "unknown flag --no_use_eam; did you mean --no_use_ema?"),
+        ("--no_seed", "unknown flag --no_seed; did you mean --seed?"),
+        ("--no_random_flip", "--no_random_flip belongs to ip2p-encode: give it there"),
+        ("--no_flip_regex", "--no_flip_regex belongs to ip2p-encode: give it there"),
+    ],
+)
+def test_a_wrong_switch_is_answered_as_any_other_flag(flag: str, answer: str) -> None:
+    """With the right one, or with the command that takes it; what is no switch cannot be switched off."""
+    with pytest.raises(SettingsError, match=f"^{re.escape(answer)}$"):
+        read("train", flag.strip("-"), None)

@@ -110,7 +110,7 @@ def seen(sd: Path) -> Callable[..., torch.Tensor]:
 
     def see(data: bytes, view: View = PLAIN, geometry: Geometry = SQUASH) -> torch.Tensor:
         pixels, _ = geometry.read([data, data], PAIR, [view])
-        encoders.moments(torch.from_numpy(pixels[0]))
+        encoders.moments(torch.from_numpy(pixels[0]))()
         original, edited = inputs.pop()
         assert torch.equal(original, edited)
         return original

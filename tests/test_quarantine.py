@@ -20,6 +20,7 @@ import fakes
 import tiny
 from ip2p.encode import cache as layout
 from ip2p.encode.cache import Cache, Unit
+from ip2p.encode.checkpoint import find_checkpoint
 from ip2p.encode.models import Encoders
 from ip2p.encode.reader import Reader
 from ip2p.encode.sources import Pair
@@ -90,9 +91,10 @@ def broken(kinds: list[str]) -> list[dict[str, Any]]:
 def black_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A VAE that gives infinity for black pictures, in float32 too."""
 
-    def moments(self: Encoders, pixels: torch.Tensor, original: Any = Encoders.moments) -> torch.Tensor:
+    def moments(self: Encoders, pixels: torch.Tensor, original: Any = Encoders.moments) -> Callable[[], torch.Tensor]:
         black = pixels.flatten(1).amax(dim=1) == 0
-        return original(self, pixels).masked_fill(black[:, None, None, None], torch.inf)
+        finish = original(self, pixels)
+        return lambda: finish().masked_fill(black[:, None, None, None], torch.inf)
 
     monkeypatch.setattr(Encoders, "moments", moments)
 
@@ -178,9 +180,12 @@ def test_retry_quarantined_tries_again_only_what_stood_aside(
     fakes.install(monkeypatch, source, 4)
     bad = fakes.content(fakes.view(fakes.png(4), False))
 
-    def moments(self: fakes.Encoders, pixels: torch.Tensor, original: Any = fakes.Encoders.moments) -> torch.Tensor:
+    def moments(
+        self: fakes.Encoders, pixels: torch.Tensor, original: Any = fakes.Encoders.moments
+    ) -> Callable[[], torch.Tensor]:
         failing = torch.tensor([fakes.content(image) == bad for image in pixels])
-        return original(self, pixels).masked_fill(failing[:, None, None, None], torch.nan)
+        finish = original(self, pixels)
+        return lambda: finish().masked_fill(failing[:, None, None, None], torch.nan)
 
     def statuses() -> list[str]:
         return Cache.open(tmp_path / "cache").samples()["status"].to_pylist()
@@ -229,8 +234,9 @@ def test_an_instruction_that_is_not_finite_sets_its_samples_aside(
     source = fakes.Source([Pair(GOOD, GOOD, "fine"), Pair(GOOD, GOOD, "broken")])
     fakes.install(monkeypatch, source, 4)
 
-    def embed(self: fakes.Encoders, prompts: list[str]) -> tuple[torch.Tensor, None]:
-        return torch.stack([fakes.text(prompt) + (torch.inf if prompt == "broken" else 0) for prompt in prompts]), None
+    def embed(self: fakes.Encoders, prompts: list[str]) -> Callable[[], tuple[torch.Tensor, None]]:
+        text = [fakes.text(prompt) + (torch.inf if prompt == "broken" else 0) for prompt in prompts]
+        return lambda: (torch.stack(text), None)
 
     monkeypatch.setattr(fakes.Encoders, "embed", embed)
     fakes.encode(tmp_path / "cache")
@@ -263,6 +269,21 @@ def test_what_half_precision_cannot_hold_is_encoded_in_float32(
     assert len(found) == 10
     for key, arrays in expected.items():
         np.testing.assert_allclose(found[key]["edited plain"], arrays["edited plain"], rtol=2**-9, atol=1e-3)
+
+
+def test_what_overflows_in_a_batch_in_flight_alone_is_encoded_again(sd: Path, tmp_path: Path) -> None:
+    """With the next batch begun already, float32 replaces what overflowed, and the rest stays bit for bit."""
+    model = find_checkpoint(str(changed_vae(sd, tmp_path / "sd", lambda vae: vae.encoder.conv_in.weight.mul_(1e5))))
+    encoders = Encoders(model, torch.device("cpu"), torch.float16, torch.float16)
+    gray, white = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (128, 255))
+    batches = [torch.cat([gray, white, gray]), torch.cat([white, gray])]
+    begun = [encoders.moments(batch) for batch in batches]
+    for batch, finish in zip(batches, begun, strict=True):
+        expected, bad = encoders._moments(encoders.vae, batch), (batch == white).flatten(1).all(dim=1)
+        assert expected[~bad].isfinite().all()
+        assert not expected[bad].isfinite().all()
+        expected[bad] = encoders._moments(encoders._float32_vae, white)
+        assert torch.equal(finish(), expected)
 
 
 def test_what_float32_cannot_give_either_is_never_stored(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from ..encode.settings import parse, user_errors
 from .config import TrainConfig, refused
+from .xformers import preload
 
 PROG = "ip2p-train"
 
@@ -14,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(TrainConfig, arguments, PROG, refused())
+        if config.enable_xformers_memory_efficient_attention:
+            preload()  # before diffusers is imported
         from .loop import train  # only now: torch takes seconds to import, and --help shall not
 
         train(config)

@@ -5,8 +5,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from ..encode.checkpoint import Checkpoint
-from ..encode.errors import ModelError, SettingsError
+from ..encode.errors import ModelError
 from .config import TrainConfig
+from .xformers import use_xformers
 
 SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in bfloat16 (docs/log.md)
 
@@ -16,7 +17,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
 
     Raises:
         ModelError: no UNet there, or one with neither 4 nor 8 input channels.
-        SettingsError: xformers was asked for and is not installed.
+        SettingsError: xformers was asked for and cannot run.
     """
     place, revision = str(checkpoint.folder), None
     if config.non_ema_revision:
@@ -36,13 +37,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
-            raise SettingsError(
-                f"--enable_xformers_memory_efficient_attention: {str(error).splitlines()[0]} "
-                "(pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is used then)"
-            ) from None
+        use_xformers(unet)
     if config.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
