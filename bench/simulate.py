@@ -9,8 +9,7 @@ half      bfloat16 copies of float32 masters, inputs cast to bfloat16 at the doo
           copies by one kernel
 
 The time is a simple model: products at a fixed speed for each class, and all else as long as its bytes take. Launches
-are free and nothing overlaps. The speeds are assumed; those of copies and of large products lie near what has been
-reached on an H100.
+cost nothing and no two kernels overlap. The speeds are assumptions about an H100, not measurements.
 """
 
 import contextlib
