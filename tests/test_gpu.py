@@ -1,0 +1,201 @@
+"""What can be seen on a CUDA device alone: numbers against the CPU's, steps that wait for nothing, exact resuming.
+
+Nothing but ip2p, what it depends on and pytest is imported, so that a machine with a GPU and little else runs it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+import tiny
+from ip2p.encode.cache import Cache
+from ip2p.train import loop
+from ip2p.train.__main__ import main
+from ip2p.train.compiled import check_gradients
+from ip2p.train.host import HostCopies
+from ip2p.train.metrics import Metrics
+from ip2p.train.optimizer import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.weights import Weights
+from ip2p.train.xformers import preload
+from test_train import assert_same, flags, states
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # diffusers' and torch's own, which depend on the GPU at hand
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+CUDA = torch.device("cuda")
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_a_new_process() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Size of the difference over the size of what is expected."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("no", 5e-3), ("fp16", 1e-2), ("bf16", 5e-2)])
+def test_a_cache_encoded_on_the_gpu_is_that_of_the_cpu(
+    sd: Path, data: Path, tmp_path: Path, encode: Callable[..., None], monkeypatch: Any, precision: str, bound: float
+) -> None:
+    """Latents and text, row for row, to the precision that was asked for."""
+    encode(sd, data, tmp_path / "gpu", mixed_precision=precision, encode_batch_size=4)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    encode(sd, data, tmp_path / "cpu")
+    for kind in ("images", "text"):
+        mine, theirs = (Cache.open(tmp_path / name).arrays(kind) for name in ("gpu", "cpu"))
+        for name, array in mine.items():
+            found, expected = (torch.from_numpy(np.asarray(one[:])) for one in (array, theirs[name]))
+            assert error(found, expected) < bound, name
+
+
+def gradients(device: torch.device, half: torch.dtype | None) -> list[Tensor]:
+    """Of a tiny UNet on given numbers."""
+    torch.manual_seed(0)
+    unet = tiny.unet(8)
+    sample, text, target = torch.randn(4, 8, 8, 8), torch.randn(4, 77, 16), torch.randn(4, 4, 8, 8)
+    weights = Weights(unet.to(device), half)
+    timesteps = torch.tensor([1, 250, 600, 999], device=device)
+    prediction = unet(sample.to(device), timesteps, text.to(device), return_dict=False)[0]
+    (prediction.float() - target.to(device)).square().mean().backward()
+    return [weight.grad.float() for weight in weights.parameters]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("half", "bound"), [(None, 1e-3), (torch.float16, 2e-2), (torch.bfloat16, 8e-2)], ids=["no", "fp16", "bf16"]
+)
+def test_gradients_on_the_gpu_are_those_of_the_cpu(half: torch.dtype | None, bound: float) -> None:
+    """In float32 closely, in half precision to its digits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    found, expected = gradients(CUDA, half), gradients(torch.device("cpu"), None)
+    both = (torch.cat([part.cpu().flatten() for part in parts]) for parts in (found, expected))
+    assert error(*both) < bound
+
+
+@pytest.mark.parametrize("half", [None, torch.float16, torch.bfloat16], ids=["no", "fp16", "bf16"])
+def test_one_pass_over_the_weights_does_what_pytorch_does(half: torch.dtype | None, capsys: Any) -> None:
+    """The kernel is taken, and nothing is said."""
+    assert disagreement(CUDA, half) < 1e-5
+    assert takes_one_pass(CUDA, half)
+    assert capsys.readouterr().out == ""
+
+
+def test_an_overflow_changes_nothing_and_halves_the_scale() -> None:
+    """Where a gradient of float16 is infinite."""
+    weights = Weights(tiny.unet(8).to(CUDA), torch.float16)
+    scale = LossScale(CUDA)
+    update = Update(weights, torch.optim.AdamW(weights.masters, fused=True), 1.0, scale=scale, fused=True)
+    before = [weight.clone() for weight in weights.masters]
+    for weight in weights.parameters:
+        weight.grad = torch.full_like(weight, torch.inf)
+    assert update()[1] == 1
+    assert scale.value == 2.0**15
+    assert all(torch.equal(one, other) for one, other in zip(before, weights.masters, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_training_learns_in_every_precision(sd: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+    """The loss over the same noise falls, also where a scale that is far too high makes the first steps overflow."""
+    seen: list[float] = []
+
+    class High(LossScale):
+        def __init__(self, device: torch.device):
+            super().__init__(device)
+            self.value.fill_(2.0**40)
+
+    changed = {"max_train_steps": 120, "learning_rate": 2e-3, "lr_scheduler": "constant", "mixed_precision": precision}
+    changed |= {"num_validation_samples": 3, "validation_steps": 60, "train_batch_size": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LossScale", High)
+        patch.setattr("ip2p.train.validate.Validation.draw", lambda *_: None)
+        main(flags(sd, cache, tmp_path, **changed))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seen = [line["validation_loss"] for line in lines if "validation_loss" in line]
+    assert seen[-1] < seen[0]
+    skipped = [line["skipped_steps"] for line in lines if "skipped_steps" in line][-1]
+    assert (skipped > 5) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_a_resumed_run_equals_an_undisturbed_one(sd: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+    """With --deterministic, bit for bit: weights, average, moments, schedule and scale."""
+    changed = {"mixed_precision": precision, "deterministic": True, "max_train_steps": 8, "checkpointing_steps": 4}
+    changed |= {"checkpoints_total_limit": 0}
+    main(flags(sd, cache, tmp_path / "straight", **changed))
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "straight" / "checkpoint-4").rename(tmp_path / "resumed" / "checkpoint-4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(flags(sd, cache, tmp_path / "resumed", resume_from_checkpoint="latest", **changed))
+    assert_same(states(tmp_path / "resumed" / "checkpoint-8"), states(tmp_path / "straight" / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_no_step_waits_for_the_gpu(sd: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+    """From the second step on, until something is reported, PyTorch sees nothing that would synchronize."""
+    steps: list[int] = []
+
+    def step(self: Metrics, number: int, *rest: Any, original: Callable[..., None] = Metrics.step) -> None:
+        original(self, number, *rest)
+        steps.append(number)
+        torch.cuda.set_sync_debug_mode("error" if 2 <= number <= 10 else "default")
+
+    changed = {"mixed_precision": precision, "max_train_steps": 12, "checkpointing_steps": 12, "logging_steps": 12}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "step", step)
+        main(flags(sd, cache, tmp_path, **changed))
+    assert steps == list(range(1, 13))
+
+
+def test_copies_for_a_checkpoint_are_exact_and_pinned() -> None:
+    """Whatever the order of their numbers, and while the GPU goes on."""
+    weight = torch.randn(64, 32, 3, 3, device=CUDA).to(memory_format=torch.channels_last)
+    copies = HostCopies()
+    taken = copies.take({"weight": weight, "step": torch.tensor(3.0, device=CUDA)})
+    expected = weight.cpu()
+    weight.zero_()
+    torch.cuda.synchronize()
+    assert torch.equal(taken["weight"], expected)
+    assert taken["step"] == 3
+    assert copies._pinned
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_compiled_unet_passes_its_check(precision: str) -> None:
+    """By inductor, as `--compile` does it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    unet = tiny.unet(8).to(CUDA)
+    unet.compile()
+    Weights(unet, HALVES[precision])
+    sample, text = torch.randn(4, 8, 8, 8, device=CUDA), torch.randn(4, 77, 16, device=CUDA)
+    timesteps = torch.tensor([1, 250, 600, 999], device=CUDA)
+    check_gradients(unet, lambda: unet(sample, timesteps, text).sample.square().mean(), precision)
+
+
+def test_xformers_attends_as_pytorch_does() -> None:
+    """With the library that its wheel lacks; what it cannot do here is another test's matter."""
+    preload()
+    pytest.importorskip("xformers.ops")
+    torch.manual_seed(0)
+    unet = tiny.unet(8).to(CUDA, torch.float16)
+    sample, text = torch.randn(2, 8, 8, 8, device=CUDA).half(), torch.randn(2, 77, 16, device=CUDA).half()
+    timesteps = torch.tensor([10, 900], device=CUDA)
+    expected = unet(sample, timesteps, text).sample
+    unet.enable_xformers_memory_efficient_attention()
+    assert error(unet(sample, timesteps, text).sample, expected) < 1e-2
