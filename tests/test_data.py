@@ -1,5 +1,6 @@
 """Tests of train/data.py: what batches hold."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from ip2p.encode.cache import Cache
 from ip2p.encode.errors import CacheError
 from ip2p.encode.reader import Reader
+from ip2p.train import data
 from ip2p.train.data import Batches, null_conditioning
 from ip2p.train.objective import Batch
 from ip2p.train.order import Order
@@ -44,6 +46,26 @@ def test_a_failure_in_the_background_thread_reaches_training(cache: Path) -> Non
     batches = Batches(Broken(opened), Samples.of(opened, None), Order(10, 2, 0), CPU, batch_size=4, start=0, stride=4)
     with pytest.raises(CacheError, match="a shard went away"):
         next(batches)
+
+
+def test_the_thread_works_on_the_device_of_its_process(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread begins on the first GPU, whichever its process has, and would take memory there."""
+    seen: list[tuple[torch.device, str]] = []
+
+    class OnCpu(data.Slot):
+        def __init__(self, reader: Reader, batch_size: int, _: torch.device):
+            super().__init__(reader, batch_size, CPU)
+
+    monkeypatch.setattr(data, "Slot", OnCpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: seen.append((to, threading.current_thread().name)))
+    opened = Cache.open(cache)
+    for device in (torch.device("cuda", 1), CPU):
+        batches = Batches(
+            Reader(opened), Samples.of(opened, None), Order(10, 2, 0), device, batch_size=4, start=0, stride=4
+        )
+        next(batches)
+        batches.close()
+    assert seen == [(torch.device("cuda", 1), "batches")]
 
 
 def test_the_empty_instruction_comes_from_text_row_0(cache: Path) -> None:

@@ -1,19 +1,22 @@
 """Tests of training on two processes: as one process would, with other draws on each, and resumed on one and two."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 import tiny
 from test_train import flags
 
-pytestmark = pytest.mark.slow  # five launches of one or two processes
+pytestmark = pytest.mark.slow  # seven launches of one or two processes
 
 SPY = """
 import os, sys
@@ -95,3 +98,62 @@ def test_two_processes_and_then_one_see_each_sample_of_the_epoch_once(sd: Path, 
     assert len(rows) == 12
     assert len(np.unique(rows, axis=0)) == 12
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+SLOW_DISK = """
+import sys, time
+from ip2p.train import checkpoint
+
+def write(folder, state, original=checkpoint.write):
+    original(folder, state)
+    time.sleep(4)
+
+checkpoint.write = write
+from ip2p.train.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+def stopped(folder: Path, arguments: list[str], ready: Callable[[], bool], rank: int | None) -> str:
+    """What two processes print that get a SIGTERM, by their launcher or one of them alone, once they are `ready`."""
+    (folder / "slow.py").write_text(SLOW_DISK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "100"}
+    with (
+        (folder / "said").open("w+b") as said,
+        subprocess.Popen(
+            [*command, str(folder / "slow.py"), *arguments], stdout=said, stderr=said, env=environment
+        ) as run,
+    ):
+        while not ready():
+            assert run.poll() is None, (folder / "said").read_text()
+            time.sleep(0.05)
+        if rank is None:
+            run.send_signal(signal.SIGTERM)
+        else:
+            workers = [child for child in psutil.Process(run.pid).children() if "slow.py" in " ".join(child.cmdline())]
+            ranks = {int(child.environ()["RANK"]): child for child in workers}
+            ranks[rank].send_signal(signal.SIGTERM)
+        assert run.wait(100) != 0
+    return (folder / "said").read_text()
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(sd: Path, twelve: Path, tmp_path: Path) -> None:
+    """The main process writes a checkpoint, longer than the others need to end, and nobody ends it."""
+    out = tmp_path / "out"
+    arguments = flags(sd, twelve, out, max_train_steps=10**6, logging_steps=1)
+    said = stopped(tmp_path, arguments, lambda: (out / "metrics.jsonl").is_file(), rank=1)
+    assert "leave 100 s for a last checkpoint" in said
+    (kept,) = out.glob("checkpoint-*")
+    assert f"stopped at step {kept.name.removeprefix('checkpoint-')}: continue" in said
+    assert said.count("stopped at step") == 1
+    assert {path.name for path in kept.iterdir()} >= {"model.safetensors", "optimizer.bin"}
+
+
+def test_a_signal_takes_no_more_time_than_one_checkpoint(sd: Path, twelve: Path, tmp_path: Path) -> None:
+    """While one is being written, that one is what remains: a launcher does not wait for two."""
+    out = tmp_path / "out"
+    arguments = flags(sd, twelve, out, max_train_steps=10**6, checkpointing_steps=3)
+    said = stopped(tmp_path, arguments, lambda: any(out.glob("checkpoint-*.incomplete")), rank=None)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert "stopped at step" in said

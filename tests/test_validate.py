@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -85,6 +88,39 @@ def test_pictures_are_drawn_once_at_each_validation_and_on_the_main_process_alon
     main(flags(sd, cache, tmp_path / "other", **changed))
     assert len(loaded) == 2
     assert not (tmp_path / "other" / "validation").exists()
+
+
+def test_without_memory_for_pictures_the_run_goes_on(
+    sd: Path, cache: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Hours of training are not lost to a sheet of pictures: it is said, and the weights are as they would be."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(validate.Validation, "held_out_pictures", full)
+    main(flags(sd, cache, tmp_path, **WATCHED))
+    assert capsys.readouterr().out.count("no pictures at step 4: out of memory") == 1
+    assert_same(states(tmp_path / "checkpoint-8"), states(watched / "checkpoint-8"))
+
+
+def test_validation_compiles_nothing(sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its batches and its mode are others than those of training, for which the UNet would be compiled anew."""
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        compiled.append(len(graph.graph.nodes))
+        return graph.forward
+
+    monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    counts = []
+    for name, changed in (("without", {"max_train_steps": 4}), ("with", WATCHED)):
+        torch._dynamo.reset()
+        compiled.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(flags(sd, cache, tmp_path / name, compile=True, **changed))
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] > 0
 
 
 def test_holding_out_everything_is_refused(cache: Path) -> None:

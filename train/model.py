@@ -40,7 +40,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
         use_xformers(unet)
     if config.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
-    return unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:
