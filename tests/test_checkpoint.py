@@ -195,9 +195,9 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path, parts: dict[str, Part | 
     resume(tmp_path / "checkpoint-1", fresh)
     model, optimizer, scale = fresh.values()
     assert model and optimizer and scale  # noqa: PT018
-    assert parts[MODEL] and parts[OPTIMIZER]  # noqa: PT018
-    assert torch.equal(model.state["weight"], parts[MODEL].state["weight"])
-    assert torch.equal(optimizer.state["state"][0]["exp_avg"], parts[OPTIMIZER].state["state"][0]["exp_avg"])
+    saved: Any = parts
+    assert torch.equal(model.state["weight"], saved[MODEL].state["weight"])
+    assert torch.equal(optimizer.state["state"][0]["exp_avg"], saved[OPTIMIZER].state["state"][0]["exp_avg"])
     assert optimizer.state["param_groups"] == [{"lr": 0.1}]
     assert scale.state == 5
     with pytest.raises(SettingsError, match="trained without --use_ema, leave that out"):

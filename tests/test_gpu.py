@@ -68,7 +68,7 @@ def test_a_cache_encoded_on_the_gpu_is_that_of_the_cpu(
 def gradients(device: torch.device, half: torch.dtype | None) -> list[Tensor]:
     """Of a tiny UNet on given numbers."""
     torch.manual_seed(0)
-    unet = tiny.unet(8)
+    unet: Any = tiny.unet(8)
     sample, text, target = torch.randn(4, 8, 8, 8), torch.randn(4, 77, 16), torch.randn(4, 4, 8, 8)
     weights = Weights(unet.to(device), half)
     timesteps = torch.tensor([1, 250, 600, 999], device=device)
@@ -98,7 +98,7 @@ def test_one_pass_over_the_weights_does_what_pytorch_does(half: torch.dtype | No
 
 def test_an_overflow_changes_nothing_and_halves_the_scale() -> None:
     """Where a gradient of float16 is infinite."""
-    weights = Weights(tiny.unet(8).to(CUDA), torch.float16)
+    weights = Weights(on_gpu(), torch.float16)
     scale = LossScale(CUDA)
     update = Update(weights, torch.optim.AdamW(weights.masters, fused=True), 1.0, scale=scale, fused=True)
     before = [weight.clone() for weight in weights.masters]
@@ -107,6 +107,12 @@ def test_an_overflow_changes_nothing_and_halves_the_scale() -> None:
     assert update()[1] == 1
     assert scale.value == 2.0**15
     assert all(torch.equal(one, other) for one, other in zip(before, weights.masters, strict=True))
+
+
+def on_gpu() -> Any:
+    """A tiny UNet there."""
+    unet: Any = tiny.unet(8)
+    return unet.to(CUDA)
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
@@ -180,8 +186,8 @@ def test_a_compiled_unet_passes_its_check(precision: str) -> None:
     """By inductor, as `--compile` does it."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    unet = tiny.unet(8).to(CUDA)
-    unet.compile()
+    unet: Any = tiny.unet(8)
+    unet.to(CUDA).compile()
     Weights(unet, HALVES[precision])
     sample, text = torch.randn(4, 8, 8, 8, device=CUDA), torch.randn(4, 77, 16, device=CUDA)
     timesteps = torch.tensor([1, 250, 600, 999], device=CUDA)
@@ -193,7 +199,8 @@ def test_xformers_attends_as_pytorch_does() -> None:
     preload()
     pytest.importorskip("xformers.ops")
     torch.manual_seed(0)
-    unet = tiny.unet(8).to(CUDA, torch.float16)
+    unet: Any = tiny.unet(8)
+    unet.to(CUDA, torch.float16)
     sample, text = torch.randn(2, 8, 8, 8, device=CUDA).half(), torch.randn(2, 77, 16, device=CUDA).half()
     timesteps = torch.tensor([10, 900], device=CUDA)
     expected = unet(sample, timesteps, text).sample

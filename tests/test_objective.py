@@ -41,7 +41,7 @@ def null(*, sdxl: bool = False) -> Null:
     return Null(text, torch.randn(1, 32, generator=generator).half() if sdxl else None)
 
 
-def objective(kind: str = "epsilon", *, sdxl: bool = False, **options: float) -> Objective:
+def objective(kind: str = "epsilon", *, sdxl: bool = False, **options: Any) -> Objective:
     return Objective(scheduler(kind), null(sdxl=sdxl), SCALING, EVEN, **options)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +35,8 @@ def config(tmp_path: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(autouse=True)
 def _torch_settings() -> Iterator[None]:
     """Put back what is set for a whole process."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
     kept = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     yield
     cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = kept
@@ -141,8 +143,8 @@ def test_processes_wait_a_day_for_one_that_works_alone(
 
 def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision on a GPU, and how long a signal leaves where several processes are started."""
-    gpu = type("Fake", (), {"device": torch.device("cuda")})()
-    cpu = type("Fake", (), {"device": torch.device("cpu")})()
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert "--mixed_precision bf16" in "".join(advise(gpu, Precision("no", copies=False)))
     assert not list(advise(gpu, Precision("bf16", copies=True)))
@@ -214,7 +216,7 @@ def test_the_main_process_alone_looks_for_the_checkpoint(
         for step in steps:
             (given.output_dir / f"checkpoint-{step}").mkdir(parents=True)
         for main_process in (True, False):
-            rank = type("Fake", (), {"is_main_process": main_process})()
+            rank: Any = SimpleNamespace(is_main_process=main_process)
             if not main_process:
                 (given.output_dir / "checkpoint-9").mkdir(parents=True, exist_ok=True)  # which the main one did not see
             if isinstance(expected, Path):

@@ -226,7 +226,7 @@ def resume(folder: Path, parts: Parts) -> None:
             if name == MODEL:
                 part.load_state_dict(load_file(folder / name))
             else:
-                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise SettingsError(f"{folder} cannot be resumed from: {reason}") from None

@@ -127,7 +127,8 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
         total=total,
         done=progress.step,
         per_step=per_step,
-        clocks={"waiting_for_data": lambda: batches.waited, "waiting_for_checkpoints": lambda: checkpoints.waited},
+        data=lambda: batches.waited,
+        checkpoints=lambda: checkpoints.waited,
         share=share_of_peak(unet, reader, precision, device),
     )
     unchecked = config.compile

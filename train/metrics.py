@@ -4,7 +4,7 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ class Metrics:
         total: steps of the run.
         done: of them.
         per_step: samples that all processes see in a step.
-        clocks: by the name of a figure, what gives the seconds that training has waited for something.
+        data: seconds that this process has waited for batches so far.
+        checkpoints: seconds that training has stood still for checkpoints so far.
         share: of the GPU's peak that one sample in a second is, or None where that is not known.
     """
 
@@ -38,18 +39,19 @@ class Metrics:
         total: int,
         done: int,
         per_step: int,
-        clocks: Mapping[str, Callable[[], float]],
+        data: Callable[[], float],
+        checkpoints: Callable[[], float],
         share: float | None = None,
     ):
         self.accelerator, self.every, self.total, self.per_step = accelerator, every, total, per_step
-        self.clocks, self.share = clocks, share
+        self.clocks, self.share = (data, checkpoints), share
         self.file = output_dir / "metrics.jsonl"
         self.bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.last_loss = float("nan")
         self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
-        self.waited = {name: clock() for name, clock in clocks.items()}
+        self.waited = [clock() for clock in self.clocks]
         self.since = time.perf_counter()
 
     def step(self, step: int, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float) -> None:
@@ -78,14 +80,16 @@ class Metrics:
         values = self.accelerator.reduce(torch.stack([*means, self.skipped, self.in_a_row]), "mean")
         self.last_loss, norm, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
         seconds, steps = time.perf_counter() - self.since, len(self.losses)
-        waited = {name: clock() for name, clock in self.clocks.items()}
+        waited = [clock() for clock in self.clocks]
+        data, checkpoints = (now - before for now, before in zip(waited, self.waited, strict=True))
         rate = steps * self.per_step / seconds
         shown = {
             "loss": self.last_loss,
             "lr": lr,
             "gradient_norm": norm,
             "samples_per_second": rate,
-            **{name: (now - self.waited[name]) / seconds for name, now in waited.items()},
+            "waiting_for_data": data / seconds,
+            "checkpoint_seconds": checkpoints,
             "skipped_steps": int(skipped),
             "memory_gib": peak_memory(self.accelerator.device) / 2**30,
             "seconds_left": (self.total - step) * seconds / steps,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..encode.errors import SettingsError
@@ -186,7 +187,7 @@ def takes_one_pass(device: torch.device, half: torch.dtype | None) -> bool:
         if error < 1e-5:
             return True
         reason = f"its kernel is off by {error:.1e}"
-    print(f"the optimizer takes several passes over the weights instead of one: {reason}")
+    PartialState().print(f"the optimizer takes several passes over the weights instead of one: {reason}")
     return False
 
 
