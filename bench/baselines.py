@@ -49,12 +49,22 @@ def script(
     return step
 
 
-def bare(unet: UNet2DConditionModel, shape: Shape, *, batch_size: int, resolution: int) -> Callable[[], Tensor]:
+def bare(
+    unet: UNet2DConditionModel,
+    shape: Shape,
+    *,
+    batch_size: int,
+    resolution: int,
+    text_dtype: torch.dtype = torch.float32,
+) -> Callable[[], Tensor]:
     """The loss of the UNet on tensors that are there."""
     side = resolution // 8
     with unet.device:
         sample, target = torch.randn(batch_size, 8, side, side), torch.randn(batch_size, 4, side, side)
-        timesteps, text = torch.randint(0, 1000, (batch_size,)), torch.randn(batch_size, 77, shape.text_width)
+        timesteps, text = (
+            torch.randint(0, 1000, (batch_size,)),
+            torch.randn(batch_size, 77, shape.text_width, dtype=text_dtype),
+        )
         pooled = torch.randn(batch_size, shape.pooled) if shape.pooled else None
     added = conditions(pooled, resolution)
     return lambda: F.mse_loss(

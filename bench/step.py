@@ -70,8 +70,9 @@ def cached(args: argparse.Namespace, folder: Path) -> Iterator[Cases]:
     shape, size = SIZES[args.size], args.batch_size
     training = Training(shape, folder, args.precision, use_ema=True)
     cache = build(folder / "cache", 8 * size, shape.rows(args.resolution))
-    fixed = bare(training.unet, shape, batch_size=size, resolution=args.resolution)
-    with from_cache(training, cache, size) as (_, loss):
+    place, text = {"batch_size": size, "resolution": args.resolution}, training.precision.dtype
+    fixed = bare(training.unet, shape, **place, text_dtype=text)
+    with from_cache(training.unet, cache, size, text) as (_, loss):
         yield training.unet, {"bare": (training.step_without_average, fixed), "cached": (training.step, loss)}
 
 

@@ -100,18 +100,20 @@ class Training:
 
 
 @contextmanager
-def from_cache(training: Training, cache: Cache, size: int) -> Iterator[tuple[Batches, Loss]]:
+def from_cache(
+    unet: torch.nn.Module, cache: Cache, size: int, text_dtype: torch.dtype
+) -> Iterator[tuple[Batches, Loss]]:
     """The batches of a cache, and the loss of the next one, whose draws are those of its step."""
     reader, samples = Reader(cache), Samples.of(cache, None)
     order, step = Order(len(samples.rows), views=1, seed=0), -1
-    null, text = null_conditioning(cache, reader, DEVICE), training.precision.dtype
-    objective = Objective(DDPMScheduler(), null, 0.18215, DROPOUT, text_dtype=text)
+    null = null_conditioning(cache, reader, DEVICE)
+    objective = Objective(DDPMScheduler(), null, 0.18215, DROPOUT, text_dtype=text_dtype)
     batches = Batches(reader, samples, order, DEVICE, batch_size=size, start=0, stride=size)
 
     def loss() -> Tensor:
         nonlocal step
         batch, step = next(batches), step + 1
-        return objective.loss(training.unet, batch, objective.draw(batch, 0, step, 0, 0))
+        return objective.loss(unet, batch, objective.draw(batch, 0, step, 0, 0))
 
     try:
         yield batches, loss
@@ -131,13 +133,13 @@ def tune(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
         unet.compile(mode=args.compile)
 
 
-def compile_regions(unet: torch.nn.Module) -> int:
+def compile_regions(unet: torch.nn.Module, **options: Any) -> int:
     """Compile each residual block and each transformer for itself, in place; returns how many there are."""
     regions = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | Transformer2DModel)]
     # All of them run the same code of torch.nn.Module, for which the compiler counts how often it has compiled it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(regions))
     for region in regions:
-        region.compile(dynamic=False)
+        region.compile(dynamic=False, **options)
     return len(regions)
 
 

@@ -151,6 +151,16 @@ def test_a_line_of_results_says_when_where_and_with_what_it_was_measured(bench: 
     assert {"cpu", "cores", "load", "gpu"} <= line["machine"].keys()
 
 
+def test_neither_git_nor_a_package_that_is_missing_stops_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the commit or a version cannot be told, the line says so, and is written."""
+    assert common.commit()
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() is None
+    monkeypatch.setattr(common, "PACKAGES", ("torch", "no-such-package"))
+    assert common.versions().keys() == {"python", "torch", "no-such-package"}
+    assert common.versions()["no-such-package"] is None
+
+
 def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
     """The last line counts, with earlier ones alike but for what they leave out; only the rows asked for are shown."""
     machine = {"gpu": None, "cores": 2, "cpu": "Chip"}
