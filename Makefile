@@ -4,7 +4,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 DEMO := .venv/demo
 INSTALLED := .venv/installed
 
-.PHONY: help install demo test slow check bench format clean
+.PHONY: help install demo test slow gpu check bench format clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -30,6 +30,10 @@ test: install  ## the tests that take less than a minute each
 
 slow: install  ## the tests that take longer; none at all (pytest's status 5) is no failure
 	$(BIN)/pytest -m slow || test $$? -eq 5
+
+gpu: install  ## on a machine with one: the tests that need it, and bench/gpu.py
+	$(BIN)/pytest -m gpu || test $$? -eq 5
+	$(BIN)/python bench/gpu.py --out bench/results
 
 check: install  ## lint, format and types, as CI runs them
 	$(BIN)/ruff check

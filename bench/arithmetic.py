@@ -12,6 +12,8 @@ from shapes import SIZES, Shape, make_text_encoders, make_unet, make_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ip2p.train.flops import training_flops
+
 CASES = [("small", 256), ("sd15", 256), ("sd15", 512), ("sdxl", 512), ("sdxl", 1024)]
 
 
@@ -32,13 +34,10 @@ def main() -> None:
 
 def training(shape: Shape, resolution: int) -> float:
     """TFLOP of the UNet, forward and backward, for one sample."""
-    side = resolution // 8
+    rows = shape.rows(resolution)
     with torch.device("meta"):
-        unet, sample, text = make_unet(shape), torch.empty(1, 8, side, side), torch.empty(1, 77, shape.text_width)
-        timesteps, added = torch.empty(1, dtype=torch.long), None
-        if shape.pooled:
-            added = {"text_embeds": torch.empty(1, shape.pooled), "time_ids": torch.empty(1, 6)}
-    return 3 * count(lambda: unet(sample, timesteps, text, added_cond_kwargs=added))
+        config = make_unet(shape).config
+    return training_flops(config, (8, *rows["images"]["original"][1:]), rows["text"]["text"], shape.pooled)
 
 
 def encoding(shape: Shape, resolution: int) -> float:

@@ -1,22 +1,70 @@
 """What the cached step is compared with, of which nothing is ip2p's: the bare UNet, and diffusers' scripts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import DEVICE, DTYPES
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from shapes import Shape, make_text_encoders, make_vae
+from shapes import Shape, make_text_encoders, make_unet, make_vae
 from torch import Tensor
 
 VOCABULARY = 49408  # of CLIP
 
 
-def bare(unet: UNet2DConditionModel, shape: Shape, *, batch_size: int, resolution: int) -> Callable[[], Tensor]:
+def trainable(shape: Shape, precision: str) -> UNet2DConditionModel:
+    """A UNet on the device in float32, in channels_last and under autocast."""
+    with DEVICE:
+        unet = make_unet(shape)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if (dtype := DTYPES[precision]) != torch.float32:
+        unet.forward = torch.autocast(DEVICE.type, dtype)(unet.forward)  # as accelerate does it
+    return unet
+
+
+def script(
+    unet: UNet2DConditionModel, precision: str, average: Any = None, **adamw: bool
+) -> Callable[[Callable[[], Tensor]], None]:
+    """The optimizer step of diffusers' scripts, with AdamW fused unless told otherwise.
+
+    Args:
+        average: diffusers' `EMAModel`, which the scripts keep for --use_ema.
+        adamw: which of PyTorch's ways to compute it.
+    """
+    options: Any = adamw or {"fused": True}
+    optimizer: Any = torch.optim.AdamW(unet.parameters(), lr=1e-5, **options)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        scaler.scale(loss()).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            average.step(unet.parameters())
+
+    return step
+
+
+def bare(
+    unet: UNet2DConditionModel,
+    shape: Shape,
+    *,
+    batch_size: int,
+    resolution: int,
+    text_dtype: torch.dtype = torch.float32,
+) -> Callable[[], Tensor]:
     """The loss of the UNet on tensors that are there."""
     side = resolution // 8
     with unet.device:
         sample, target = torch.randn(batch_size, 8, side, side), torch.randn(batch_size, 4, side, side)
-        timesteps, text = torch.randint(0, 1000, (batch_size,)), torch.randn(batch_size, 77, shape.text_width)
+        timesteps, text = (
+            torch.randint(0, 1000, (batch_size,)),
+            torch.randn(batch_size, 77, shape.text_width, dtype=text_dtype),
+        )
         pooled = torch.randn(batch_size, shape.pooled) if shape.pooled else None
     added = conditions(pooled, resolution)
     return lambda: F.mse_loss(

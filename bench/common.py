@@ -1,4 +1,4 @@
-"""What all benchmarks share: rounds in which the cases take turns, a table, and a line in `bench/results/`."""
+"""What all benchmarks share: rounds in which the cases take turns, and lines in `bench/results/` while they go on."""
 
 import argparse
 import datetime
@@ -6,8 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -18,8 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Dense products of half precision with sums in float32, TFLOP/s, from the data sheets; the first name that fits.
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "RTX 4090": 165}
+PACKAGES = ("ip2p", "torch", "triton", "diffusers", "transformers", "accelerate", "zarr", "numpy")
 
 
 class Row(NamedTuple):
@@ -53,19 +52,18 @@ def parser(description: str | None, rounds: int | None = None) -> argparse.Argum
     return flags
 
 
-def peak() -> float | None:
-    """TFLOP/s that this GPU reaches at best in half precision; None for one that is not listed, and without one."""
-    name = torch.cuda.get_device_name() if GPU else ""
-    return next((float(tera) for part, tera in PEAKS.items() if part in name), None)
-
-
 def take_turns(rounds: int, cases: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
     """Measure all cases once in each round, so that what else runs on the machine disturbs all of them alike."""
+    return list(rounds_of(rounds, cases))[-1]
+
+
+def rounds_of(rounds: int, cases: Mapping[str, Callable[[], float]]) -> Iterator[dict[str, list[float]]]:
+    """The same, giving what is known after each round."""
     values: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             values[name].append(case())
-    return values
+        yield values
 
 
 def ratio(values: Mapping[str, list[float]], above: str, below: str) -> float:
@@ -73,31 +71,40 @@ def ratio(values: Mapping[str, list[float]], above: str, below: str) -> float:
     return median(a / b for a, b in zip(values[above], values[below], strict=True))
 
 
+class Results:
+    """The lines of one run in `bench/results/NAME.jsonl`, each with date, machine, commit and versions.
+
+    A line is in the file when `add` returns, whole, so a run that is killed leaves what it had found. Of a figure that
+    is given several times, the last one counts.
+
+    Args:
+        name: of the file.
+        args: the flags; `results` names the folder, the others are kept as settings.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        self.file = args.results / f"{name}.jsonl"
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        del settings["results"]
+        self.same = {"commit": commit(), "versions": versions(), "settings": settings}
+
+    def add(self, *rows: Row, **more: Any) -> None:
+        """Print figures and append a line that holds them, and whatever else belongs to it."""
+        for row in rows:
+            holds = {None: "", True: "holds", False: "DOES NOT HOLD"}[row.holds]
+            cells = [f"{row.what:<48} {number(row.value):>9} {row.unit:<12}", f"{row.bar:<8}" if row.bar else "", holds]
+            print(" ".join(cells).rstrip(), flush=True)
+        found = {row.what: row._asdict() | {"holds": row.holds} for row in rows}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line = {"date": now, "machine": machine(), **self.same, **more, "rows": found}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("ab", buffering=0) as file:  # a line is one write: all of it is there, or nothing
+            file.write(json.dumps(line).encode() + b"\n")
+
+
 def report(name: str, args: argparse.Namespace, rows: list[Row]) -> None:
-    """Print a table, and append it to `bench/results/NAME.jsonl` with date, machine, commit and versions."""
-    lines = [("", "measured", "", "bar", "holds")]
-    for row in rows:
-        holds = "" if row.holds is None else "yes" if row.holds else "NO"
-        lines.append((row.what, number(row.value), row.unit, row.bar, holds))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for what, value, *rest in lines:
-        cells = [what.ljust(widths[0]), value.rjust(widths[1])]
-        print("  ".join(cells + [cell.ljust(width) for cell, width in zip(rest, widths[2:], strict=True)]).rstrip())
-    found = {row.what: row._asdict() | {"holds": row.holds} for row in rows}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    del settings["results"]
-    line = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("ip2p", "torch", "diffusers", "zarr", "numpy")},
-        "settings": settings,
-        "rows": found,
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    with (args.results / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Print figures that are all known at once, and append them as one line."""
+    Results(name, args).add(*rows)
 
 
 def machine() -> dict[str, Any]:
@@ -116,10 +123,25 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit that was measured, marked if files differ from it."""
+def commit() -> str | None:
+    """The commit that was measured, marked if files differ from it; None where that cannot be told."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        told = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return None
+    return told.stdout.strip() or None
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that matter; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def number(value: float) -> str:

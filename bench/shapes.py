@@ -67,9 +67,23 @@ XL_UNET = {
 DEMO = json.loads((Path(__file__).parents[1] / "examples/openmoji/starter/unet/config.json").read_text())
 _NAMES = "block_out_channels down_block_types up_block_types layers_per_block attention_head_dim norm_num_groups"
 DEMO_UNET = {name: DEMO[name] for name in _NAMES.split()}
+# What a test or a rehearsal can run: SD and SDXL in kind, not in proportion.
+_TEXT = text_config(16, 2, 2)
+TINY = Shape({"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}, (4, 8, 8, 8), (_TEXT,))
+_TINY_XL = {
+    "block_out_channels": (8, 16, 16),
+    "norm_num_groups": 4,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 2),
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 16 + 6 * 8,
+}
+TINY_XL = Shape(XL_UNET | _TINY_XL, (4, 8, 8, 8), (_TEXT, _TEXT))
 # `small` is a fifth of SD 1.5 in width, but for the VAE: a quarter, since processors like powers of two. So its
 # arithmetic favors a cache more than that of the real one.
 SIZES = {
+    "tiny": TINY,
+    "tinyxl": TINY_XL,
     "demo": Shape(DEMO_UNET, (16, 32, 64, 64), (text_config(128, 4, 3),)),
     "small": Shape(
         {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 8}, (32, 64, 128, 128), (text_config(160, 5),)

@@ -5,19 +5,20 @@ the checkpoint at the end and the export take part in both. The two take turns w
 """
 
 import argparse
-import functools
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
 import runs
 from baselines import bare
-from common import GPU, Row, parser, ratio, report, take_turns
+from common import GPU, Results, Row, parser, ratio, rounds_of
 from shapes import SIZES
-from step import model_flags, rate, trainable, trainer, tune
+from step import model_flags
+from training import Training, free, rate, tune
 
 
 def main() -> None:
@@ -28,28 +29,34 @@ def main() -> None:
     args = flags.parse_args()
     if args.attention == "plain" or args.compile not in (None, "default"):
         flags.error("ip2p-train has neither unfused attention nor other modes of --compile")
+    results = Results("train", args)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs.model(folder, args.size)
         data = runs.cache(folder, args.size, args.resolution, 64 * args.batch_size)
-        unet = trainable(args)
-        loss = bare(unet, SIZES[args.size], batch_size=args.batch_size, resolution=args.resolution)
-        tune(unet, args)
-        train = trainer(unet, args.precision)
-        rate(train, loss, 2, args.batch_size)
-        cases = {
-            "command": lambda: difference(args, folder, data),
-            "bare": functools.partial(rate, train, loss, args.more, args.batch_size),
-        }
-        rates = take_turns(args.rounds, cases)
-        waiting = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])["waiting_for_data"]
-    rows = [
-        Row("ip2p-train", median(rates["command"]), "samples/s"),
-        Row("the bare step", median(rates["bare"]), "samples/s"),
-        Row("ip2p-train / bare", ratio(rates, "command", "bare"), "times", at_least=0.95),
-        Row("share of its time that it waits for data", waiting, "of 1", at_most=0.01),
-    ]
-    report("train", args, rows)
+        cases = {"command": lambda: difference(args, folder, data), "bare": lambda: bare_rate(args, folder)}
+        for rates in rounds_of(args.rounds, cases):
+            results.add(*rows(rates, folder))
+
+
+def rows(rates: dict[str, list[float]], folder: Path) -> Iterator[Row]:
+    waiting = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])["waiting_for_data"]
+    yield Row("ip2p-train", median(rates["command"]), "samples/s")
+    yield Row("the bare step", median(rates["bare"]), "samples/s")
+    yield Row("ip2p-train / bare", ratio(rates, "command", "bare"), "times", at_least=0.95)
+    yield Row("share of its time that it waits for data", waiting, "of 1", at_most=0.01)
+
+
+def bare_rate(args: argparse.Namespace, folder: Path) -> float:
+    """Samples/s of the UNet's own step; nothing of it is left on the GPU, which the command shall have to itself."""
+    training = Training(SIZES[args.size], folder / "bare", args.precision)
+    loss = bare(training.unet, SIZES[args.size], batch_size=args.batch_size, resolution=args.resolution)
+    tune(training.unet, args)
+    rate(training.step, loss, 2, args.batch_size)
+    found = rate(training.step, loss, args.more, args.batch_size)
+    del training, loss
+    free()
+    return found
 
 
 def difference(args: argparse.Namespace, folder: Path, data: Path) -> float:

@@ -1,24 +1,25 @@
 """What makes the UNet's own step faster or slower: one thing changed at a time, against the step of `ip2p-train`.
 
-Forward, backward, clip and optimizer on tensors that are there. Each variant takes turns with the step as it is: the
-UNet in channels_last, PyTorch's fused attention, fused AdamW, not compiled, in float32 unless --precision says so.
+Forward, backward and optimizer step on tensors that are there. Each variant takes turns with the step as it is: the
+UNet in channels_last, PyTorch's fused attention, not compiled, with the precision of --precision.
 """
 
 import argparse
 import functools
-import gc
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from baselines import bare
-from common import GPU, Row, parser, ratio, report, take_turns
-from diffusers import UNet2DConditionModel
+from baselines import bare, script, trainable
+from common import GPU, Results, Row, parser, ratio, take_turns
 from shapes import SIZES
-from step import model_flags, rate, trainable, trainer, tune
+from step import model_flags
 from torch import Tensor
+from training import Step, Training, free, rate, tune
 
 
 class Variant(NamedTuple):
@@ -26,8 +27,9 @@ class Variant(NamedTuple):
 
     flags: Mapping[str, Any] = {}
     contiguous: bool = False  # weights and activations instead of channels_last
-    masters: bool = False  # bfloat16 weights with float32 copies for the optimizer, instead of autocast
-    adamw: Mapping[str, bool] = {"fused": True}
+    copies: bool | None = None  # weights that are half-precision copies, instead of autocast; None as the command does
+    one_pass: bool | None = None  # of the optimizer over the weights; None as the command does
+    adamw: Mapping[str, bool] | None = None  # the optimizer step of diffusers' script, in one of PyTorch's ways
     reads_loss: bool = False  # at each step, which waits for the device
     batch: float = 1  # times as many samples in a batch
     recomputes: bool = False  # gradient checkpointing
@@ -38,18 +40,20 @@ VARIANTS = {
     "contiguous": Variant(contiguous=True),
     "AdamW by foreach": Variant(adamw={"foreach": True}),
     "AdamW in a loop": Variant(adamw=LOOP),
+    "several passes of the optimizer": Variant(one_pass=False),
     "unfused attention": Variant({"attention": "plain"}),
     "xformers": Variant({"attention": "xformers"}),
     "compiled": Variant({"compile": "default"}),
+    "compiled by regions": Variant({"compile": "regions"}),
     "compiled, CUDA graphs": Variant({"compile": "reduce-overhead"}),
-    "bf16 autocast": Variant({"precision": "bf16"}),
-    "bf16 weights, float32 masters": Variant(masters=True),
+    "bf16 autocast": Variant({"precision": "bf16"}, copies=False),
+    "bf16 weights, float32 masters": Variant({"precision": "bf16"}, copies=True),
     "a quarter of the batch": Variant(batch=0.25),
     "four times the batch": Variant(batch=4),
     "gradient checkpointing": Variant(recomputes=True),
     "as diffusers' script": Variant(contiguous=True, adamw={"foreach": True} if GPU else LOOP, reads_loss=True),
 }
-ON_GPU = ("xformers", "compiled, CUDA graphs")
+ON_GPU = ("several passes of the optimizer", "xformers", "compiled, CUDA graphs")
 
 
 def main() -> None:
@@ -61,81 +65,60 @@ def main() -> None:
         there = [name for name in there if name != "xformers"]
     flags.add_argument("--only", nargs="+", choices=there, default=there, metavar="VARIANT", help=", ".join(there))
     args = flags.parse_args()
-    rows = []
-    for name in args.only:
-        try:
-            rates = compare(name, args)
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory")
-            continue
-        rows += [
-            Row(name, median(rates[name]), "samples/s"),
-            Row(f"{name}, the step as it is beside", median(rates["as it is"]), "samples/s"),
-            Row(f"{name}, rate / as it is", ratio(rates, name, "as it is"), "times"),
-        ]
-    report("unet", args, rows)
+    results = Results("unet", args)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.only:
+            try:
+                results.add(*compare(name, args, Path(folder)))
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory")
 
 
-def compare(name: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Samples/s by round of one variant and of the step as it is; two UNets at a time are all that fits."""
-    torch.compiler.reset()
-    gc.collect()
-    cases = {"as it is": case(Variant(), args), name: case(VARIANTS[name], args)}
-    take_turns(1, cases)  # compiles, allocates
-    return take_turns(args.rounds, cases)
+def compare(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """The rates of one variant and of the step as it is; two UNets at a time are all that fits."""
+    free()
+    variant = VARIANTS[name]
+    cases = {"as it is": case(Variant(), args, folder), name: case(variant, args, folder)}
+    first = take_turns(1, cases)  # compiles, allocates
+    rates = take_turns(args.rounds, cases)
+    yield Row(name, median(rates[name]), "samples/s")
+    yield Row(f"{name}, the step as it is beside", median(rates["as it is"]), "samples/s")
+    yield Row(f"{name}, rate / as it is", ratio(rates, name, "as it is"), "times")
+    if "compile" in variant.flags:
+        samples = args.steps * args.batch_size
+        yield Row(f"{name}, seconds to compile", samples / first[name][0] - samples / median(rates[name]), "s")
 
 
-def case(variant: Variant, args: argparse.Namespace) -> Callable[[], float]:
+def case(variant: Variant, args: argparse.Namespace, folder: Path) -> Callable[[], float]:
     """Samples/s of some steps of a variant."""
     args = argparse.Namespace(**{**vars(args), **variant.flags})
-    args.batch_size = max(1, round(variant.batch * args.batch_size))
-    if variant.masters:
-        args.precision = "no"  # of autocast
-    unet = trainable(args)
-    if variant.contiguous:
-        unet.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if variant.recomputes:
-        unet.enable_gradient_checkpointing()
-    optimizer = Masters(unet, variant.adamw) if variant.masters else adamw(unet.parameters(), variant.adamw)
+    shape, size = SIZES[args.size], max(1, round(variant.batch * args.batch_size))
+    step: Step
+    if variant.adamw is None:
+        training = Training(
+            shape,
+            folder,
+            args.precision,
+            copies=variant.copies,
+            one_pass=variant.one_pass,
+            channels_last=not variant.contiguous,
+            gradient_checkpointing=variant.recomputes,
+        )
+        unet, step = training.unet, training.step
+    else:
+        unet = trainable(shape, args.precision)
+        if variant.contiguous:
+            unet.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        step = script(unet, args.precision, **variant.adamw)
     tune(unet, args)
-    loss = bare(unet, SIZES[args.size], batch_size=args.batch_size, resolution=args.resolution)
+    loss = bare(unet, shape, batch_size=size, resolution=args.resolution)
 
     def read() -> Tensor:
         value = loss()
         value.item()
         return value
 
-    train = trainer(unet, args.precision, optimizer)
-    return functools.partial(rate, train, read if variant.reads_loss else loss, args.steps, args.batch_size)
-
-
-def adamw(parameters: Iterable[Tensor], options: Mapping[str, bool]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=1e-5, **options)  # type: ignore[arg-type]
-
-
-class Masters:
-    """Turns the weights of a UNet into bfloat16, and applies AdamW to copies that stay float32."""
-
-    def __init__(self, unet: UNet2DConditionModel, options: Mapping[str, bool]):
-        self.masters = [weight.detach().clone() for weight in unet.parameters()]
-        torch.nn.Module.to(unet, torch.bfloat16)  # diffusers' own warns that some models lose by it
-        self.weights: list[Tensor] = list(unet.parameters())
-        self.optimizer, self.forward = adamw(self.masters, options), unet.forward
-        unet.forward = self._half  # type: ignore[method-assign, assignment]
-
-    def _half(self, sample: Tensor, timesteps: Tensor, text: Tensor, **rest: Any) -> Any:
-        return self.forward(sample.bfloat16(), timesteps, text.bfloat16(), **rest)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-        self.optimizer.step()
-        torch._foreach_copy_(self.weights, self.masters)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.weights:
-            weight.grad = None
+    return functools.partial(rate, step, read if variant.reads_loss else loss, args.steps, size)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""The training step of `ip2p-train`, composed as train/loop.py composes it, on a UNet with random weights."""
+
+import argparse
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from common import DEVICE, GPU
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from shapes import Shape, make_unet
+from torch import Tensor
+
+from ip2p.encode.cache import Cache
+from ip2p.encode.reader import Reader
+from ip2p.train.average import Average
+from ip2p.train.config import TrainConfig
+from ip2p.train.data import Batches, null_conditioning
+from ip2p.train.model import choose_attention
+from ip2p.train.objective import Objective
+from ip2p.train.optimizer import LossScale, Update, make_optimizer, takes_one_pass
+from ip2p.train.order import Order
+from ip2p.train.samples import Samples
+from ip2p.train.setup import Precision, choose_precision, make_accelerator
+from ip2p.train.weights import Weights
+
+DROPOUT = (0.05, 0.05, 0.05)
+Loss = Callable[[], Tensor]
+Step = Callable[[Loss], Any]
+# What a GPU is to reach, by size and pixels: samples/s of one H100.
+GOALS = {("sd15", 256): 800, ("sd15", 512): 160, ("sdxl", 1024): 17}
+
+
+class Training:
+    """A UNet on the device, and all that a step changes.
+
+    Args:
+        shape: of the UNet.
+        folder: where accelerate may write.
+        precision: as --mixed_precision.
+        copies: whether the weights are copies in half precision, in place of autocast. Default: as the command decides.
+        one_pass: whether the optimizer takes one pass over the weights. Default: as the command decides.
+        channels_last: of weights and activations, as the command has them.
+        flags: further ones of the command.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        folder: Path,
+        precision: Any = "no",
+        *,
+        copies: bool | None = None,
+        one_pass: bool | None = None,
+        channels_last: bool = True,
+        **flags: Any,
+    ):
+        config = TrainConfig(
+            "random", (folder / "cache",), folder / "out", mixed_precision=precision, report_to="none", **flags
+        )
+        chosen = choose_precision(config, cuda=GPU)
+        self.precision = chosen if copies is None else Precision(precision, copies)
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its settings for a whole process
+        accelerator, _ = make_accelerator(
+            dataclasses.replace(config, mixed_precision="no" if self.precision.copies else precision)
+        )
+        with DEVICE:
+            unet = make_unet(shape)
+        if channels_last:
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        choose_attention(unet, DEVICE, precision)
+        half = self.precision.half
+        self.weights = Weights(unet, half)
+        self.average = Average(self.weights.masters, config.ema_decay) if config.use_ema else None
+        self.scale = LossScale(DEVICE) if precision == "fp16" else None
+        optimizer = make_optimizer(config, self.weights, processes=1)
+        fused = not config.use_8bit_adam and (takes_one_pass(DEVICE, half) if one_pass is None else one_pass)
+        self.update = Update(self.weights, optimizer, config.max_grad_norm, self.average, self.scale, fused=fused)
+        self.unet: Any = accelerator.prepare(unet)
+
+    def step(self, loss: Loss, *, averages: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step on a loss: the loss, the gradients' norm, and 1 if the step was skipped, else 0."""
+        value = loss()
+        (value * self.scale.value if self.scale else value).backward()
+        return value.detach(), *self.update(averages=averages)
+
+    def step_without_average(self, loss: Loss) -> None:
+        """One optimizer step in which the average stays."""
+        self.step(loss, averages=False)
+
+
+@contextmanager
+def from_cache(
+    unet: torch.nn.Module, cache: Cache, size: int, text_dtype: torch.dtype
+) -> Iterator[tuple[Batches, Loss]]:
+    """The batches of a cache, and the loss of the next one, whose draws are those of its step."""
+    reader, samples = Reader(cache), Samples.of(cache, None)
+    order, step = Order(len(samples.rows), views=1, seed=0), -1
+    null = null_conditioning(cache, reader, DEVICE)
+    objective = Objective(DDPMScheduler(), null, 0.18215, DROPOUT, text_dtype=text_dtype)
+    batches = Batches(reader, samples, order, DEVICE, batch_size=size, start=0, stride=size)
+
+    def loss() -> Tensor:
+        nonlocal step
+        batch, step = next(batches), step + 1
+        return objective.loss(unet, batch, objective.draw(batch, 0, step, 0, 0))
+
+    try:
+        yield batches, loss
+    finally:
+        batches.close()
+
+
+def tune(unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
+    """Choose the attention and compile: after the operations were counted, which neither lets through."""
+    if args.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    elif args.attention == "plain":
+        unet.set_attn_processor(AttnProcessor())
+    if args.compile == "regions":
+        compile_regions(unet)
+    elif args.compile:
+        unet.compile(mode=args.compile)
+
+
+def compile_regions(unet: torch.nn.Module, **options: Any) -> int:
+    """Compile each residual block and each transformer for itself, in place; returns how many there are."""
+    regions = [module for module in unet.modules() if isinstance(module, ResnetBlock2D | Transformer2DModel)]
+    # All of them run the same code of torch.nn.Module, for which the compiler counts how often it has compiled it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(regions))
+    for region in regions:
+        region.compile(dynamic=False, **options)
+    return len(regions)
+
+
+def rate(step: Step, loss: Loss, steps: int, size: int) -> float:
+    """Samples/s over some steps."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(loss)
+    if GPU:
+        torch.cuda.synchronize()
+    return steps * size / (time.perf_counter() - began)
+
+
+def free() -> None:
+    """Give the memory of what nobody holds any more back to the GPU, and forget what was compiled."""
+    torch.compiler.reset()
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
