@@ -219,19 +219,20 @@ def test_the_comparison_of_both_ways_finds_a_wrong_one(monkeypatch: pytest.Monke
     """Each thing that the kernel changes is compared: a planted mistake in any of them shows."""
     original = Update._by_torch
 
-    def wrong(what: str) -> Callable[..., None]:
+    def wrong(what: str, by: float) -> Callable[..., None]:
         def change(self: Update, *rest: object) -> None:
             original(self, *rest)  # type: ignore[arg-type]
             state = self.optimizer.state[self.weights.masters[2]]
             assert self.average
             targets = {"weight": self.weights.masters[2], "average": self.average.tensors[2]} | state
             targets["copy"] = self.weights.parameters[2]
-            targets[what].detach().flatten()[0] += 0.5
+            targets[what].detach().view(-1)[0] += by
 
         return change
 
     monkeypatch.setattr(Update, "_one_pass", original)
     assert disagreement(CPU, torch.float16) == 0
     for what in ("weight", "average", "exp_avg", "exp_avg_sq", "step", "copy"):
-        monkeypatch.setattr(Update, "_one_pass", wrong(what))
-        assert disagreement(CPU, torch.float16) > 1e-5, what
+        for by in (0.5, torch.nan):
+            monkeypatch.setattr(Update, "_one_pass", wrong(what, by))
+            assert not disagreement(CPU, torch.float16) < 1e-5, (what, by)

@@ -215,4 +215,5 @@ def disagreement(device: torch.device, half: torch.dtype | None) -> float:
             for copy, master in zip(weights.parameters, weights.masters, strict=True)
         ]
         found.append([*weights.masters, *average.tensors, *moments, *stale])
-    return max((one - other).abs().max().item() for one, other in zip(*found, strict=True))
+    apart = [(one - other).abs().max() for one, other in zip(*found, strict=True)]
+    return torch.stack(apart).max().item()  # which is no number where one of them is none
