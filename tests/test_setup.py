@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 
 from ip2p.encode.errors import SettingsError, TrainError
 from ip2p.train import setup
@@ -103,24 +103,30 @@ def test_deterministic_asks_all_libraries_for_it(
     assert not torch.backends.cudnn.benchmark
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_engines_that_shard_the_weights_are_refused_in_a_line(
     sd: Path,
     cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    kind: DistributedType,
+    engine: str,
 ) -> None:
-    """At the start, and not by a traceback after everything was loaded."""
-    monkeypatch.setattr(Accelerator, "distributed_type", kind)
-    monkeypatch.setattr("ip2p.train.loop.open_caches", lambda *_: pytest.fail("went on"))
+    """At the start, and not by a traceback after everything was loaded, or for want of the engine."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")  # as `accelerate launch` tells it
     with pytest.raises(SystemExit) as stopped:
-        main(flags(sd, cache, tmp_path))
+        main(flags(sd, cache, tmp_path / "out"))
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"set up for {kind.value}" in line
+    assert f"set up for {engine}" in line
     assert "use one process per GPU" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_float16_is_refused_where_there_is_no_gpu(config: Callable[..., TrainConfig]) -> None:
+    """accelerate would train in float32 without a word."""
+    with pytest.raises(SettingsError, match="fp16 trains on a GPU, and PyTorch finds none: take bf16 or no"):
+        make_accelerator(config(mixed_precision="fp16"))
 
 
 def test_processes_wait_a_day_for_one_that_works_alone(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -31,7 +31,7 @@ from .checkpoint import find
 from .config import TrainConfig
 
 PATIENCE = timedelta(days=1)
-UNSUPPORTED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 class Precision(NamedTuple):
@@ -78,6 +78,12 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     Raises:
         SettingsError: an engine that would need another way of training, or flags that do not fit the machine.
     """
+    for engine in SHARDING:  # before accelerate looks for an engine that may not be installed
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SettingsError(
+                f"accelerate is set up for {engine}, which shards what ip2p keeps whole on each GPU: "
+                "use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
+            )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(True)
@@ -88,8 +94,11 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     folders = ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir))
     tracker = None if config.report_to == "none" else config.report_to
-    cuda = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    cuda = torch.cuda.is_available() and not on_cpu
     precision = choose_precision(config, cuda=cuda)
+    if precision.name == "fp16" and (on_cpu or not torch.accelerator.is_available()):
+        raise SettingsError("--mixed_precision fp16 trains on a GPU, and PyTorch finds none: take bf16 or no")
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
     try:
@@ -104,11 +113,6 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         )
     except ValueError as error:
         raise SettingsError(f"{error} (--mixed_precision {config.mixed_precision}, --report_to {tracker})") from None
-    if accelerator.distributed_type in UNSUPPORTED:
-        raise SettingsError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, which shards what ip2p keeps whole on "
-            "each GPU: use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
-        )
     return accelerator, precision
 
 
