@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ip2p.encode.errors import SettingsError, TrainError
-from ip2p.train import checkpoint
+from ip2p.train import checkpoint, host
 from ip2p.train.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints, resume
 from ip2p.train.host import HostCopies
 
@@ -159,7 +160,7 @@ def test_without_memory_for_the_copies_training_waits_for_the_disk(
     tmp_path: Path, parts: dict[str, Part | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is the same, and there when `save` returns."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2**30}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
     with Checkpoints(tmp_path, 3) as writer:
         writer.save(1, parts)
         assert not writer.busy
@@ -167,6 +168,18 @@ def test_without_memory_for_the_copies_training_waits_for_the_disk(
     model = parts[MODEL]
     assert model
     assert torch.equal(load_file(tmp_path / "checkpoint-1" / MODEL)["weight"], model.state["weight"])
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit counts, without the pages of files that it holds; a container without one has what the machine has."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    monkeypatch.setattr(host, "CONTAINER", tmp_path)
+    assert host.available() == 2**40
+    for name, content in {"max": "1000", "current": "900", "stat": "anon 500\nfile 300"}.items():
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n")
+    assert host.available() == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.available() == 2**40
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0, [1, 2, 10]), (1, [10]), (2, [2, 10])])

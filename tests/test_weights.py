@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
+from ip2p.train import setup
+from ip2p.train.__main__ import main
 from ip2p.train.average import Average
 from ip2p.train.model import widen
+from ip2p.train.setup import Precision
 from ip2p.train.weights import Weights
+from test_train import assert_same, flags, states, unet_file
 
 STARTER = Path(__file__).parents[1] / "examples" / "openmoji" / "starter" / "unet"
 
@@ -145,3 +152,30 @@ def test_gradients_of_copies_are_as_good_as_those_of_autocast() -> None:
     autocast, copies = errors.sqrt()
     assert copies <= 1.1 * autocast
     assert copies > 0.1 * autocast  # the comparison above is one of rounding
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_run_with_copies_trains_draws_resumes_and_ends_in_float32(
+    family: str, data: Path, tmp_path: Path, encode: Callable[..., None], request: Any, monkeypatch: Any
+) -> None:
+    """All that a run on a GPU does with its copies, here on the CPU: pictures and losses by the average on the way."""
+    model = request.getfixturevalue(family)
+    encode(model, data, tmp_path / "cache")
+    monkeypatch.setattr(setup, "choose_precision", lambda *_, **__: Precision("bf16", copies=True))
+    changed = {"max_train_steps": 6, "checkpointing_steps": 3, "checkpoints_total_limit": 0}
+    changed |= {"num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 2}
+    changed |= {"gradient_checkpointing": True, "snr_gamma": 5.0}
+    main(flags(model, tmp_path / "cache", tmp_path / "straight", **changed))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    main(flags(model, tmp_path / "cache", tmp_path / "resumed", resume_from_checkpoint="latest", **changed))
+    assert_same(states(tmp_path / "resumed" / "checkpoint-6"), states(tmp_path / "straight" / "checkpoint-6"))
+    assert len(list((tmp_path / "straight" / "validation").glob("*.png"))) == 3
+    masters = load_file(tmp_path / "straight" / "checkpoint-6" / "model.safetensors")
+    exported = load_file(unet_file(tmp_path / "straight"))
+    for weights in (masters, exported):
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        assert any((weight != weight.bfloat16()).any() for weight in weights.values())
+    base = load_file(unet_file(model))["conv_out.weight"]
+    assert not torch.equal(masters["conv_out.weight"], base)

@@ -1,5 +1,7 @@
 """Copies of a run's state in the memory of the host, which outlive the step that they are of."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch import Tensor
 
 ALIGNMENT = 64  # bytes
 SPARE = 2**30  # bytes that stay free for everybody else
+CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
 
 
 class HostCopies:
@@ -29,7 +32,7 @@ class HostCopies:
         tensors = list(leaves(state))
         needed = sum(map(room, tensors))
         if needed > len(self._memory):
-            if needed + SPARE > psutil.virtual_memory().available + len(self._memory):
+            if needed + SPARE > available() + len(self._memory):
                 return None
             self._take_memory(needed, pinned=any(tensor.is_cuda for tensor in tensors))
         self._used = 0
@@ -61,6 +64,16 @@ class HostCopies:
         part = torch.frombuffer(self._memory, dtype=state.dtype, count=state.numel(), offset=self._used)
         self._used += room(state)
         return part.reshape(state.shape).copy_(state.detach(), non_blocking=True)
+
+
+def available() -> int:
+    """Bytes that this process can still have: of the machine, and of the container that it may be in."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such container, or one without a limit
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(kinds["file"]))  # pages of files make room
+    return free
 
 
 def leaves(state: Any) -> Any:
