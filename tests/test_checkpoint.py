@@ -170,6 +170,36 @@ def test_without_memory_for_the_copies_training_waits_for_the_disk(
     assert torch.equal(load_file(tmp_path / "checkpoint-1" / MODEL)["weight"], model.state["weight"])
 
 
+def test_one_process_writes_and_tidies_up(tmp_path: Path, parts: dict[str, Part | None]) -> None:
+    """The others touch nothing: two that remove the same torn checkpoint would trip over each other."""
+    (tmp_path / "checkpoint-7.incomplete").mkdir()
+    with Checkpoints(tmp_path, 3, writes=False) as other:
+        other.save(1, parts)
+        other.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7.incomplete"]
+
+
+def test_checkpoints_of_later_steps_are_not_this_runs_to_delete(tmp_path: Path, parts: dict[str, Part | None]) -> None:
+    """Who goes back to an older checkpoint keeps what is saved from there on, and what was there."""
+    for step in (500, 600, 700, 800):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    with Checkpoints(tmp_path, 2) as writer:
+        for step in (550, 560):
+            writer.save(step, parts)
+    assert [step for step, _ in checkpoints(tmp_path)] == [550, 560, 600, 700, 800]
+
+
+def test_a_limit_that_nobody_tells_is_lived_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is refused, training waits for the disk."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    copies = HostCopies()
+    monkeypatch.setattr(copies, "_take_memory", refuse)
+    assert copies.take({"weight": torch.ones(3)}) is None
+
+
 def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its limit counts, without the pages of files that it holds; a container without one has what the machine has."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))

@@ -141,6 +141,14 @@ def test_moments_from_a_checkpoint_take_the_order_of_the_weights() -> None:
     update()
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
+    """AdamW in 8 bits keeps its moments under other names."""
+    weights = Weights(tiny.unet(8))
+    update = Update(weights, adamw(weights.masters), 1.0)
+    with pytest.raises(ValueError, match="trained with --use_8bit_adam: go on in the same way"):
+        update.load_state_dict({"state": {0: {"step": 1, "state1": torch.zeros(1)}}, "param_groups": []})
+
+
 INTERPRETED = """
 import torch
 from ip2p.train.optimizer import disagreement

@@ -1,6 +1,8 @@
 """Tests of train/setup.py: what a run takes from flags, launcher and machine before anything is loaded."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -184,6 +186,25 @@ def test_two_runs_never_share_an_output_folder(tmp_path: Path) -> None:
         other.kill()
     with alone(tmp_path):
         assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+
+
+def test_a_disk_without_locks_is_told_of_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some cluster file systems have none; other errors are errors, those of the run inside too."""
+    code = errno.ENOLCK
+
+    def lockf(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(OSError, match="of the run"), alone(tmp_path):
+        raise OSError(errno.ENOLCK, "of the run")
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with alone(tmp_path):
+        assert "lies on a disk without locks" in capsys.readouterr().out
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        alone(tmp_path).__enter__()
 
 
 def test_the_folder_is_locked_while_a_run_trains(

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +20,7 @@ from ip2p.train import checkpoint, host
 from ip2p.train.__main__ import main
 from ip2p.train.flops import peak, training_flops
 from ip2p.train.metrics import peak_memory
+from ip2p.train.optimizer import Update
 from test_train import flags
 
 
@@ -66,6 +68,24 @@ def test_waiting_for_checkpoints_and_the_time_left_are_told(sd: Path, cache: Pat
     assert 0.5 < fourth["checkpoint_seconds"] < 5
     assert second["seconds_left"] > 0
     assert sixth["seconds_left"] == 0
+
+
+@pytest.mark.parametrize("overflows", [1, 4])
+def test_norms_that_overflowed_are_left_out(sd: Path, cache: Path, tmp_path: Path, overflows: int) -> None:
+    """Of the mean; and where there is no other, of the line: JSON knows no infinity."""
+    seen: list[int] = []
+
+    def overflow(self: Update, original: Callable[..., Any] = Update.__call__, **rest: Any) -> Any:
+        norm, skipped = original(self, **rest)
+        seen.append(len(seen))
+        return (norm * torch.inf if len(seen) <= overflows else norm), skipped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Update, "__call__", overflow)
+        main(flags(sd, cache, tmp_path, max_train_steps=4))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "Infinity" not in text
+    assert ("gradient_norm" in text) == (overflows == 1)
 
 
 def test_the_share_of_a_gpus_peak_is_arithmetic_over_time(

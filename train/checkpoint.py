@@ -72,20 +72,22 @@ class Checkpoints:
     Args:
         output_dir: of the run, to which nobody else writes.
         limit: how many are kept, the newest; 0 keeps all.
+        writes: whether this is the process that writes; of the others nothing is ever asked.
 
     Attributes:
         waited: seconds that training stood still for checkpoints.
     """
 
-    def __init__(self, output_dir: Path, limit: int):
-        self.output_dir, self.limit, self.waited = output_dir, limit, 0.0
+    def __init__(self, output_dir: Path, limit: int, *, writes: bool = True):
+        self.output_dir, self.limit, self.writes, self.waited = output_dir, limit, writes, 0.0
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
     def __enter__(self) -> "Checkpoints":
-        for torn in self.output_dir.glob(f"checkpoint-*{INCOMPLETE}"):  # of a process that was killed
-            shutil.rmtree(torn)
+        if self.writes:
+            for torn in self.output_dir.glob(f"checkpoint-*{INCOMPLETE}"):  # of a process that was killed
+                shutil.rmtree(torn)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -103,11 +105,13 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, parts: Parts) -> None:
-        """Begin to write a checkpoint, once the one before is written.
+        """Begin to write a checkpoint, once the one before is written; nothing on a process that does not write.
 
         Raises:
             TrainError: the one before could not be written, or this one where training waits for it.
         """
+        if not self.writes:
+            return
         began = time.perf_counter()
         self.wait()
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
@@ -148,8 +152,10 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync(self.output_dir)
-            for _, old in checkpoints(self.output_dir)[: -self.limit if self.limit else 0]:
-                shutil.rmtree(old)
+            # Those of later steps are of a run that was gone back on: not this one's to delete.
+            older = [old for number, old in checkpoints(self.output_dir) if number <= step]
+            for old in older[: -self.limit if self.limit else 0]:
+                shutil.rmtree(old, ignore_errors=True)  # what is good is safe by now, and that is what counts
         except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in the libraries
             shutil.rmtree(temporary, ignore_errors=True)
             last = (
@@ -169,7 +175,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
     folder.mkdir()
     for name, content in state.items():
         if name == MODEL:
-            weights = {key: weight.contiguous() for key, weight in content.items()}
+            weights = {key: weight.cpu().contiguous() for key, weight in content.items()}
             save_file(weights, folder / name, metadata={"format": "pt"})
         else:
             torch.save(content, folder / name)

@@ -34,7 +34,10 @@ class HostCopies:
         if needed > len(self._memory):
             if needed + SPARE > available() + len(self._memory):
                 return None
-            self._take_memory(needed, pinned=any(tensor.is_cuda for tensor in tensors))
+            try:
+                self._take_memory(needed, pinned=any(tensor.is_cuda for tensor in tensors))
+            except MemoryError:  # of a limit that nobody tells
+                return None
         self._used = 0
         copy = self._copy(state)
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
@@ -49,9 +52,12 @@ class HostCopies:
         cuda: Any = torch.cuda.cudart() if pinned else None
         if self._pinned:
             cuda.cudaHostUnregister(self._memory.ctypes.data)
-        self._memory = np.empty(0, np.uint8)  # the old one goes before the new one comes
+        self._memory, self._pinned = np.empty(0, np.uint8), False  # the old one goes before the new one comes
         self._memory = np.empty(size, np.uint8)
         self._pinned = bool(cuda) and int(cuda.cudaHostRegister(self._memory.ctypes.data, size, 0)) == 0
+        if pinned and not self._pinned:
+            with contextlib.suppress(RuntimeError):  # CUDA tells the next call of an error that nobody asked for
+                torch.zeros(1, device="cuda")
 
     def _copy(self, state: Any) -> Any:
         if isinstance(state, dict):
@@ -63,7 +69,7 @@ class HostCopies:
         # A tensor over a part of the memory owns no more than that part, so no file gets more than its own tensors.
         part = torch.frombuffer(self._memory, dtype=state.dtype, count=state.numel(), offset=self._used)
         self._used += room(state)
-        return part.reshape(state.shape).copy_(state.detach(), non_blocking=True)
+        return part.reshape(state.shape).copy_(state.detach(), non_blocking=state.is_cuda)
 
 
 def available() -> int:

@@ -119,7 +119,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
         start=progress.samples + rank * size,
         stride=accelerator.num_processes * size,
     )
-    checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit)
+    checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit, writes=accelerator.is_main_process)
     metrics = Metrics(
         accelerator,
         config.output_dir,
@@ -161,7 +161,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
             if progress.step % config.checkpointing_steps == 0 or progress.step == total or stopping:
                 # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
                 enough = stopping and checkpoints.busy and accelerator.num_processes > 1
-                if accelerator.is_main_process and not enough:
+                if not enough:
                     checkpoints.save(progress.step, parts)
             if stopping and progress.step < total:
                 checkpoints.wait()

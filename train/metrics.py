@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +77,8 @@ class Metrics:
             self._report(step, lr)
 
     def _report(self, step: int, lr: float) -> None:
-        means = [torch.stack(values).nanmean() for values in (self.losses, self.norms)]
+        norms = torch.stack(self.norms)
+        means = [torch.stack(self.losses).nanmean(), norms.where(norms.isfinite(), torch.nan).nanmean()]
         values = self.accelerator.reduce(torch.stack([*means, self.skipped, self.in_a_row]), "mean")
         self.last_loss, norm, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
         seconds, steps = time.perf_counter() - self.since, len(self.losses)
@@ -86,7 +88,6 @@ class Metrics:
         shown = {
             "loss": self.last_loss,
             "lr": lr,
-            "gradient_norm": norm,
             "samples_per_second": rate,
             "waiting_for_data": data / seconds,
             "checkpoint_seconds": checkpoints,
@@ -94,6 +95,8 @@ class Metrics:
             "memory_gib": peak_memory(self.accelerator.device) / 2**30,
             "seconds_left": (self.total - step) * seconds / steps,
         }
+        if math.isfinite(norm):  # otherwise all steps were skipped, and JSON knows no such number
+            shown["gradient_norm"] = norm
         if self.share:
             shown["share_of_peak"] = self.share * rate / self.accelerator.num_processes
         self.losses, self.norms, self.waited, self.since = [], [], waited, time.perf_counter()

@@ -166,7 +166,14 @@ class Update:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the optimizer of a checkpoint, whose tensors may lie in memory in another order."""
+        """Go on with the optimizer of a checkpoint, whose tensors may lie in memory in another order.
+
+        Raises:
+            ValueError: it is of another optimizer.
+        """
+        plain = all("exp_avg" in values for values in state["state"].values())
+        if plain != isinstance(self.optimizer, torch.optim.AdamW) and state["state"]:
+            raise ValueError(f"it was trained {'without' if plain else 'with'} --use_8bit_adam: go on in the same way")
         self.optimizer.load_state_dict(state)
         for master, values in self.optimizer.state.items():
             for name, value in values.items():

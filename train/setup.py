@@ -1,6 +1,7 @@
 """What a training run is made of: devices, precision, caches, base model, noise schedule, seed."""
 
 import contextlib
+import errno
 import os
 import secrets
 import socket
@@ -138,18 +139,24 @@ def alone(output_dir: Path) -> Iterator[None]:
     Raises:
         TrainError: another run trains into it; the message says which process.
     """
+    held = contextlib.ExitStack()
     try:
-        with locked(output_dir) as lock:
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            yield
+        lock = held.enter_context(locked(output_dir))
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     except BlockingIOError:
         who = (output_dir / ".lock").read_text(encoding="utf-8")
         raise TrainError(
             f"--output_dir {output_dir} is in use by another ip2p-train ({who}): wait for it, stop it, or name another "
             "folder"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        print(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
+    with held:
+        yield
 
 
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
