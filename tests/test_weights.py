@@ -135,23 +135,30 @@ def norms_as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(F, name, upcast(getattr(F, name)))
 
 
+@pytest.mark.slow  # three quarters of a minute: single batches say little
 @pytest.mark.usefixtures("norms_as_on_cuda")
 def test_gradients_of_copies_are_as_good_as_those_of_autocast() -> None:
-    """In bfloat16 on a trained UNet, their error against float32 is at most 1.1 times that of autocast."""
+    """In bfloat16 on a trained UNet, their error against float32 is at most 1.1 times that of autocast.
+
+    The ratio of a single batch is anything from 0.7 to 1.5, so it is the mean of 24, within its standard error.
+    """
     unet = UNet2DConditionModel.from_pretrained(STARTER)
     widen(unet)
     cast, copied = copy.deepcopy(unet), copy.deepcopy(unet)
     cast.forward = torch.autocast("cpu", torch.bfloat16)(cast.forward)
     Weights(copied, torch.bfloat16)
-    errors = torch.zeros(2)
-    for seed in range(3):
-        exact = gradients(unet, seed)
-        for number, other in enumerate((cast, copied)):
-            apart = [(a - b).square().sum() for a, b in zip(exact, gradients(other, seed), strict=True)]
-            errors[number] += torch.stack(apart).sum()
-    autocast, copies = errors.sqrt()
-    assert copies <= 1.1 * autocast
-    assert copies > 0.1 * autocast  # the comparison above is one of rounding
+    ratios = []
+    for seed in range(24):
+        exact = torch.cat([part.flatten() for part in gradients(unet, seed)])
+        autocast, copies = (
+            (torch.cat([part.flatten() for part in gradients(other, seed)]) - exact).norm() for other in (cast, copied)
+        )
+        assert autocast > 1e-3 * exact.norm()  # the comparison is one of rounding
+        ratios.append((copies / autocast).log())
+    logs = torch.stack(ratios)
+    error = logs.std() / len(logs) ** 0.5
+    print(f"ratio {logs.mean().exp():.3f}, standard error {error:.3f}")
+    assert logs.mean().exp() <= 1.1 + error
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
