@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # they run much of bench/gpu.py
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 frame, shapes, training = map(importlib.import_module, ("gpu_frame", "shapes", "training"))

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # with those that CI alone has patience for
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
