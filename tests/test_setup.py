@@ -1,4 +1,4 @@
-"""Tests of train/setup.py: what a run takes from flags, launcher and machine before anything is loaded."""
+"""Tests of train/machine.py and train/setup.py: what flags, launcher and machine say before anything is loaded."""
 
 import contextlib
 import errno
@@ -17,10 +17,11 @@ import torch
 from accelerate import Accelerator
 
 from ip2p.encode.errors import SettingsError, TrainError
-from ip2p.train import setup
+from ip2p.train import machine, setup
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig
-from ip2p.train.setup import Precision, advise, agreed_checkpoint, alone, choose_precision, make_accelerator
+from ip2p.train.machine import Precision, advise, choose_precision, make_accelerator
+from ip2p.train.setup import agreed_checkpoint, alone
 from test_train import flags
 
 
@@ -142,7 +143,7 @@ def test_processes_wait_a_day_for_one_that_works_alone(
             given.update(options)
             super().__init__(**options)
 
-    monkeypatch.setattr(setup, "Accelerator", Spy)
+    monkeypatch.setattr(machine, "Accelerator", Spy)
     make_accelerator(config())
     group, buckets = given["kwargs_handlers"]
     assert group.timeout >= timedelta(days=1)

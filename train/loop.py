@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .data import Batches, null_conditioning
 from .flops import peak, training_flops
 from .interrupt import Interrupt
+from .machine import Precision, advise, make_accelerator
 from .metrics import Metrics
 from .model import choose_attention, load_unet
 from .objective import Objective
@@ -27,13 +28,10 @@ from .order import make_order
 from .pipeline import export
 from .samples import Samples
 from .setup import (
-    Precision,
-    advise,
     agreed_checkpoint,
     agreed_seed,
     alone,
     base_checkpoint,
-    make_accelerator,
     noise_scheduler,
     open_caches,
     save_config,
