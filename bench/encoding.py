@@ -14,13 +14,14 @@ import torch
 from common import DEVICE, GPU, take_turns
 from tqdm import tqdm
 
-from ip2p.encode import models, pipeline, run
-from ip2p.encode.cache import content_key
-from ip2p.encode.checkpoint import Checkpoint
+from ip2p.encode import pipeline, run
+from ip2p.encode.cache.format import content_key
 from ip2p.encode.config import EncodeConfig
+from ip2p.encode.data.sources import Source, open_source
 from ip2p.encode.images import Geometry, View
-from ip2p.encode.models import Encoders
-from ip2p.encode.sources import Source, open_source
+from ip2p.encode.models import encoders as models
+from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.encode.models.encoders import Encoders
 
 Encoded = TypeVar("Encoded")
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from ip2p.train import loop
+from ip2p.train import run as loop
 from ip2p.train.__main__ import main as train
-from ip2p.train.checkpoint import AVERAGE, MODEL, OPTIMIZER
-from ip2p.train.host import leaves
-from ip2p.train.metrics import Metrics
+from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER
+from ip2p.train.save.host import leaves
+from ip2p.train.watch.metrics import Metrics
 
 STEPS = 6
 

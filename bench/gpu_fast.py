@@ -15,11 +15,11 @@ from shapes import SIZES
 from torch._inductor import utils as inductor
 from training import DROPOUT, GOALS, Loss, Step, Training, compile_regions, from_cache, rate
 
-from ip2p.encode.errors import TrainError
-from ip2p.train.compiled import check_gradients
-from ip2p.train.data import Batches
-from ip2p.train.flops import peak, training_flops
-from ip2p.train.metrics import peak_memory
+from ip2p.encode.base.errors import TrainError
+from ip2p.train.data.batches import Batches
+from ip2p.train.unet.compiled import check_gradients
+from ip2p.train.unet.flops import peak, training_flops
+from ip2p.train.watch.metrics import peak_memory
 
 
 class Setting(NamedTuple):

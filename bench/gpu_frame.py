@@ -18,7 +18,7 @@ from shapes import SIZES
 from synthetic import build
 from training import free
 
-from ip2p.encode.cache import Cache
+from ip2p.encode.cache.format import Cache
 
 
 class Sizes(NamedTuple):

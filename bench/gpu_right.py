@@ -19,10 +19,10 @@ from training import DROPOUT, Training
 
 import tiny
 from ip2p.encode.__main__ import main as encode
-from ip2p.encode.cache import Cache
+from ip2p.encode.cache.format import Cache
 from ip2p.train.objective import Batch, Draws, Null, Objective
-from ip2p.train.optimizer import disagreement
-from ip2p.train.weights import Weights
+from ip2p.train.unet.optimizer import disagreement
+from ip2p.train.unet.weights import Weights
 
 # The most by which the norm of a difference may be off, of the norm itself.
 ENCODED = {"no": 2e-3, "fp16": 5e-3, "bf16": 5e-2}

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 from ip2p.encode.__main__ import main as encode
-from ip2p.train import host
 from ip2p.train.__main__ import main as train
-from ip2p.train.checkpoint import checkpoints
+from ip2p.train.save import host
+from ip2p.train.save.checkpoint import checkpoints
 
 STEPS = 10**6  # more than a run gets to
 

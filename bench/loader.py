@@ -12,11 +12,11 @@ from common import Row, parser, ratio, report, take_turns
 from shapes import SIZES
 from synthetic import build, forget
 
-from ip2p.encode.cache import Cache
-from ip2p.encode.reader import Reader
-from ip2p.train.data import Batches
-from ip2p.train.order import Order
-from ip2p.train.samples import Samples
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.train.data.batches import Batches
+from ip2p.train.data.order import Order
+from ip2p.train.data.samples import Samples
 
 SHAPES = {"sd256": SIZES["sd15"].rows(256), "sd512": SIZES["sd15"].rows(512), "sdxl1024": SIZES["sdxl"].rows(1024)}
 

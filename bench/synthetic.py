@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ip2p.encode.cache import FORMAT, SAMPLES, Cache, Unit, read_record, shard_rows, write_record
-from ip2p.encode.checkpoint import Checkpoint
+from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, read_record, shard_rows, write_record
+from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
+from ip2p.encode.data.sources import Source
 from ip2p.encode.manifest import RowShapes, describe
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.planner import NULL_PROMPT, SIZES, text_key
-from ip2p.encode.sources import Source
-from ip2p.encode.writer import UnitWriter, prepare, write_state
 
 
 def row_shapes(side: int, width: int, pooled: int | None = None) -> RowShapes:

@@ -19,18 +19,18 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from shapes import Shape, make_unet
 from torch import Tensor
 
-from ip2p.encode.cache import Cache
-from ip2p.encode.reader import Reader
-from ip2p.train.average import Average
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
 from ip2p.train.config import TrainConfig
-from ip2p.train.data import Batches, null_conditioning
+from ip2p.train.data.batches import Batches, null_conditioning
+from ip2p.train.data.order import Order
+from ip2p.train.data.samples import Samples
 from ip2p.train.machine import Precision, choose_precision, make_accelerator
-from ip2p.train.model import choose_attention
 from ip2p.train.objective import Objective
-from ip2p.train.optimizer import LossScale, Update, make_optimizer, takes_one_pass
-from ip2p.train.order import Order
-from ip2p.train.samples import Samples
-from ip2p.train.weights import Weights
+from ip2p.train.unet.average import Average
+from ip2p.train.unet.load import choose_attention
+from ip2p.train.unet.optimizer import LossScale, Update, make_optimizer, takes_one_pass
+from ip2p.train.unet.weights import Weights
 
 DROPOUT = (0.05, 0.05, 0.05)
 Loss = Callable[[], Tensor]

@@ -4,8 +4,8 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from .base.flags import parse, user_errors
 from .config import REFUSED, EncodeConfig
-from .settings import parse, user_errors
 
 PROG = "ip2p-encode"
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from PIL import ImageColor
 
-from .errors import SettingsError
+from .base.errors import SettingsError
 
 TRAIN_ONLY = """
     output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from .cache import CONVENTION, FORMAT
-from .checkpoint import Checkpoint
+from .base.flags import dump
+from .cache.format import CONVENTION, FORMAT
 from .config import EncodeConfig
+from .data.sources import Source
 from .images import view_names
-from .settings import dump
-from .sources import Source
+from .models.checkpoint import Checkpoint
 
 RowShapes = dict[str, dict[str, tuple[int, ...]]]
 

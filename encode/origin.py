@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint, find_checkpoint
 from .config import EncodeConfig
+from .models.checkpoint import Checkpoint, find_checkpoint
 
 if TYPE_CHECKING:
-    from .keeper import Origin
+    from .keeper.__main__ import Origin
 
 
 def recorded_config(manifest: dict[str, Any], origin: "Origin") -> EncodeConfig:

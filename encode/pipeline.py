@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cache import Cache, Unit, content_key
-from .errors import SourceError
+from .base.errors import SourceError
+from .cache.format import Cache, Unit, content_key
+from .cache.writer import UnitWriter
+from .data.sources import Source
 from .images import Geometry, ImageError, View
-from .models import Encoders
+from .models.encoders import Encoders
 from .planner import Item, Rows, text_key
-from .sources import Source
-from .writer import UnitWriter
 
 Begun = TypeVar("Begun")
 Work = tuple[list[Unit], Rows]

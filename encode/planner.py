@@ -14,8 +14,8 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cache import SAMPLES, Unit, content_key
-from .sources import Pair, Source
+from .cache.format import SAMPLES, Unit, content_key
+from .data.sources import Pair, Source
 
 Commits = Mapping[Unit, Mapping[str, Any]]
 Rows = dict[int, Any]

@@ -14,16 +14,16 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
-from .cache import Cache, Unit, shard_rows
-from .checkpoint import Checkpoint
+from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .cache.format import Cache, Unit, shard_rows
+from .cache.writer import exclusive, needed_bytes, prepare, share, write_state
 from .config import EncodeConfig
-from .errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .data.sources import Source, open_source
 from .images import View, joined_views
 from .manifest import describe, differences, row_shapes
+from .models.checkpoint import Checkpoint
 from .origin import named_checkpoint
 from .planner import assign, index, mark_flips, missing, settle
-from .sources import Source, open_source
-from .writer import exclusive, needed_bytes, prepare, share, write_state
 
 
 def encode(config: EncodeConfig) -> None:
@@ -165,7 +165,7 @@ def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint,
     state.wait_for_everyone()  # a record written earlier would deal out the work in another way to those still here
     if not mine:
         return
-    from .models import DTYPES, Encoders  # seconds to import, and a finished cache needs no encoders
+    from .models.encoders import DTYPES, Encoders  # seconds to import, and a finished cache needs no encoders
     from .pipeline import Pipeline
 
     vae_precision = cache.manifest["encoding"]["vae_precision"]

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if arguments and arguments[0] == "evaluate":
-            from .evaluate import evaluate
+            from .score.evaluate import evaluate
 
             return evaluate(parse_evaluate(arguments[1:]))
         return run(parse(arguments))
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: InferConfig) -> int:
     """Edit everything that `config` names, and report."""
     if config.ui:
-        from .serve import serve
+        from .ui.serve import serve
 
         return serve(config)
 
@@ -92,7 +92,7 @@ def target_of(job: "Job") -> "Image.Image | None":
 def compare_with_targets(done: Sequence[tuple["Job", list[Path]]]) -> Iterator[str]:
     """Say how near the edits came to their targets, beside how near the originals were."""
     from .pictures import open_picture
-    from .scores import psnr
+    from .score.scores import psnr
 
     before: list[float] = []
     after: list[float] = []

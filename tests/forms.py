@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 import tiny
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.sources import Pair, Source, open_source
+from ip2p.encode.data.sources import Pair, Source, open_source
 
 Flags = dict[str, object]
 Kind = Callable[[Path, list[Pair]], Flags]

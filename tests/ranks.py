@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ip2p.encode import cache
-from ip2p.encode.cache import Cache, Unit
-from ip2p.encode.writer import UnitWriter, exclusive
+from ip2p.encode.cache import format as cache
+from ip2p.encode.cache.format import Cache, Unit
+from ip2p.encode.cache.writer import UnitWriter, exclusive
 
 ROWS = 8  # of a shard
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ranks", "ip2p.encode.models", "ip2p.encode.pipeline"])
+FORKS.set_forkserver_preload(["ranks", "ip2p.encode.models.encoders", "ip2p.encode.pipeline"])
 
 
 def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log: Path, late: float) -> None:

@@ -42,12 +42,12 @@ def tree(readme: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("source", "name"),
     [
-        ("import ip2p.train.loop", "ip2p.train.loop"),
-        ("from ip2p.train import loop", "ip2p.train.loop"),
-        ("from ..train.loop import train", "ip2p.train.loop.train"),
+        ("import ip2p.train.run", "ip2p.train.run"),
+        ("from ip2p.train import loop", "ip2p.train.run"),
+        ("from ..train.loop import train", "ip2p.train.run.train"),
         ("from .. import train", "ip2p.train"),
-        ("from .cache import Cache", "ip2p.encode.cache.Cache"),
-        ("def late():\n    from ..train import loop", "ip2p.train.loop"),
+        ("from .cache import Cache", "ip2p.encode.cache.format.Cache"),
+        ("def late():\n    from ..train import loop", "ip2p.train.run"),
     ],
 )
 def test_every_way_to_write_an_import_is_seen(source: str, name: str) -> None:

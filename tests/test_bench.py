@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ip2p.encode.verify import verify
-from ip2p.train.flops import peak
+from ip2p.encode.keeper.verify import verify
+from ip2p.train.unet.flops import peak
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

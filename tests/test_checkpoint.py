@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ip2p.encode.errors import SettingsError, TrainError
-from ip2p.train import checkpoint, host
-from ip2p.train.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints, resume
-from ip2p.train.host import HostCopies
+from ip2p.encode.base.errors import SettingsError, TrainError
+from ip2p.train.save import checkpoint, host
+from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints, resume
+from ip2p.train.save.host import HostCopies
 
 
 class Part:

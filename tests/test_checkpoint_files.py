@@ -13,10 +13,10 @@ from transformers import CLIPTextModel
 
 import original_layout
 import tiny
-from ip2p.encode import single_file
-from ip2p.encode.cache import Cache
-from ip2p.encode.checkpoint import Checkpoint, find_checkpoint, hash_weights
-from ip2p.encode.errors import ModelError
+from ip2p.encode.base.errors import ModelError
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.models import single_file
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint, hash_weights
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags, unet_file
 

@@ -13,9 +13,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import tiny
-from ip2p.encode.errors import TrainError
+from ip2p.encode.base.errors import TrainError
 from ip2p.train.__main__ import main
-from ip2p.train.compiled import check_gradients
+from ip2p.train.unet.compiled import check_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")  # diffusers'
 

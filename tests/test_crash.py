@@ -19,9 +19,9 @@ import pytest
 import zarr
 
 import tiny
-from ip2p.encode.cache import Cache, Unit, file_record
-from ip2p.encode.errors import CacheError
-from ip2p.encode.writer import exclusive
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache.format import Cache, Unit, file_record
+from ip2p.encode.cache.writer import exclusive
 from ranks import FORKS, encode_rank
 
 PAIRS = 60

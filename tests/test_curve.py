@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from ip2p.infer.curve import COLORS, FINE, LEFT, RIGHT, draw_curve
+from ip2p.infer.score.curve import COLORS, FINE, LEFT, RIGHT, draw_curve
 
 FALLING = [(0.24, 0.78, "1.0"), (0.2, 0.83, "1.2"), (0.12, 0.9, "1.4")]
 

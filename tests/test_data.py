@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from ip2p.encode.cache import Cache
-from ip2p.encode.errors import CacheError
-from ip2p.encode.reader import Reader
-from ip2p.train import data
-from ip2p.train.data import Batches, null_conditioning
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.train.data import batches as data
+from ip2p.train.data.batches import Batches, null_conditioning
+from ip2p.train.data.order import Order
+from ip2p.train.data.samples import Samples
 from ip2p.train.objective import Batch
-from ip2p.train.order import Order
-from ip2p.train.samples import Samples
 
 CPU = torch.device("cpu")
 

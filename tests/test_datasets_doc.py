@@ -14,9 +14,9 @@ import pytest
 import forms
 import test_presets
 from forms import PAIRS
-from ip2p.encode import presets
 from ip2p.encode.__main__ import main
-from ip2p.encode.cache import Cache
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.data import presets
 
 TEXT = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
 SECTIONS = {section.splitlines()[0]: section for section in TEXT.split("\n## ")[1:]}

@@ -14,9 +14,9 @@ import pytest
 
 import fakes
 from ip2p.encode import run
-from ip2p.encode.cache import Cache
-from ip2p.encode.errors import CacheError
-from ip2p.encode.sources import Pair
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.data.sources import Pair
 from ranks import FORKS, hold
 
 Encode = Callable[..., None]

@@ -19,7 +19,7 @@ import fakes
 import tiny
 from ip2p.encode import run
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.sources import Pair
+from ip2p.encode.data.sources import Pair
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]
@@ -102,7 +102,7 @@ def test_encoding_a_finished_cache_again_encodes_nothing(
     shutil.copytree(cache, tmp_path / "cache")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("data.zarr/*/c/**/*")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ip2p.encode.models.Encoders.__init__", lambda *_: pytest.fail("encoders were loaded"))
+        patch.setattr("ip2p.encode.models.encoders.Encoders.__init__", lambda *_: pytest.fail("encoders were loaded"))
         encode(sd, data, tmp_path / "cache", random_flip=True)
     assert "nothing to encode" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("data.zarr/*/c/**/*")}

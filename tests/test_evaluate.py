@@ -15,14 +15,14 @@ import pytest
 from PIL import Image, ImageColor
 
 import tiny
-from ip2p.infer import scoring
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import parse_evaluate
-from ip2p.infer.curve import COLORS
-from ip2p.infer.evaluate import CURVE
-from ip2p.infer.metrics import Edit, measure
 from ip2p.infer.pictures import open_picture
-from ip2p.infer.similarity import Judge
+from ip2p.infer.score import scoring
+from ip2p.infer.score.curve import COLORS
+from ip2p.infer.score.evaluate import CURVE
+from ip2p.infer.score.metrics import Edit, measure
+from ip2p.infer.score.similarity import Judge
 from test_scores import Judges, tiny_judges
 
 CAPTIONS = ["a cat", "a house", "the sky", "a dog"], ["a red cat", "a green house", "the sky at night", "a snowy dog"]

@@ -23,14 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import dataset as emoji
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.encode.checkpoint import Checkpoint, hash_weights
-from ip2p.encode.errors import CacheMismatch, ModelError
-from ip2p.encode.reader import Reader
+from ip2p.encode.base.errors import CacheMismatch, ModelError
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.models.checkpoint import Checkpoint, hash_weights
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main as train
 from ip2p.train.config import TrainConfig
-from ip2p.train.data import Batches, Order, Samples, null_conditioning
+from ip2p.train.data.batches import Batches, Order, Samples, null_conditioning
 from test_train import assert_same, flags, unet_file
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from typing import get_type_hints
 import pytest
 import yaml
 
+from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.base.flags import parse
 from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
-from ip2p.encode.errors import SettingsError
-from ip2p.encode.settings import parse
 from ip2p.train.config import TrainConfig, refused
 
 BOTH, ENCODE, TRAIN = ("encode", "train"), ("encode",), ("train",)

@@ -9,12 +9,12 @@ import torch
 
 import fakes
 import tiny
-from ip2p.encode.cache import Cache
+from ip2p.encode.base.errors import CacheMismatch, SettingsError
+from ip2p.encode.cache.format import Cache
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.errors import CacheMismatch, SettingsError
+from ip2p.encode.data.sources import Pair
 from ip2p.encode.images import Geometry, View
-from ip2p.encode.sources import Pair
-from ip2p.train.data import Order, Samples
+from ip2p.train.data.batches import Order, Samples
 
 CROPS = {"resize_mode": "random_crop", "crops": 3}
 

@@ -15,15 +15,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.train import loop
+from ip2p.encode.cache.format import Cache
+from ip2p.train import run as loop
 from ip2p.train.__main__ import main
-from ip2p.train.compiled import check_gradients
-from ip2p.train.host import HostCopies
-from ip2p.train.metrics import Metrics
-from ip2p.train.optimizer import LossScale, Update, disagreement, takes_one_pass
-from ip2p.train.weights import Weights
-from ip2p.train.xformers import preload
+from ip2p.train.save.host import HostCopies
+from ip2p.train.unet.compiled import check_gradients
+from ip2p.train.unet.optimizer import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet.weights import Weights
+from ip2p.train.unet.xformers import preload
+from ip2p.train.watch.metrics import Metrics
 from test_train import assert_same, flags, states
 
 pytestmark = [
@@ -129,7 +129,7 @@ def test_training_learns_in_every_precision(sd: Path, cache: Path, tmp_path: Pat
     changed |= {"num_validation_samples": 3, "validation_steps": 60, "train_batch_size": 4, "logging_steps": 60}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LossScale", High)
-        patch.setattr("ip2p.train.validate.Validation.draw", lambda *_: None)
+        patch.setattr("ip2p.train.watch.validate.Validation.draw", lambda *_: None)
         main(flags(sd, cache, tmp_path, **changed))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     seen = [line["validation_loss"] for line in lines if "validation_loss" in line]

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import fakes
-from ip2p.encode.cache import Cache, Unit, content_key
-from ip2p.encode.errors import CacheError
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache.format import Cache, Unit, content_key
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.data.sources import Pair
+from ip2p.encode.keeper.repair import repair
+from ip2p.encode.keeper.verify import Finding
 from ip2p.encode.planner import text_key
-from ip2p.encode.reader import Reader
-from ip2p.encode.repair import repair
-from ip2p.encode.sources import Pair
-from ip2p.encode.verify import Finding
 
 ROWS = 4  # of a shard
 Texts = st.sampled_from(["make it red", "make it blue", "add a hat", "turn it into a dog", "snow", "night", "day"])

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
-from ip2p.encode.checkpoint import Checkpoint, find_checkpoint
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.train.__main__ import main as train
 
 Encode = Callable[..., None]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from ip2p.encode.checkpoint import find_checkpoint
 from ip2p.encode.images import Geometry, ImageError, View, decode, joined_views, view_names
-from ip2p.encode.models import Encoders
+from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.encode.models.encoders import Encoders
 
 SIDE = 16
 SQUASH, CENTER, RANDOM = (Geometry(SIDE, mode, "white") for mode in ("squash", "center_crop", "random_crop"))

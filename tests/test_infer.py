@@ -14,7 +14,7 @@ import tiny
 from ip2p.infer import EditError, Editor
 from ip2p.infer.guidance import Guidance
 from ip2p.infer.pictures import open_picture
-from ip2p.infer.scores import psnr
+from ip2p.infer.score.scores import psnr
 from ip2p.infer.sheet import TILE, contact_sheet
 
 STEPS = 3

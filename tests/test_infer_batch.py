@@ -17,7 +17,7 @@ from PIL import Image
 import tiny
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
-from ip2p.infer.scores import psnr
+from ip2p.infer.score.scores import psnr
 from test_infer import apart, picture
 from test_infer_command import STEPS, edit
 

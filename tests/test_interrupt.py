@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from ip2p.train import checkpoint
 from ip2p.train.__main__ import main
-from ip2p.train.metrics import Metrics
-from ip2p.train.validate import Validation
+from ip2p.train.save import checkpoint
+from ip2p.train.watch.metrics import Metrics
+from ip2p.train.watch.validate import Validation
 from test_train import assert_same, flags, states
 
 WATCHED = {"checkpointing_steps": 9, "num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 13}
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on_exactly(
 
 TWICE = """
 import os, signal, sys, time
-from ip2p.train import checkpoint
+from ip2p.train.save import checkpoint
 
 def save(folder, state, original=checkpoint.write):
     original(folder, state)
@@ -98,7 +98,7 @@ def save(folder, state, original=checkpoint.write):
         time.sleep(60)
 
 checkpoint.write = save
-from ip2p.train import checkpoint
+from ip2p.train.save import checkpoint
 from ip2p.train.__main__ import main
 main(sys.argv[1:])
 """

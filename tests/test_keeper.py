@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.encode.keeper import VERBS, main
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.keeper.__main__ import VERBS, main
 
 Encode = Callable[..., None]
 
@@ -101,7 +101,7 @@ def test_each_verb_has_help_and_the_overview_names_it(verb: str, capsys: pytest.
 def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     """Help comes at once: neither torch nor zarr is imported for it."""
     code = (
-        "import sys; from ip2p.encode.keeper import main\n"
+        "import sys; from ip2p.encode.keeper.__main__ import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print({'torch', 'zarr', 'datasets', 'diffusers', 'pyarrow'} & set(sys.modules))"
     )

@@ -108,7 +108,7 @@ def test_pairs_are_held_out_of_every_cache_that_has_them(
         words.append(prompt)
         return [picture] * 6
 
-    monkeypatch.setattr("ip2p.train.validate.Editor.edit", editor)
+    monkeypatch.setattr("ip2p.train.watch.validate.Editor.edit", editor)
     batches = seen(
         flags(sd, (cache, tmp_path / "larger"), tmp_path / "out", **changed, max_train_steps=16), monkeypatch
     )

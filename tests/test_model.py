@@ -11,11 +11,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.encode.checkpoint import Checkpoint, find_checkpoint
-from ip2p.encode.errors import ModelError
+from ip2p.encode.base.errors import ModelError
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.train.config import TrainConfig
-from ip2p.train.model import choose_attention, load_unet, widen
+from ip2p.train.unet.load import choose_attention, load_unet, widen
 
 
 def config(model: Path) -> TrainConfig:

@@ -12,10 +12,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 import tiny
-from ip2p.train import optimizer
-from ip2p.train.average import Average
-from ip2p.train.optimizer import LossScale, Update, disagreement, takes_one_pass
-from ip2p.train.weights import Weights
+from ip2p.train.unet import optimizer
+from ip2p.train.unet.average import Average
+from ip2p.train.unet.optimizer import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet.weights import Weights
 
 CPU = torch.device("cpu")
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
 
 INTERPRETED = """
 import torch
-from ip2p.train.optimizer import disagreement
+from ip2p.train.unet.optimizer import disagreement
 for half in (None, torch.float16, torch.bfloat16):
     print(disagreement(torch.device("cpu"), half))
 """
@@ -183,7 +183,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(architecture: int, gradi
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ip2p.train.fused import BLOCK, WARPS, _kernel
+    from ip2p.train.unet.fused import BLOCK, WARPS, _kernel
 
     constants = {"ALIGNED": aligned, "BLOCK": BLOCK, "AVERAGES": True, "COPIES": gradient != "fp32"}
     kinds = dict.fromkeys(_kernel.arg_names, "fp32") | dict.fromkeys(constants, "constexpr")

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ip2p.encode.errors import SettingsError
+from ip2p.encode.base.errors import SettingsError
 from ip2p.train.config import TrainConfig
-from ip2p.train.order import Mix, Order, make_order
-from ip2p.train.samples import Samples
+from ip2p.train.data.order import Mix, Order, make_order
+from ip2p.train.data.samples import Samples
 
 
 def positions(order: Order, start: int, count: int) -> list[int]:

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from forms import PAIRS, Flags, jpeg, opened
-from ip2p.encode import presets
-from ip2p.encode.columns import IMAGES, TEXT, kinds_of
-from ip2p.encode.errors import SourceError
+from ip2p.encode.base.errors import SourceError
+from ip2p.encode.data import presets
+from ip2p.encode.data.columns import IMAGES, TEXT, kinds_of
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 

@@ -11,8 +11,8 @@ import zarr
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ip2p.encode.cache import Cache
-from ip2p.encode.keeper import main
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.keeper.__main__ import main
 
 Encode = Callable[..., None]
 

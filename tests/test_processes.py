@@ -22,7 +22,7 @@ SPY = """
 import os, sys
 import torch
 from ip2p.train.objective import Draws, Objective
-from ip2p.train.optimizer import Update
+from ip2p.train.unet.optimizer import Update
 
 folder, same, arguments = sys.argv[1], sys.argv[2] == "same", sys.argv[3:]
 rank, seen = int(os.environ.get("RANK", 0)), []
@@ -102,7 +102,7 @@ def test_two_processes_and_then_one_see_each_sample_of_the_epoch_once(sd: Path, 
 
 SLOW_DISK = """
 import sys, time
-from ip2p.train import checkpoint
+from ip2p.train.save import checkpoint
 
 def write(folder, state, original=checkpoint.write):
     original(folder, state)

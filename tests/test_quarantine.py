@@ -18,13 +18,13 @@ from PIL import Image
 
 import fakes
 import tiny
-from ip2p.encode import cache as layout
-from ip2p.encode.cache import Cache, Unit
-from ip2p.encode.checkpoint import find_checkpoint
-from ip2p.encode.models import Encoders
-from ip2p.encode.reader import Reader
-from ip2p.encode.sources import Pair
-from ip2p.train.data import Samples
+from ip2p.encode.cache import format as layout
+from ip2p.encode.cache.format import Cache, Unit
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.data.sources import Pair
+from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.encode.models.encoders import Encoders
+from ip2p.train.data.batches import Samples
 
 Encode = Callable[..., None]
 

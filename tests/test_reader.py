@@ -9,10 +9,10 @@ import pytest
 import zarr
 
 import tiny
-from ip2p.encode import cache as cache_module
-from ip2p.encode.cache import Cache, file_record, shard_rows, write_record
-from ip2p.encode.errors import CacheError
-from ip2p.encode.reader import Reader, Shard
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache import format as cache_module
+from ip2p.encode.cache.format import Cache, file_record, shard_rows, write_record
+from ip2p.encode.cache.reader import Reader, Shard
 
 Encode = Callable[..., None]
 
@@ -136,7 +136,7 @@ def test_arrays_of_several_caches_are_mapped_and_not_copied(cache: Path, monkeyp
     def copied(_: object, shards: list[Shard]) -> None:
         pytest.fail(f"{shards[0].path} is copied")
 
-    monkeypatch.setattr("ip2p.encode.reader.MappedArray._copy", copied)
+    monkeypatch.setattr("ip2p.encode.cache.reader.MappedArray._copy", copied)
     alone, twice = Reader(Cache.open(cache)), Reader(Cache.open(cache), Cache.open(cache))
     (_, second), (_, text) = twice.first_rows["images"], twice.first_rows["text"]
     rows, views, texts = np.arange(8), np.arange(8) % 2, np.arange(8) % 3

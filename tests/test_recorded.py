@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.encode.verify import verify
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.keeper.verify import verify
 from ip2p.train.__main__ import main
 
 RECORDED = Path(__file__).parent / "recorded" / "005a64b"

@@ -10,12 +10,12 @@ import pytest
 import zarr
 
 import tiny
-from ip2p.encode.cache import Cache, file_record, read_record, write_record
-from ip2p.encode.errors import SettingsError
-from ip2p.encode.keeper import Origin, Verify, main
+from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.cache.format import Cache, file_record, read_record, write_record
+from ip2p.encode.keeper.__main__ import Origin, Verify, main
+from ip2p.encode.keeper.reencode import reencode
+from ip2p.encode.keeper.verify import verify
 from ip2p.encode.origin import recorded_config
-from ip2p.encode.reencode import reencode
-from ip2p.encode.verify import verify
 
 Encode = Callable[..., None]
 

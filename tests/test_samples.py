@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import tiny
-from ip2p.encode import cache as cache_module
-from ip2p.encode.cache import Cache
-from ip2p.encode.errors import CacheError
-from ip2p.encode.reader import Reader
-from ip2p.encode.writer import write_state
-from ip2p.train.data import Batches
-from ip2p.train.order import Order
-from ip2p.train.samples import Samples
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache import format as cache_module
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.writer import write_state
+from ip2p.train.data.batches import Batches
+from ip2p.train.data.order import Order
+from ip2p.train.data.samples import Samples
 
 CPU = torch.device("cpu")
 

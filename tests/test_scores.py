@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, ViTConfig
 
 import tiny
 from ip2p.infer import EditError
-from ip2p.infer.metrics import Edit, measure
-from ip2p.infer.similarity import Judge
+from ip2p.infer.score.metrics import Edit, measure
+from ip2p.infer.score.similarity import Judge
 
 SIDE = 14  # of the pictures that the tiny models see
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

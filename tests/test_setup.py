@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from ip2p.encode.errors import SettingsError, TrainError
+from ip2p.encode.base.errors import SettingsError, TrainError
 from ip2p.train import machine, setup
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig
@@ -221,7 +221,7 @@ def test_the_folder_is_locked_while_a_run_trains(
         assert (folder / "model_index.json").is_file()
         entered.append("left")
 
-    monkeypatch.setattr("ip2p.train.loop.alone", spy)
+    monkeypatch.setattr("ip2p.train.run.alone", spy)
     main(flags(sd, cache, tmp_path, max_train_steps=1))
     assert entered == [str(tmp_path), "left"]
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from forms import PAIRS, metadata_csv, opened, stream
-from ip2p.encode import tables
-from ip2p.encode.errors import SourceError
+from ip2p.encode.base.errors import SourceError
+from ip2p.encode.data import tables
 
 
 def test_a_stream_is_fetched_no_further_than_needed(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from forms import PAIRS, add, opened, serve, shards
-from ip2p.encode import tars
-from ip2p.encode.errors import SourceError
+from ip2p.encode.base.errors import SourceError
+from ip2p.encode.data import tars
 
 NAMED = st.tuples(
     st.sampled_from(["", "a/", "./", "a.b/", "__meta__/"]),

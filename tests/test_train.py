@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import tiny
-from ip2p.encode.errors import SettingsError
-from ip2p.train import checkpoint
+from ip2p.encode.base.errors import SettingsError
 from ip2p.train.__main__ import main
-from ip2p.train.checkpoint import find
-from ip2p.train.metrics import Metrics
 from ip2p.train.objective import Batch, Draws, Objective
-from ip2p.train.validate import Validation
+from ip2p.train.save import checkpoint
+from ip2p.train.save.checkpoint import find
+from ip2p.train.watch.metrics import Metrics
+from ip2p.train.watch.validate import Validation
 
 FLAGS = {
     "train_batch_size": 2,
@@ -45,7 +45,7 @@ def flags(model: Path, cache: Path | tuple[Path, ...], output: Path, **changed: 
 
 KILL_AT_STEP_12 = """
 import os, signal, sys
-from ip2p.train.metrics import Metrics
+from ip2p.train.watch.metrics import Metrics
 
 def step(self, step, *rest, original=Metrics.step):
     original(self, step, *rest)
@@ -53,7 +53,7 @@ def step(self, step, *rest, original=Metrics.step):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.step = step
-from ip2p.train import checkpoint
+from ip2p.train.save import checkpoint
 from ip2p.train.__main__ import main
 main(sys.argv[1:])
 """

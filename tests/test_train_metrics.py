@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from ip2p.train import checkpoint, host
 from ip2p.train.__main__ import main
-from ip2p.train.flops import peak, training_flops
-from ip2p.train.metrics import peak_memory
-from ip2p.train.optimizer import Update
+from ip2p.train.save import checkpoint, host
+from ip2p.train.unet.flops import peak, training_flops
+from ip2p.train.unet.optimizer import Update
+from ip2p.train.watch.metrics import peak_memory
 from test_train import flags
 
 
@@ -30,7 +30,7 @@ def test_bar_file_and_tracker_show_the_same_numbers(
     """Loss, learning rate, rate, share of waiting and memory every few steps, and the time left between them."""
     told = {"report_to": "tensorboard", "logging_steps": 4, "num_validation_samples": 2, "validation_steps": 8}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ip2p.train.validate.Validation.draw", lambda *_: None)
+        patch.setattr("ip2p.train.watch.validate.Validation.draw", lambda *_: None)
         main(flags(sd, cache, tmp_path, **told))
     bar = capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -92,7 +92,7 @@ def test_the_share_of_a_gpus_peak_is_arithmetic_over_time(
     sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arithmetic of a sample is that of its UNet, counted forward and three times; in float32 nothing is said."""
-    monkeypatch.setattr("ip2p.train.loop.peak", lambda _: 2.0)
+    monkeypatch.setattr("ip2p.train.run.peak", lambda _: 2.0)
     main(flags(sd, cache, tmp_path / "half", mixed_precision="bf16", max_train_steps=2))
     (line,) = (json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines())
     tera = training_flops(tiny.unet(8).config, (8, 8, 8), (77, 16), None)

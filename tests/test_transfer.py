@@ -10,11 +10,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 import tiny
-from ip2p.encode.cache import Cache, read_record, write_record
-from ip2p.encode.errors import CacheError
-from ip2p.encode.keeper import main
-from ip2p.encode.transfer import Place, copy
-from ip2p.encode.verify import verify
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache.format import Cache, read_record, write_record
+from ip2p.encode.keeper.__main__ import main
+from ip2p.encode.keeper.transfer import Place, copy
+from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]
 

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from ip2p.encode.cache import Cache
-from ip2p.encode.errors import SettingsError
-from ip2p.train import validate
+from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.cache.format import Cache
 from ip2p.train.__main__ import main
-from ip2p.train.samples import Samples
-from ip2p.train.validate import BANDS, hold_out
+from ip2p.train.data.samples import Samples
+from ip2p.train.watch import validate
+from ip2p.train.watch.validate import BANDS, hold_out
 from test_train import assert_same, flags, states, unet_file
 
 WATCHED = {"num_validation_samples": 3, "validation_steps": 4, "num_validation_images": 2, "max_train_steps": 8}
@@ -148,7 +148,7 @@ def test_training_lowers_the_fixed_noise_loss_raw_and_averaged(
     changed = {"num_validation_samples": 8, "validation_steps": 5, "max_train_steps": 200, "learning_rate": 2e-3}
     changed |= {"checkpointing_steps": 1000, "num_validation_images": 1, "ema_decay": 0.9}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ip2p.train.validate.Validation.draw", lambda *_: None)
+        patch.setattr("ip2p.train.watch.validate.Validation.draw", lambda *_: None)
         main(flags(sd, tmp_path / "cache", tmp_path / "out", **changed))
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "validation_loss" in line]

@@ -13,13 +13,13 @@ import pytest
 import zarr
 
 import tiny
-from ip2p.encode import cache as cache_module
-from ip2p.encode.cache import Cache, Unit, file_record, read_record, write_record
-from ip2p.encode.errors import CacheError
-from ip2p.encode.keeper import main
-from ip2p.encode.repair import repair
-from ip2p.encode.verify import verify
-from ip2p.encode.writer import write_state
+from ip2p.encode.base.errors import CacheError
+from ip2p.encode.cache import format as cache_module
+from ip2p.encode.cache.format import Cache, Unit, file_record, read_record, write_record
+from ip2p.encode.cache.writer import write_state
+from ip2p.encode.keeper.__main__ import main
+from ip2p.encode.keeper.repair import repair
+from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 import tiny
 from ip2p.train import machine
 from ip2p.train.__main__ import main
-from ip2p.train.average import Average
 from ip2p.train.machine import Precision
-from ip2p.train.model import widen
-from ip2p.train.weights import Weights
+from ip2p.train.unet.average import Average
+from ip2p.train.unet.load import widen
+from ip2p.train.unet.weights import Weights
 from test_train import assert_same, flags, states, unet_file
 
 STARTER = Path(__file__).parents[1] / "examples" / "openmoji" / "starter" / "unet"

@@ -12,11 +12,11 @@ import torch
 from diffusers.models import attention_processor
 
 import tiny
-from ip2p.encode.checkpoint import Checkpoint
-from ip2p.encode.settings import user_errors
+from ip2p.encode.base.flags import user_errors
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.train.config import TrainConfig
-from ip2p.train.model import load_unet
-from ip2p.train.xformers import LIBRARY, preload
+from ip2p.train.unet.load import load_unet
+from ip2p.train.unet.xformers import LIBRARY, preload
 
 FLAG = "--enable_xformers_memory_efficient_attention"
 

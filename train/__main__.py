@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from ..encode.settings import parse, user_errors
+from ..encode.base.flags import parse, user_errors
 from .config import TrainConfig, refused
-from .xformers import preload
+from .unet.xformers import preload
 
 PROG = "ip2p-train"
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse(TrainConfig, arguments, PROG, refused())
         if config.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
-        from .loop import train  # only now: torch takes seconds to import, and --help shall not
+        from .run import train  # only now: torch takes seconds to import, and --help shall not
 
         train(config)
 

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 from typing import Literal
 
+from ..encode.base.errors import SettingsError
+from ..encode.base.flags import dump
 from ..encode.config import PER_SAMPLE, EncodeConfig
-from ..encode.errors import SettingsError
-from ..encode.settings import dump
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from ..encode.errors import SettingsError
+from ..encode.base.errors import SettingsError
 from .config import TrainConfig
 
 PATIENCE = timedelta(days=1)

@@ -16,14 +16,14 @@ from accelerate.utils import (
 )
 from diffusers import DDPMScheduler
 
-from ..encode.cache import Cache
-from ..encode.checkpoint import Checkpoint, find_checkpoint
-from ..encode.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
+from ..encode.base.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
+from ..encode.cache.format import Cache
+from ..encode.cache.writer import locked
+from ..encode.keeper.verify import verify
 from ..encode.manifest import differences
-from ..encode.verify import verify
-from ..encode.writer import locked
-from .checkpoint import find
+from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from .config import TrainConfig
+from .save.checkpoint import find
 
 
 @contextlib.contextmanager

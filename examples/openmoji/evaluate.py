@@ -14,7 +14,7 @@ from datasets import load_dataset
 from PIL import Image
 
 from ip2p.infer.edit import Editor
-from ip2p.infer.scores import psnr
+from ip2p.infer.score.scores import psnr
 from ip2p.infer.sheet import contact_sheet
 from openmoji import render
 

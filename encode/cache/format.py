@@ -1,0 +1,238 @@
+"""The cache on disk: what lies where, and what makes it trustworthy.
+
+    CACHE/
+      manifest.json       what was encoded, with what, how; checksums of the small files
+      samples.parquet     one row per sample of the dataset
+      data.zarr/          the numbers: original, edited, text, and for SDXL pooled
+      commits/            one record per finished shard
+
+Latents are stored **raw**: unscaled, not normalized. Training multiplies by the VAE's scaling factor, once, in
+`train/objective.py`.
+
+A *unit* is what is written at once: the shard number `shard` of every array of one kind. There are two kinds: the
+images of one view (`original`, `edited`) and the texts (`text`, `pooled`). A unit is there when its commit record is
+there, and the record is written after the data is safe on disk. The record names the content of each row, so the
+records alone say what is cached; `samples.parquet` says which samples the dataset consists of now.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+
+from ..base.errors import CacheError
+
+FORMAT = 1
+SHARD_BYTES = 32 * 2**20
+SHARD_ROWS = 1024
+CHUNK_ROWS = {"images": 64, "text": 16}
+PAGE = 4096  # a shard is a whole number of pages, so that shards can be mapped side by side
+CONVENTION = "unscaled; original: posterior mean; edited: mean and log variance; pixels 2 * (x / 255) - 1"
+
+SAMPLES = pa.schema(
+    [
+        ("key", pa.string()),  # identity of the sample: both files and the instruction
+        ("pair", pa.string()),  # identity of both image files; equal pairs share a row
+        ("position", pa.int64()),  # where the dataset holds it
+        ("instruction", pa.string()),
+        ("group", pa.string()),  # the prompt that it belongs to, where that is not the instruction
+        ("row", pa.int64()),  # in original and edited; -1 if it was never tried
+        ("text_row", pa.int64()),  # in text and pooled; -1 if it was never tried
+        *[(f"{side}_{what}", pa.int32()) for side in ("original", "edited") for what in ("width", "height")],
+        ("crop_top", pa.list_(pa.int32())),  # in each view, of the square in the resized original
+        ("crop_left", pa.list_(pa.int32())),
+        ("flip", pa.bool_()),  # whether training may show it flipped
+        ("status", pa.string()),  # ok, pending, quarantined
+        ("reason", pa.string()),
+    ]
+)
+
+
+def content_key(*parts: bytes) -> str:
+    """Identity of content: 128 bits of BLAKE2b over the parts, each with its length, as 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Unit:
+    """What is written at once: shard number `shard` of the images of one view, or of the texts."""
+
+    kind: str
+    shard: int
+    view: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"text-{self.shard:06d}" if self.kind == "text" else f"images-v{self.view}-{self.shard:06d}"
+
+
+def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
+    """Rows of a shard and of the chunks inside, for arrays of float16 rows that are written together.
+
+    At most `SHARD_ROWS` rows and `SHARD_BYTES` bytes; whole chunks, and whole pages if that can be had.
+    """
+    sizes = [2 * math.prod(shape) for shape in row_shapes]
+    fit = max(1, min(SHARD_ROWS, SHARD_BYTES // max(sizes)))
+    chunk = min(CHUNK_ROWS[kind], fit)
+    step = math.lcm(chunk, *(PAGE // math.gcd(PAGE, size) for size in sizes))
+    if step > fit:
+        step = chunk
+    return fit // step * step, chunk
+
+
+class Cache:
+    """A cache folder, opened and checked: manifest, samples and commit records agree with what lies on the disk."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder, self.manifest = folder, manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "Cache":
+        """Open for reading.
+
+        Raises:
+            CacheError: no cache there, a small file that is damaged, or a format of another version.
+        """
+        if not (folder / "manifest.json").is_file():
+            raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
+        manifest = read_record(folder / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            raise CacheError(
+                f"{folder} has cache format {manifest.get('format')}, this version of ip2p reads {FORMAT}: encode anew"
+            )
+        return cls(folder, manifest)
+
+    @property
+    def views(self) -> list[str]:
+        return self.manifest["views"]
+
+    @property
+    def shard_rows(self) -> dict[str, int]:
+        """Rows of one shard, by kind."""
+        return self.manifest["shard_rows"]
+
+    def arrays(self, kind: str, mode: Literal["r", "r+"] = "r") -> dict[str, zarr.Array]:
+        """The Zarr arrays of one kind, by name."""
+        group = zarr.open_group(self.folder / "data.zarr", mode=mode)
+        names = ("original", "edited") if kind == "images" else ("text", "pooled")
+        return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
+
+    def samples(self) -> pa.Table:
+        """The table of samples, after a look at its checksum."""
+        return pq.read_table(self.folder / "samples.parquet", schema=SAMPLES)
+
+    def shard_path(self, array: str, unit: Unit, dimensions: int) -> str:
+        """Path of a shard inside the cache folder, as Zarr names it."""
+        lead = [unit.shard, unit.view] if unit.kind == "images" else [unit.shard]
+        return "/".join(["data.zarr", array, "c", *map(str, lead + [0] * (dimensions - len(lead)))])
+
+    def commits(self) -> dict[Unit, dict[str, Any]]:
+        """All commit records, each checked against its own checksum.
+
+        Raises:
+            CacheError: a damaged record.
+        """
+        records = (read_record(path) for path in sorted((self.folder / "commits").glob("*.json")))
+        return {Unit(record["kind"], record["shard"], record["view"]): record for record in records}
+
+    def check_files(self) -> None:
+        """Check the small files against the checksums in the manifest.
+
+        Raises:
+            CacheError: the first that differs.
+        """
+        for path, expected in self.manifest["files"].items():
+            file = self.folder / path
+            if not file.is_file():
+                raise CacheError(f"{file} is missing: run the same ip2p-encode again, it restores what can be restored")
+            if file_record(file) != expected:
+                raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and crc32c of a file."""
+    checksum, size = google_crc32c.Checksum(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum.update(block)
+            size += len(block)
+    return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file that carries its own checksum: complete or not at all, and on the disk when this returns.
+
+    The checksum is the crc32c of the file's bytes with eight zeros in its place, at the end.
+    """
+    content = json.dumps(record | {"crc32c": "0" * 8}, indent=1).encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(_sealed(content))
+    replace(temporary, path)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote.
+
+    Raises:
+        CacheError: unreadable, or different from what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror})") from None
+    return unseal(content, str(path))
+
+
+def unseal(content: bytes, name: str) -> dict[str, Any]:
+    """The record in the bytes of a file called `name`, after a look at its checksum.
+
+    Raises:
+        CacheError: different from what was written.
+    """
+    if content != _sealed(content):
+        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
+    record = json.loads(content)
+    del record["crc32c"]
+    return record
+
+
+def _sealed(content: bytes) -> bytes:
+    head, tail = content[:-11], b'"\n}'
+    checksum = google_crc32c.value(head + b"0" * 8 + tail)
+    return head + f"{checksum:08x}".encode() + tail
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file, complete or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, temporary, compression="zstd")
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place: the data first, then the name, both on the disk when this returns."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,198 @@
+"""Writes a cache: the empty arrays, whole units with their commit records, and one encode at a time."""
+
+import contextlib
+import errno
+import fcntl
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import pyarrow as pa
+import zarr
+from zarr.core.buffer import Buffer
+
+from ..base.errors import CacheError
+from ..manifest import RowShapes
+from ..planner import Commits, Rows
+from .format import (
+    Cache,
+    Unit,
+    file_record,
+    replace,
+    shard_rows,
+    sync,
+    write_record,
+    write_table,
+)
+
+LEFTOVERS = ("*.partial", ".*.json.*", ".samples.parquet.*")  # what a killed process was writing, here or in zarr
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
+    """Hold the lock of a folder, which is made if need be, for oneself or `shared` with others that do so.
+
+    The operating system lets go of the lock when its process dies; processes that it starts do not inherit it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        yield lock
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
+    """Hold a cache for oneself, or `shared` with the other processes of one encode.
+
+    Raises:
+        CacheError: another process writes to this cache, the folder cannot be written, or the disk is full;
+            everything committed so far stays.
+    """
+    try:
+        with locked(folder, shared=shared) as lock:
+            yield lock
+    except BlockingIOError:
+        raise CacheError(f"{folder} is being written by another ip2p-encode: wait for it or stop it") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            mend = f"no space left for {folder}: free some and run the same command, it goes on from here"
+            raise CacheError(mend) from None
+        if Path(str(error.filename)).is_relative_to(folder):
+            raise CacheError(f"--cache {folder} cannot be written: {error.strerror}") from None
+        raise
+
+
+def share(lock: TextIO) -> None:
+    """Turn the lock of a planned encode into one that all its processes hold, so that no other encode can begin."""
+    fcntl.lockf(lock, fcntl.LOCK_SH)
+
+
+def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Commits, views: int) -> None:
+    """Make the metadata of Zarr arrays that hold all rows of `samples` and `commits`, and put it in place.
+
+    float16, chunks inside shards, no compression, NaN where nothing is written: so a shard's data is one plain
+    C-order array, which can be mapped into memory. Metadata that is there already is not trusted, but compared.
+    """
+    (folder / "commits").mkdir(parents=True, exist_ok=True)
+    for leftover in [path for pattern in LEFTOVERS for path in folder.rglob(pattern)]:
+        leftover.unlink()
+    metadata: dict[str, Buffer] = {}
+    group = zarr.create_group(metadata, zarr_format=3)
+    for kind, shapes in row_shapes.items():
+        shard, chunk = shard_rows(kind, shapes.values())
+        used = [0, *samples["row" if kind == "images" else "text_row"].to_pylist()]
+        for unit, record in commits.items():
+            if unit.kind == kind:
+                used += [unit.shard * shard + n for n, key in enumerate(record["keys"]) if key]
+        for name, shape in shapes.items():
+            lead = (max(used) + 1, views) if kind == "images" else (max(used) + 1,)
+            one = (1,) * (len(lead) - 1)
+            group.create_array(
+                name,
+                shape=(*lead, *shape),
+                shards=(shard, *one, *shape),
+                chunks=(chunk, *one, *shape),
+                dtype="float16",
+                compressors=None,
+                fill_value=math.nan,
+            )
+    for name, content in metadata.items():
+        file = folder / "data.zarr" / name
+        if not file.is_file() or file.read_bytes() != content.to_bytes():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(".partial")
+            temporary.write_bytes(content.to_bytes())
+            replace(temporary, file)
+
+
+def needed_bytes(work: Iterable[tuple[list[Unit], Rows]], row_shapes: RowShapes) -> int:
+    """Bytes that units with these rows take on the disk; a unit reaches to the chunk of its last row."""
+    size = {kind: sum(2 * math.prod(shape) for shape in shapes.values()) for kind, shapes in row_shapes.items()}
+    rows = {kind: shard_rows(kind, shapes.values()) for kind, shapes in row_shapes.items()}
+    needed = 0
+    for units, content in work:
+        kind = units[0].kind
+        shard, chunk = rows[kind]
+        needed += len(units) * (max(content) % shard // chunk + 1) * chunk * size[kind]
+    return needed
+
+
+def write_state(folder: Path, manifest: dict[str, Any], samples: pa.Table) -> None:
+    """Write the samples table, and the manifest with the checksums of all small files."""
+    write_table(folder / "samples.parquet", samples)
+    small = [folder / "samples.parquet", *sorted((folder / "data.zarr").glob("**/zarr.json"))]
+    files = {str(path.relative_to(folder)): file_record(path) for path in small}
+    write_record(folder / "manifest.json", manifest | {"files": files})
+
+
+class UnitWriter:
+    """Collects the rows of one unit and writes them at once: all of them, then the record that makes them exist."""
+
+    def __init__(self, cache: Cache, unit: Unit):
+        self.cache, self.unit = cache, unit
+        self.arrays = {
+            # Dense even where all values are NaN: the reader maps a shard only if nothing is left out of it.
+            name: array.with_config({"write_empty_chunks": True})
+            for name, array in cache.arrays(unit.kind, mode="r+").items()
+        }
+        self.rows = cache.shard_rows[unit.kind]
+        self.first = unit.shard * self.rows
+        self.stop = min(self.first + self.rows, next(iter(self.arrays.values())).shape[0])
+        lead = self.stop - self.first
+        self.keys: list[str | None] = [None] * self.rows
+        self.sizes: list[Sequence[int] | None] = [None] * self.rows
+        self.quarantined: dict[str, str] = {}
+        self.buffers = {
+            name: np.full((lead, *array.shape[2 if unit.kind == "images" else 1 :]), np.nan, np.float16)
+            for name, array in self.arrays.items()
+        }
+
+    def put(self, row: int, key: str, values: dict[str, np.ndarray], sizes: Sequence[int] | None = None) -> bool:
+        """Take one row, unless a value is not finite; returns whether it was taken."""
+        finite = all(np.isfinite(value).all() for value in values.values())
+        if finite:
+            at = row - self.first
+            self.keys[at], self.sizes[at] = key, sizes
+            for name, value in values.items():
+                self.buffers[name][at] = value
+        return finite
+
+    def quarantine(self, row: int, key: str, reason: str) -> None:
+        """Record why a row stays empty."""
+        self.keys[row - self.first] = key
+        self.quarantined[str(row - self.first)] = reason
+
+    def commit(self) -> None:
+        """Write all arrays, wait for the disk, then write the record."""
+        files = {path: self._write(name, path) for name, path in self._paths().items()}
+        record = {
+            "kind": self.unit.kind,
+            "shard": self.unit.shard,
+            "view": self.unit.view,
+            "keys": self.keys,
+            "sizes": self.sizes if self.unit.kind == "images" else None,
+            "quarantined": self.quarantined,
+            "files": files,
+        }
+        write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
+
+    def _paths(self) -> dict[str, str]:
+        return {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
+
+    def _write(self, name: str, path: str) -> dict[str, Any]:
+        values, array = self.buffers[name], self.arrays[name]
+        file = self.cache.folder / path
+        file.unlink(missing_ok=True)  # torn, of a killed process: zarr-python would try to merge with it
+        if self.unit.kind == "images":
+            array[self.first : self.stop, self.unit.view : self.unit.view + 1] = values[:, None]
+        else:
+            array[self.first : self.stop] = values
+        sync(file)
+        sync(file.parent)
+        return file_record(file)

@@ -1,0 +1,201 @@
+"""Copies a cache between folders and object stores, file by file with its checksum, the manifest last."""
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import google_crc32c
+from fsspec import AbstractFileSystem, url_to_fs
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
+
+from ..base.errors import CacheError, CacheMismatch
+from ..cache.format import replace, unseal
+
+T = TypeVar("T")
+THREADS = 8  # files in flight, each at most a shard (32 MiB) in memory
+
+
+class Copied(NamedTuple):
+    """What a copy came to."""
+
+    files: int
+    bytes: int
+    skipped: int  # files that were there already
+
+
+class Place:
+    """A folder on any file system that fsspec knows.
+
+    Raises:
+        CacheError: the store cannot be reached or refuses, in its own words; from all methods.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+        with self._errors():
+            fs, root = url_to_fs(url)
+            self.fs: AbstractFileSystem = fs
+            self.root = root.rstrip("/")
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each file, by path."""
+        with self._errors():
+            self.fs.invalidate_cache()
+            found: dict[str, Any] = self.fs.find(self.root, detail=True)  # type: ignore[assignment]
+            return {name[len(self.root) + 1 :]: info["size"] for name, info in found.items()}
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        with self._errors():
+            return bytes(self.fs.cat_file(f"{self.root}/{path}"))  # type: ignore[arg-type]
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a whole file, over an older one; on the disk when this returns if the place is a local folder."""
+        target = f"{self.root}/{path}"
+        with self._errors():
+            if isinstance(self.fs, LocalFileSystem):
+                Path(target).parent.mkdir(parents=True, exist_ok=True)
+                temporary = Path(f"{target}.partial")
+                temporary.write_bytes(content)
+                return replace(temporary, Path(target))
+            if not isinstance(self.fs, AsyncFileSystem):  # object stores have no folders, and would make a bucket
+                self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(target, content)
+
+    def delete(self, path: str) -> None:
+        """Delete a file."""
+        with self._errors():
+            self.fs.rm_file(f"{self.root}/{path}")
+
+    def holds(self, path: str, expected: Mapping[str, Any]) -> bool:
+        """Whether a file has this size and crc32c, by reading it."""
+        return checksum(self.read(path)) == expected
+
+    def manifest(self) -> bytes:
+        """The manifest as it is written.
+
+        Raises:
+            CacheError: there is none.
+        """
+        with self._errors():
+            is_cache = self.fs.exists(f"{self.root}/manifest.json")
+        if not is_cache:
+            raise CacheError(f"{self.url} is not a cache: it has no manifest.json")
+        return self.read("manifest.json")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store has exceptions of its own, all of them about what the user named
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise CacheError(f"{self.url}: {reason}") from None
+
+
+def checksum(content: bytes) -> dict[str, Any]:
+    """Size and crc32c of the content of a file, as commit records hold them."""
+    return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
+
+
+def copy(source: Place, target: Place) -> Copied:
+    """Copy a cache. What is at the target already, with the right checksum, stays.
+
+    The manifest is written last, and taken away first where one is at the target: an interrupted copy is no cache.
+
+    Raises:
+        CacheError: no cache at the source, damage there or underway, or the target holds something else.
+    """
+    seal, there, found = source.manifest(), source.sizes(), target.sizes()
+    manifest = unseal(seal, f"{source.url}/manifest.json")
+    commits = _each(source.read, filter(is_commit, there), "read records")
+    expected = dict(manifest["files"])
+    for path, content in commits.items():
+        expected |= unseal(content, f"{source.url}/{path}")["files"]
+    _check_target(source, target, found, manifest, commits, expected)
+    expected |= {path: checksum(content) for path, content in commits.items()}
+
+    def is_there(path: str) -> bool:
+        return found.get(path) == expected[path]["bytes"] and target.holds(path, expected[path])
+
+    def transfer(path: str) -> None:
+        content = source.read(path)
+        if checksum(content) != expected[path]:
+            raise CacheError(f"{source.url}/{path} is damaged, or being written: look with `ip2p-cache verify`")
+        target.write(path, content)
+        if not target.holds(path, expected[path]):
+            raise CacheError(f"{target.url}/{path} arrived damaged: run the same command again")
+
+    present = _each(is_there, expected, "compare")
+    absent = [path for path in expected if not present[path]]
+    if "manifest.json" in found:
+        if not absent and target.read("manifest.json") == seal:
+            return Copied(0, 0, len(expected) + 1)
+        target.delete("manifest.json")
+    sizes = {path: expected[path]["bytes"] for path in absent}
+    _each(transfer, [path for path in absent if not is_commit(path)], "copy", sizes)
+    _each(transfer, filter(is_commit, absent), "copy records")
+    target.write("manifest.json", seal)
+    return Copied(len(absent) + 1, sum(sizes.values()) + len(seal), len(expected) - len(absent))
+
+
+def is_commit(path: str) -> bool:
+    """Whether a file of a cache is a commit record, by its path."""
+    return path.startswith("commits/") and path.endswith(".json")
+
+
+def _check_target(
+    source: Place,
+    target: Place,
+    found: Collection[str],
+    manifest: dict[str, Any],
+    commits: Mapping[str, bytes],
+    expected: Collection[str],
+) -> None:
+    """Refuse to write over anything that the source does not hold as well.
+
+    Raises:
+        CacheError: another cache, a cache that has grown since, or other files.
+    """
+    if "manifest.json" in found:
+        from ..manifest import differences  # imports torch
+
+        other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
+        if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
+            raise CacheMismatch(f"{target.url} holds another cache: name an empty place\n" + "\n".join(lines))
+    elif not any(map(is_commit, found)) and (others := sorted(set(found) - set(expected) - {".lock", ""})):
+        raise CacheError(f"{target.url} holds other files ({others[0]}, …): name an empty place")
+    for path, content in _each(target.read, filter(is_commit, found), "compare records").items():
+        if content != commits.get(path) and _is_whole(content):
+            raise CacheError(
+                f"{target.url} holds {path}, which {source.url} {'holds otherwise' if path in commits else 'lacks'}: "
+                "name an empty place, or copy the other way"
+            )
+
+
+def _is_whole(record: bytes) -> bool:
+    try:
+        return bool(unseal(record, ""))
+    except CacheError:
+        return False
+
+
+def _each(
+    work: Callable[[str], T], paths: Iterable[str], label: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, T]:
+    """Do something to files, several at a time, and count them, or their bytes, on a bar."""
+    pool, results = ThreadPoolExecutor(THREADS), {}
+    futures = {pool.submit(work, path): path for path in paths}
+    total = sum(sizes.values()) if sizes else len(futures)
+    try:
+        with tqdm(total=total, desc=label, unit="B" if sizes else "file", unit_scale=bool(sizes), leave=False) as bar:
+            for future in as_completed(futures):
+                path = futures[future]
+                results[path] = future.result()
+                bar.update(sizes[path] if sizes else 1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return results

@@ -1,0 +1,124 @@
+"""The frozen VAE and text encoder(s), and what they compute."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
+
+from ..base.errors import ModelError
+from .checkpoint import Checkpoint
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy to the CPU; what is returned waits for the copy and gives it."""
+    if values.device.type != "cuda":
+        return values.cpu
+    copy = values.to("cpu", non_blocking=True)  # PyTorch takes pinned memory for it
+    arrived = torch.cuda.current_stream(values.device).record_event()
+
+    def finish() -> torch.Tensor:
+        arrived.synchronize()
+        return copy
+
+    return finish
+
+
+class Encoders:
+    """The VAE and the text encoder(s) of a checkpoint, frozen, on one device.
+
+    `moments` and `embed` begin a batch and return at once a function that waits for it. Where the next batch is begun
+    before that function is called, a GPU need not wait between two batches.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+    ):
+        self.checkpoint, self.device, self.vae_dtype = checkpoint, device, vae_dtype
+        self.vae = self._load_vae(vae_dtype)
+        self.tokenizers = [_load_tokenizer(checkpoint.folder / name) for name in checkpoint.tokenizers]
+        self.text_encoders = [self._load_text_encoder(name, dtype) for name in checkpoint.text_encoders]
+
+    def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        folder = self.checkpoint.vae_folder
+        vae = AutoencoderKL.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
+        vae.requires_grad_(False).eval()
+        return vae.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _load_text_encoder(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
+        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        folder = self.checkpoint.folder / name
+        encoder = kind.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
+        return encoder.requires_grad_(False).eval().to(self.device)  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def _float32_vae(self) -> AutoencoderKL:
+        return self._load_vae(torch.float32)
+
+    @torch.inference_mode()
+    def moments(self, pixels: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begin to encode images.
+
+        Args:
+            pixels: (B, 3, H, W) uint8 on the CPU.
+
+        Returns:
+            A function that waits for mean and log variance of the posterior, unscaled, (B, 8, h, w) float16 on the CPU.
+            What half precision cannot hold is then encoded again in float32; what is still not finite stays so.
+        """
+        return functools.partial(self._finish, pixels, _begin_copy(self._moments(self.vae, pixels)))
+
+    @torch.inference_mode()
+    def _finish(self, pixels: torch.Tensor, arrived: Callable[[], torch.Tensor]) -> torch.Tensor:
+        moments = arrived()
+        bad = ~moments.isfinite().flatten(1).all(dim=1)  # (B,)
+        if self.vae_dtype != torch.float32 and bad.any():
+            moments[bad] = self._moments(self._float32_vae, pixels[bad]).cpu()
+        return moments
+
+    def _moments(self, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+        images = 2 * (pixels.to(self.device, non_blocking=True).float() / 255) - 1  # diffusers' order of operations
+        images = images.to(dtype=vae.dtype, memory_format=torch.channels_last)
+        posterior = vae.encode(images).latent_dist  # type: ignore[union-attr]
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 8, h, w)
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+        """Begin to encode instructions.
+
+        They are padded to the tokenizer's length; padding is kept, since the UNet attends to it.
+        SDXL: the penultimate hidden states of both encoders side by side, and the pooled embedding of the second.
+
+        Returns:
+            A function that waits for text (B, 77, d) and pooled (B, 1280) or None, float16 on the CPU.
+        """
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            length = tokenizer.model_max_length
+            tokens = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.checkpoint.is_sdxl)
+            if self.checkpoint.is_sdxl:
+                hidden.append(output.hidden_states[-2])
+                pooled = _begin_copy(output[0].half())  # the last encoder's projection stays
+            else:
+                hidden.append(output[0])
+        text = _begin_copy(torch.cat(hidden, dim=-1).half())
+        return lambda: (text(), pooled() if pooled else None)

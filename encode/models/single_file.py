@@ -1,0 +1,81 @@
+"""Turns a checkpoint in one .safetensors file into a folder in diffusers' layout, once."""
+
+import contextlib
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+
+from ..base.errors import ModelError
+
+PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
+
+
+def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
+    """The folder that a single-file checkpoint was turned into, by its content; made if it is not there yet.
+
+    The file holds weights alone. Shapes, noise schedule and tokenizer come from `config`, or from the Hub repository
+    that diffusers takes for the origin of such weights.
+
+    Args:
+        file: a Stable Diffusion 1.x, 2.x or SDXL checkpoint in its original layout.
+        config: a folder in diffusers' layout, which need not hold weights, or a Hub id.
+        cache_dir: where the folder is made. Default: beside the Hub's own cache.
+
+    Raises:
+        ModelError: not such a checkpoint, or nothing describes it.
+    """
+    folder = Path(cache_dir or constants.HF_HOME) / "ip2p-single-file" / _identity(file, config)
+    if not folder.is_dir():
+        print(f"converting {file} to diffusers' layout in {folder}")
+        try:
+            pipeline = _load(file, config, cache_dir)
+        except Exception as error:  # whatever a file of another kind leads the libraries to
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"{file} cannot be read as a Stable Diffusion checkpoint: {reason} (--single_file_config names a "
+                "folder in diffusers' layout, or a Hub id, whose configuration files describe it)"
+            ) from None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                pipeline.save_pretrained(made := Path(temporary, "model"))
+                with contextlib.suppress(OSError):  # another process was faster
+                    made.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{folder} cannot be written: {error} (--cache_dir names another place)") from None
+    return folder
+
+
+def _identity(file: Path, config: str | None) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))  # type: ignore[arg-type]
+    if config:
+        small = sorted(path for path in Path(config).rglob("*") if path.suffix in (".json", ".txt"))
+        digest.update(b"".join(path.read_bytes() for path in small) or config.encode())
+    return digest.hexdigest()
+
+
+def _load(file: Path, config: str | None, cache_dir: Path | None) -> Any:
+    """The pipeline in a file, its weights in the widest precision that they have there."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # seconds to import
+
+    with safe_open(file, framework="pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(PARTS)]  # noqa: SIM118
+        kinds = {opened.get_slice(name).get_dtype() for name in names}
+    dtype = torch.float16 if kinds == {"F16"} else torch.bfloat16 if kinds == {"BF16"} else torch.float32
+    options: dict[str, Any] = {"config": config, "cache_dir": cache_dir, "torch_dtype": dtype}
+    if any(name.startswith("conditioner.") for name in names):
+        return StableDiffusionXLPipeline.from_single_file(str(file), **options)
+    if config is None and any(name.startswith("cond_stage_model.model.") for name in names):
+        print(
+            f"{file} looks like Stable Diffusion 2.x and is taken to predict v_prediction; the base models at 512 px "
+            "predict epsilon: for one of them give --single_file_config"
+        )
+    return StableDiffusionPipeline.from_single_file(
+        str(file), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
+    )

@@ -1,0 +1,101 @@
+"""Scores edits batch by batch, and keeps the scores that are there already."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..config import EvaluateConfig
+from ..errors import EditError
+from ..inputs import Job
+from ..outputs import CHUNK, model_stamp
+from ..pictures import open_picture
+from .metrics import Edit, measure
+from .similarity import Judge
+
+
+def score_all(
+    config: EvaluateConfig, judge: Judge, edits: Sequence[tuple[Job, Path]], file: Path
+) -> dict[str, dict[str, Any]]:
+    """Score each edit that was not scored before in the same way; one that cannot be is reported.
+
+    Args:
+        edits: inputs, each with the file of its edited picture.
+        file: JSONL with a record for each edit: `pair`, the input's stem; `of`, a hash of all that the scores
+            depend on; and the scores.
+
+    Returns:
+        The records by the inputs' stems.
+    """
+    judged_by = [[name, model_stamp(name)] for name in (config.clip_model, config.dino_model)]
+    known, records = _read(file), {}
+    missing: list[tuple[Job, Path, str]] = []
+    for job, path in edits:
+        try:
+            identity = _identity(job, path, [*judged_by, config.published_clip_range])
+        except EditError as error:
+            _report(job, error)
+            continue
+        if known.get(job.stem, {}).get("of") == identity:
+            records[job.stem] = known[job.stem]
+        else:
+            missing.append((job, path, identity))
+    if not missing:
+        return records
+
+    renewed = {job.stem for job, _, _ in missing}
+    _write(file, (record for stem, record in known.items() if stem not in renewed))
+    with file.open("a", encoding="utf-8") as lines, tqdm(total=len(missing), unit="pair", desc="scoring") as bar:
+        for batch in (missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)):
+            opened: list[tuple[str, str, Edit]] = []
+            for job, path, identity in batch:
+                try:
+                    target = open_picture(job.target()) if job.target else None
+                    edit = Edit(open_picture(job.image()), open_picture(path), target, job.captions)
+                    opened.append((job.stem, identity, edit))
+                except EditError as error:
+                    _report(job, error)
+            scores = measure(judge, [edit for _, _, edit in opened]) if opened else []
+            for (stem, identity, _), values in zip(opened, scores, strict=True):
+                records[stem] = {"pair": stem, "of": identity, **values}
+                lines.write(json.dumps(records[stem], ensure_ascii=False) + "\n")
+            lines.flush()
+            bar.update(len(batch))
+    return records
+
+
+def _identity(job: Job, path: Path, judged_by: list[Any]) -> str:
+    """A hash of all that an edit's scores depend on: how it was made, what it is compared with, and by what."""
+    if any(caption is not None and not caption.strip() for caption in job.captions):
+        raise EditError("a caption is empty")
+    target = hashlib.sha256(job.target()).hexdigest() if job.target else None
+    with Image.open(path) as edited:
+        made = edited.info[CHUNK]
+    return hashlib.sha256(json.dumps([made, target, job.captions, judged_by]).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that an interruption tore
+            record = json.loads(line)
+            records[record["pair"]] = record
+    return records
+
+
+def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, file)
+
+
+def _report(job: Job, error: EditError) -> None:
+    tqdm.write(f"skipped {job.label}: {error}", file=sys.stderr)

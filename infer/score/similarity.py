@@ -1,0 +1,84 @@
+"""Embeds pictures and captions as CLIP and DINO see them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..errors import EditError
+from ..models import is_place
+
+
+class Judge:
+    """CLIP and DINO, in float32.
+
+    Args:
+        clip: folder or Hub id of a CLIP with its tokenizer and image processor.
+        dino: folder or Hub id of a ViT that DINO trained.
+        device: "cuda", "mps", "cpu" …; default: the accelerator if there is one.
+        published_range: show CLIP pixels from -1 to 1 instead of 0 to 1. The original project's metrics do:
+            `metrics/compute_metrics.py` hands pictures from -1 to 1 to a module that expects 0 to 1.
+
+    Raises:
+        EditError: a model cannot be loaded, or is of another kind.
+    """
+
+    def __init__(self, clip: str, dino: str, device: str | None = None, published_range: bool = False):
+        self.device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.clip = self._model("clip_model", clip, CLIPModel)
+        self.tokenizer = _load("clip_model", clip, AutoTokenizer)
+        self.clip_processor = _load("clip_model", clip, CLIPImageProcessorPil)
+        if published_range:  # pixels are scaled before the mean is taken away: 2x - 1 - mean
+            self.clip_processor.rescale_factor *= 2
+            self.clip_processor.image_mean = [1 + mean for mean in self.clip_processor.image_mean]
+        self.dino = self._model("dino_model", dino, ViTModel, add_pooling_layer=False)
+        # As DINO's own evaluation and MagicBrush's: the short side to 256, of which the middle 224.
+        side = self.dino.config.image_size
+        self.dino_processor: Any = CLIPImageProcessorPil(
+            size={"shortest_edge": side * 8 // 7},
+            crop_size={"height": side, "width": side},
+            image_mean=IMAGENET_DEFAULT_MEAN,
+            image_std=IMAGENET_DEFAULT_STD,
+        )
+
+    @torch.inference_mode()
+    def see(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """CLIP's embeddings (B, d) of RGB pictures."""
+        pixels = self.clip_processor(list(pictures), return_tensors="pt")
+        return self.clip.get_image_features(**pixels.to(self.device)).pooler_output.cpu()
+
+    @torch.inference_mode()
+    def read(self, captions: Sequence[str]) -> torch.Tensor:
+        """CLIP's embeddings (B, d) of captions, cut where they are longer than it can read."""
+        length = self.clip.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return self.clip.get_text_features(**tokens.to(self.device)).pooler_output.cpu()
+
+    @torch.inference_mode()
+    def see_dino(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """DINO's embeddings (B, d) of RGB pictures: the class token behind the last norm."""
+        pixels = self.dino_processor(list(pictures), return_tensors="pt")
+        return self.dino(**pixels.to(self.device)).last_hidden_state[:, 0].cpu()
+
+    def _model(self, flag: str, name: str, kind: Any, **options: Any) -> Any:
+        found_type, type_ = _load(flag, name, AutoConfig).model_type, kind.config_class.model_type
+        if found_type != type_:
+            raise EditError(f"--{flag} {name} holds a model of type {found_type}, expected {type_}")
+        model, found = _load(flag, name, kind, dtype=torch.float32, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+            raise EditError(f"--{flag} {name} is damaged: it lacks the weights {missing[0]}")
+        return model.to(self.device).eval()
+
+
+def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
+    load: Callable[..., Any] = kind.from_pretrained
+    if not is_place(name):
+        raise EditError(f"--{flag} {name} is no model: expected a folder or a Hub id")
+    try:
+        return load(name, **options)
+    except Exception as error:  # whatever a missing or foreign folder leads transformers to
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise EditError(f"--{flag} {name} cannot be loaded: {reason[0]}") from error

@@ -1,0 +1,190 @@
+"""What happens on the page of `ip2p-infer --ui`: edits, comparison, the history of a session."""
+
+import dataclasses
+import html
+import re
+import secrets
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..batch import edit, load_editor
+from ..config import InferConfig
+from ..errors import EditError
+from ..inputs import find_jobs
+from ..outputs import model_stamp, save, settings_of
+from ..pictures import open_picture
+from .layout import ORIGINAL, Layout
+
+if TYPE_CHECKING:
+    from ..edit import Editor
+
+EXAMPLES = 8  # of the pictures of --image or --table
+SHOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what every browser shows; others are shown as PNG
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One edited picture of a session.
+
+    Attributes:
+        controls: what `Layout.controls` said.
+        model: which model made it.
+        path: its PNG, with the settings inside.
+    """
+
+    controls: tuple[Any, ...]
+    model: str
+    path: str
+
+    @property
+    def caption(self) -> str:
+        """The instruction and the settings in a line."""
+        _, prompt, steps, image, text, seed = self.controls
+        return f"{prompt} · seed {seed} · {steps} steps · image {image:g} · text {text:g}"
+
+
+class Page:
+    """What happens when the page is used. Handlers return new values by component, as gradio takes them.
+
+    Args:
+        config: where the controls start, and what holds for all that has no control.
+        editor: of `config.model`.
+        folder: where pictures are kept.
+    """
+
+    def __init__(self, config: InferConfig, editor: "Editor", folder: Path) -> None:
+        self.config = dataclasses.replace(config, num_images=1, batch_size=1)
+        self.folder = folder
+        self.names = list(dict.fromkeys([config.model, *config.compare]))
+        self.editors = {config.model: editor}
+        self.layout = Layout(config, self.names, self._examples())
+        with self.layout.blocks:
+            self._wire()
+
+    def editor(self, model: str) -> "Editor":
+        """The editor of a model, loaded when it is first asked for, and kept."""
+        if model not in self.editors:
+            self.editors[model] = load_editor(dataclasses.replace(self.config, model=model))
+        return self.editors[model]
+
+    def check(self, path: str | None) -> Any:
+        """Look at an upload at once, and turn what browsers cannot show into a PNG."""
+        at = self.layout
+        try:
+            if path is not None:
+                picture = open_picture(path)
+                with Image.open(path) as file:
+                    shown = file.format in SHOWN
+                path = path if shown else self._save(picture, Path(path).stem)
+            return {at.picture: path, at.note: ""}
+        except EditError as error:
+            return {at.picture: None, at.note: _problem(error)}
+
+    def edit(self, shelf: list[Edit], models: list[str], fresh: bool, *controls: Any) -> Any:
+        """Edit with each chosen model; one that fails is named, and the others' pictures are shown."""
+        at = self.layout
+        *settings, seed = controls
+        seed = secrets.randbelow(2**31) if fresh or seed is None else seed
+        made: list[Edit] = []
+        problems = [] if models else [EditError("choose a model")]
+        for model in models:
+            try:
+                made.append(self._edit(model, (*settings, seed)))
+            except EditError as error:
+                problems.append(error)
+        note = "<br>".join(dict.fromkeys(map(_problem, problems)))  # what all models say is said once
+        shown = self._show([*made, *shelf], made[0]) | {at.seed: seed} if made else {}
+        return shown | {at.note: note}
+
+    def look(self, shelf: list[Edit], index: int) -> Any:
+        """Bring an earlier edit back, with the settings that made it."""
+        at, chosen = self.layout, shelf[index]
+        settings = dict(zip(at.controls, chosen.controls, strict=True))
+        return settings | {at.fresh: False, at.note: ""} | self._show(shelf, chosen)
+
+    def compare(self, pictures: dict[str, str], left: str, right: str) -> tuple[str, str]:
+        """Put two of the pictures within reach side by side."""
+        return pictures[left], pictures[right]
+
+    def start(self) -> Any:
+        """Everything as it was at first, but for the history."""
+        import gradio as gr
+
+        at, hidden = self.layout, gr.Dropdown(visible=False)
+        places = {at.result: None, at.caption: "", at.pictures: {}, at.left: hidden, at.right: hidden}
+        config = self.config
+        settings = (config.num_inference_steps, config.image_guidance_scale, config.guidance_scale, config.seed)
+        controls = dict(zip(at.controls, (None, "", *settings), strict=True))
+        return controls | {at.fresh: False, at.models: self.names, at.note: ""} | places
+
+    def _edit(self, model: str, controls: tuple[Any, ...]) -> Edit:
+        path, prompt, steps, image, text, seed = controls
+        if not path:
+            raise EditError("choose a picture")
+        if not prompt.strip():
+            raise EditError('say what to change, such as "make it snowy"')
+        scales = {"image_guidance_scale": image, "guidance_scale": text}
+        config = dataclasses.replace(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
+        picture = open_picture(path)
+        (edited,) = edit(self.editor(model), config, [picture], [prompt])
+        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
+        return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
+
+    def _show(self, shelf: list[Edit], chosen: Edit) -> dict[Any, Any]:
+        """Fill the places for results: the chosen edit beside its original, the other models' within reach."""
+        import gradio as gr
+
+        at, original, several = self.layout, chosen.controls[0], len(self.names) > 1
+        found = {edit.model: edit.path for edit in reversed(shelf) if edit.controls == chosen.controls}
+        return {
+            at.result: (original, chosen.path),
+            at.caption: f"<span>{html.escape(chosen.caption)}</span>",
+            at.pictures: {ORIGINAL: original} | found,
+            at.left: gr.Dropdown([ORIGINAL, *found], value=ORIGINAL, visible=several),
+            at.right: gr.Dropdown(list(found), value=chosen.model, visible=several),
+            at.shelf: shelf,
+            at.history: [(edit.path, edit.caption + several * f" · {edit.model}") for edit in shelf],
+        }
+
+    def _examples(self) -> list[tuple[str, str]]:
+        jobs = find_jobs(self.config)[:EXAMPLES] if self.config.image or self.config.table else []
+        return [(self._save(open_picture(job.image()), job.stem), job.prompt) for job in jobs]
+
+    def _save(self, picture: Image.Image, title: str, settings: str = "") -> str:
+        """Write a PNG in a folder of its own, under a name that is good to download."""
+        name = re.sub(r"\W+", "-", title).strip("-")[:60] or "picture"
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / f"{name}.png"
+        save(picture, path, settings)
+        return str(path)
+
+    def _wire(self) -> None:
+        import gradio as gr
+
+        at = self.layout
+        progress = gr.Progress(track_tqdm=True)  # gradio finds it as a default value
+
+        def run(progress: Any = progress, *values: Any) -> Any:
+            return self.edit(*values)
+
+        def look(shelf: list[Edit], event: gr.SelectData) -> Any:
+            return self.look(shelf, event.index)
+
+        at.picture.upload(self.check, at.picture, [at.picture, at.note])
+        gr.on(
+            [at.edit.click, at.prompt.submit],
+            run,
+            [at.shelf, at.models, at.fresh, *at.controls],
+            [*at.everything, at.shelf, at.history],
+            concurrency_limit=1,  # requests wait in line for the one device
+            show_progress_on=at.result,
+        )
+        at.history.select(look, at.shelf, [*at.everything, at.shelf, at.history])
+        gr.on([at.left.input, at.right.input], self.compare, [at.pictures, at.left, at.right], at.result)
+        at.reset.click(self.start, None, at.everything)
+
+
+def _problem(error: EditError) -> str:
+    return f'<span role="alert">{html.escape(str(error))}</span>'

@@ -1,0 +1,160 @@
+"""Batches on the device, gathered from the cache by one background thread.
+
+The samples of all epochs form one endless sequence, and every step takes the next `batch size x processes x
+accumulation` of it. So no batch is ever partial, and a run that is resumed on another number of processes goes on
+where it stopped: nothing in the epoch is lost or repeated.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ...encode.base.errors import CacheError
+from ...encode.cache.format import Cache
+from ...encode.cache.reader import Reader
+from ...encode.planner import NULL_PROMPT, text_key
+from ..objective import Batch, Null
+from .order import Order
+from .samples import Samples
+
+AHEAD = 4  # batches whose rows the disk is asked for in advance
+RING = 3  # batches in memory: one in use, one ready, one being gathered
+
+
+def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:
+    """The cached encoding of the empty instruction, which lies in text row 0."""
+    record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
+    if record["keys"][0] != text_key(NULL_PROMPT):
+        raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
+    parts = {}
+    for name in ("text", "pooled"):
+        if array := reader.arrays.get(name):
+            parts[name] = np.empty((1, *array.row_shape), np.float16)
+            array.take(np.zeros(1, np.int64), parts[name])
+    return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
+
+
+def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device) -> Batch:
+    """Some samples in their first view, for looking at outside of training."""
+    chosen, views = samples.select(numbers), np.zeros(len(numbers), np.int64)
+    slot = Slot(reader, len(numbers), device)
+    batch = slot.fill(reader, chosen.rows, views, chosen.text_rows, chosen.time_ids[:, 0])
+    slot.hand_over(batch)
+    return batch
+
+
+class Batches:
+    """An endless iterator over `Batch`es on the device.
+
+    A background thread gathers rows into a ring of (pinned) buffers and, on a GPU, copies them on a stream of its
+    own. `waited` counts the seconds that training waited here.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Samples,
+        order: Order,
+        device: torch.device,
+        *,
+        batch_size: int,
+        start: int,
+        stride: int,
+    ):
+        self._reader, self._samples, self._order, self._device = reader, samples, order, device
+        self._batch_size, self._start, self._stride = batch_size, start, stride
+        self.waited = 0.0
+        self._free: queue.Queue[Slot | None] = queue.Queue()
+        self._ready: queue.Queue[tuple[Batch, Slot] | Exception] = queue.Queue()
+        self._in_use: Slot | None = None
+        for _ in range(RING):
+            self._free.put(Slot(reader, batch_size, device))
+        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._in_use is not None:  # on the CPU a batch is the buffer itself, so it is given back only now
+            self._free.put(self._in_use)
+        began = time.perf_counter()
+        item = self._ready.get()
+        self.waited += time.perf_counter() - began
+        if isinstance(item, Exception):
+            raise item
+        batch, self._in_use = item
+        self._in_use.hand_over(batch)
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread once it has filled the buffers that are free."""
+        self._free.put(None)  # wakes it
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            if self._device.type == "cuda" and self._device.index is not None:
+                torch.cuda.set_device(self._device)  # or a thread begins on the first GPU, and takes memory there
+            ahead: deque[tuple[np.ndarray, ...]] = deque()  # rows that the disk was asked for
+            for step in itertools.count():
+                ahead.append(self._rows(step))
+                self._reader.will_need(*ahead[-1][:3])
+                if len(ahead) <= AHEAD:
+                    continue
+                slot = self._free.get()
+                if slot is None:
+                    return
+                self._ready.put((slot.fill(self._reader, *ahead.popleft()), slot))
+        except Exception as error:  # raised where the batch is waited for
+            self._ready.put(error)
+
+    def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        numbers, drawn = self._order(self._start + step * self._stride, self._batch_size)
+        samples, views = self._samples, self._samples.views[numbers, drawn]
+        return samples.rows[numbers], views, samples.text_rows[numbers], samples.time_ids[numbers, views]
+
+
+class Slot:
+    """The buffers of one batch in the ring."""
+
+    def __init__(self, reader: Reader, batch_size: int, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copied = torch.cuda.Event() if self.stream else None
+        shapes = {name: (batch_size, *array.row_shape) for name, array in reader.arrays.items()}
+        self.buffers = {
+            name: torch.empty(shape, dtype=torch.float16, pin_memory=self.stream is not None)
+            for name, shape in shapes.items()
+        }
+
+    def fill(
+        self, reader: Reader, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, time_ids: np.ndarray
+    ) -> Batch:
+        """Gather a batch, and begin to copy it to the device."""
+        if self.copied:
+            self.copied.synchronize()  # the copy of the batch that was here before
+        reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
+        tensors = dict(self.buffers)
+        if "pooled" in tensors:
+            tensors["time_ids"] = torch.from_numpy(time_ids)
+        if self.stream and self.copied:
+            with torch.cuda.stream(self.stream):
+                tensors = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
+                self.copied.record(self.stream)
+        return Batch(**tensors)
+
+    def hand_over(self, batch: Batch) -> None:
+        """Let the stream that trains wait for the copy, and own its memory."""
+        if self.copied:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self.copied)
+            for part in batch:
+                if part is not None:
+                    part.record_stream(stream)

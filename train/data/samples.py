@@ -1,0 +1,97 @@
+"""The samples of one or more caches as columns."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ...encode.base.errors import CacheError
+from ...encode.cache.format import Cache
+from ...encode.cache.reader import Reader
+from ...encode.images import View
+
+
+class Samples(NamedTuple):
+    """N samples, each known by its rows in a `Reader`; V is how many sides the coin for the view has."""
+
+    rows: np.ndarray  # (N,)
+    text_rows: np.ndarray  # (N,)
+    views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
+    time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
+    groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
+    pairs: np.ndarray  # (N,) identity of the image pair, the same in every cache
+    caches: np.ndarray  # (N,) number of the cache
+    numbers: np.ndarray  # (N,) where that cache's samples table has them
+
+    def select(self, which: np.ndarray) -> "Samples":
+        """Some of the samples, by mask or number."""
+        return Samples(*(column[which] for column in self))
+
+    def prompts(self) -> np.ndarray:
+        """The prompt of each sample, numbered from 0 without gaps, (N,)."""
+        return np.unique(self.groups, return_inverse=True)[1]
+
+    def instructions(self, caches: Sequence[Cache]) -> list[str]:
+        """The instruction of each sample."""
+        tables = {cache: caches[cache].samples()["instruction"] for cache in np.unique(self.caches).tolist()}
+        places = zip(self.caches.tolist(), self.numbers.tolist(), strict=True)
+        return [tables[cache][number].as_py() for cache, number in places]
+
+    @classmethod
+    def of(cls, cache: Cache, limit: int | None) -> "Samples":
+        """All samples of a cache that are encoded, in the order of the dataset, or the first `limit` of them.
+
+        Raises:
+            CacheError: the encode was not finished, or no sample is usable.
+        """
+        table = cache.samples()
+        status = table["status"].to_numpy(zero_copy_only=False)
+        if pending := int((status == "pending").sum()):
+            raise CacheError(
+                f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
+                "run the same ip2p-encode again"
+            )
+        numbers = np.flatnonzero(status == "ok")[:limit]
+        table = table.take(numbers)
+        if len(table) == 0:
+            raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
+        side = cache.manifest["encoding"]["resolution"]
+        views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
+        unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
+        shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
+        sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
+        sizes += [
+            table[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("crop_top", "crop_left")
+        ]
+        sizes = [np.broadcast_to(size, shape) for size in (*sizes, side, side)]
+        time_ids = np.stack(sizes, axis=2).astype(np.float32)
+        text_rows = table["text_row"].to_numpy()
+        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
+        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
+        groups = np.unique(names, return_inverse=True)[1]
+        pairs = np.array([int(key[-16:], 16) for key in table["pair"].to_pylist()], np.uint64)  # 64 bits of a hash
+        caches = np.zeros(len(table), np.int64)
+        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, pairs, caches, numbers)
+
+    @classmethod
+    def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
+        """The samples of all caches of a reader, one cache after the other, each as in `of`.
+
+        A prompt belongs to its cache: the same words elsewhere are another one. Where caches differ in their views,
+        the coin gets as many sides as all of their numbers divide: it is fair among the views of each sample.
+        """
+        parts = [cls.of(cache, limit) for cache in reader.caches]
+        sides, prompts = math.lcm(*(part.views.shape[1] for part in parts)), 0
+        for number, part in enumerate(parts):
+            wide = np.arange(sides) % part.views.shape[1]
+            parts[number] = part._replace(
+                rows=part.rows + reader.first_rows["images"][number],
+                text_rows=part.text_rows + reader.first_rows["text"][number],
+                views=part.views[:, wide],
+                time_ids=part.time_ids[:, wide],
+                groups=part.groups + prompts,
+                caches=part.caches + number,
+            )
+            prompts += part.groups.max() + 1
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))

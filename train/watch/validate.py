@@ -1,0 +1,166 @@
+"""Looks at a model in training from outside: its loss with fixed noise on held-out samples, and edited pictures.
+
+Nothing of it touches the run: it has its own seed, and weights with and without validation are equal bit for bit.
+"""
+
+import contextlib
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from diffusers.utils import load_image
+from PIL import Image
+
+from ...encode.base.errors import SettingsError
+from ...encode.cache.reader import Reader
+from ...encode.models.checkpoint import Checkpoint
+from ...infer.edit import Editor
+from ...infer.sheet import contact_sheet
+from ..config import TrainConfig
+from ..data.batches import gather
+from ..data.samples import Samples
+from ..objective import Objective
+from ..save.pipeline import make_pipeline
+from ..unet.average import Average
+from ..unet.weights import Weights
+
+BANDS = 4  # of timesteps, for which the loss is reported separately
+SEED = 0
+
+
+def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
+    """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
+
+    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a
+    little, and held out of every cache that holds them.
+
+    Raises:
+        SettingsError: nothing is left to train on.
+    """
+    chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
+    if chosen.all():
+        raise SettingsError(
+            f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples, hold out fewer"
+        )
+    return samples.select(~chosen), samples.select(chosen)
+
+
+class Validation:
+    """What is looked at every `config.validation_every` steps; nothing if the flags ask for nothing."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint,
+        reader: Reader,
+        objective: Objective,
+        held_out: Samples,
+    ):
+        self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
+        self.reader, self.objective, self.held_out = reader, objective, held_out
+        self.picture = open_picture(config) if config.validation_image else None
+
+    def run(self, step: int, unet: torch.nn.Module, weights: Weights, average: Average | None) -> dict[str, float]:
+        """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
+        model: Any = self.accelerator.unwrap_model(unet)
+        model.eval()
+        # What a compiled UNet meets here, other batch sizes and no gradients, it would have to be compiled for anew.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        with torch.no_grad(), eager:
+            values = self.losses(model, "validation_loss")
+            with weights.averaged(average):
+                values |= self.losses(model, "ema_validation_loss") if average else {}
+                try:
+                    self.draw(step, model)
+                except torch.OutOfMemoryError:
+                    print(f"no pictures at step {step}: out of memory (--num_validation_images draws fewer at once)")
+        model.train()
+        return values
+
+    def losses(self, unet: torch.nn.Module, name: str) -> dict[str, float]:
+        """The mean loss over the held-out samples, in all and by band of timesteps, both conditions kept."""
+        count, size = len(self.held_out.rows), self.config.train_batch_size
+        if not count:
+            return {}
+        steps = len(self.objective.scheduler.alphas_cumprod)
+        width, device = steps // BANDS, self.accelerator.device
+        sums = torch.zeros(BANDS, device=device)
+        starts = range(0, count, size)[self.accelerator.process_index :: self.accelerator.num_processes]
+        for start in starts:
+            numbers = np.arange(start, min(start + size, count))
+            batch = gather(self.reader, self.held_out, numbers, device)
+            draws = self.objective.draw(batch, SEED, start, 0, 0)
+            draws = draws._replace(dropout=torch.ones_like(draws.dropout))
+            for band in range(BANDS):
+                timesteps = band * width + draws.timesteps % width
+                sums[band] += self.objective.losses(unet, batch, draws._replace(timesteps=timesteps)).sum()
+        means = (self.accelerator.reduce(sums, "sum") / count).tolist()  # type: ignore[union-attr, operator]
+        bands = {f"{name}_{band * width}_{(band + 1) * width}": mean for band, mean in enumerate(means)}
+        return {name: math.fsum(means) / BANDS} | bands
+
+    def draw(self, step: int, unet: UNet2DConditionModel) -> None:
+        """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them."""
+        if not self.accelerator.is_main_process or (self.picture is None and not len(self.held_out.rows)):
+            return
+        pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(self.accelerator.device)
+        editor = Editor(pipeline)
+        rows: list[tuple[str, Sequence[Image.Image | None]]] = []
+        seeds = range(SEED, SEED + self.config.num_validation_images)
+        if self.picture is not None:
+            prompt = str(self.config.validation_prompt)
+            edits = editor.edit(self.picture, prompt, seed=SEED, num_images=len(seeds))
+            rows.append((prompt, [self.picture, None, *edits]))
+        rows += [
+            (prompt, [original, target, *editor.edit(original, prompt, seed=SEED, num_images=len(seeds))])
+            for prompt, original, target in self.held_out_pictures(pipeline)
+        ]
+        sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
+        folder = self.config.output_dir / "validation"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"step-{step:06d}.png")
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [sheet]}, step=step)
+        del pipeline, editor  # the encoders go with it
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
+        """Instruction, original and target of held-out samples from all over; the pictures decoded from the cache."""
+        there = len(self.held_out.rows)
+        count = min(self.config.num_validation_images, there)
+        if not count:
+            return
+        numbers = np.arange(count) * there // count
+        batch = gather(self.reader, self.held_out, numbers, self.accelerator.device)
+        decode, to_pictures = pipeline.vae.decode, pipeline.image_processor.postprocess
+        originals = to_pictures(decode(batch.original.float()).sample)
+        targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
+        instructions = self.held_out.select(numbers).instructions(self.reader.caches)
+        yield from zip(instructions, originals, targets, strict=True)
+
+
+def open_picture(config: TrainConfig) -> Image.Image:
+    """The picture of --val_image_url_or_path.
+
+    Raises:
+        SettingsError: it cannot be opened, or there is no --validation_prompt for it.
+    """
+    if not config.validation_prompt:
+        raise SettingsError(f"--val_image_url_or_path {config.validation_image} needs a --validation_prompt")
+    try:
+        return load_image(str(config.validation_image))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"--val_image_url_or_path {config.validation_image} cannot be opened: {reason}") from None
