@@ -15,7 +15,7 @@ from common import DEVICE, GPU, take_turns
 from tqdm import tqdm
 
 from ip2p.encode import pipeline, run
-from ip2p.encode.cache.format import content_key
+from ip2p.encode.base.files import content_key
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Source, open_source
 from ip2p.encode.images import Geometry, View

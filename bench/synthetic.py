@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, read_record, shard_rows, write_record
+from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, shard_rows
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Source

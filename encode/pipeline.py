@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .base.errors import SourceError
-from .cache.format import Cache, Unit, content_key
+from .base.files import content_key
+from .cache.format import Cache, Unit
 from .cache.writer import UnitWriter
 from .data.sources import Source
 from .images import Geometry, ImageError, View

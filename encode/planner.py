@@ -14,7 +14,8 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .cache.format import SAMPLES, Unit, content_key
+from .base.files import content_key
+from .cache.format import SAMPLES, Unit
 from .data.sources import Pair, Source
 
 Commits = Mapping[Unit, Mapping[str, Any]]

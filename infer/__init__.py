@@ -1,6 +1,6 @@
 """Edits pictures with a trained InstructPix2Pix pipeline: `Editor("OUT").edit(picture, "make it snowy")`."""
 
+from ..encode.base.errors import EditError
 from .edit import Editor
-from .errors import EditError
 
 __all__ = ["EditError", "Editor"]

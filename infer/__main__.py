@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..encode.base.errors import EditError
 from .config import InferConfig, parse, parse_evaluate
-from .errors import EditError
 
 if TYPE_CHECKING:
     from PIL import Image

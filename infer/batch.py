@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..encode.base.errors import EditError
 from .config import InferConfig
-from .errors import EditError
 from .inputs import Job
 from .outputs import is_there, model_stamp, save, settings_of
 from .pictures import open_picture

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from .errors import EditError
+from ..encode.base.errors import EditError
 from .expand import expand
 
 Config = TypeVar("Config", bound="Common")

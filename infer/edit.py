@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .errors import EditError
+from ..encode.base.errors import EditError
 from .guidance import Guidance
 from .models import SDXL, check_kind, load, scheduler_like
 from .pictures import Picture, open_picture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from .errors import EditError
+from ..encode.base.errors import EditError
 
 
 def expand(argv: Sequence[str]) -> list[str]:

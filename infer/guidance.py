@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import EditError
+from ..encode.base.errors import EditError
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..encode.base.errors import EditError
 from .config import InferConfig
-from .errors import EditError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from .errors import EditError
+from ..encode.base.errors import EditError, reason
 
 # torch and diffusers are imported where work begins: they take seconds, and `--help` must not wait for them.
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def _readable(name: str) -> Iterator[None]:
     except EditError:
         raise
     except Exception as error:  # whatever a damaged or foreign folder leads the libraries to
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EditError(f"the model {name} cannot be loaded: {reason[0]}") from error
+        raise EditError(f"the model {name} cannot be loaded: {reason(error)}") from error
 
 
 def check_kind(name: str, kind: str | None, channels: int | None) -> None:
@@ -98,5 +97,5 @@ def scheduler_like(current: Any, name: str) -> Any:
             try:
                 return kind.from_config(current.config)
             except ImportError as error:  # some schedulers need a package that is not installed
-                raise EditError(f"scheduler {label}: {str(error).strip().splitlines()[0]}") from error
+                raise EditError(f"scheduler {label}: {reason(error)}") from error
     raise EditError(f"no scheduler {name}: expected one of {', '.join(sorted(known))}")

@@ -3,15 +3,15 @@
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..encode.base.errors import EditError
+from ..encode.base.files import whole
 from .config import InferConfig
-from .errors import EditError
 from .inputs import Job
 
 # The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
@@ -87,7 +87,5 @@ def save(picture: Image.Image, path: Path, settings: str) -> None:
     """Write a PNG whole or not at all, so that a file that is there is a finished one."""
     info = PngInfo()
     info.add_itxt(CHUNK, settings)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    picture.save(unfinished, format="PNG", pnginfo=info)
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        picture.save(unfinished, format="PNG", pnginfo=info)

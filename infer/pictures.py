@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps
 
-from .errors import EditError
+from ..encode.base.errors import EditError
 
 Picture: TypeAlias = Image.Image | bytes | str | os.PathLike[str]
 

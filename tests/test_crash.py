@@ -20,7 +20,8 @@ import zarr
 
 import tiny
 from ip2p.encode.base.errors import CacheError
-from ip2p.encode.cache.format import Cache, Unit, file_record
+from ip2p.encode.base.files import file_record
+from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.writer import exclusive
 from ranks import FORKS, encode_rank
 

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 import fakes
 from ip2p.encode.base.errors import CacheError
-from ip2p.encode.cache.format import Cache, Unit, content_key
+from ip2p.encode.base.files import content_key
+from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.data.sources import Pair
 from ip2p.encode.keeper.repair import repair

@@ -169,7 +169,7 @@ def test_a_cache_of_a_newer_format_is_refused(
     training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An old ip2p does not guess at what a newer one wrote."""
-    from ip2p.encode.cache.format import read_record, write_record
+    from ip2p.encode.base.files import read_record, write_record
 
     folder = shutil.copytree(cache, tmp_path / "newer")
     write_record(folder / "manifest.json", read_record(folder / "manifest.json") | {"format": 2})

@@ -10,8 +10,9 @@ import zarr
 
 import tiny
 from ip2p.encode.base.errors import CacheError
+from ip2p.encode.base.files import file_record, write_record
 from ip2p.encode.cache import format as cache_module
-from ip2p.encode.cache.format import Cache, file_record, shard_rows, write_record
+from ip2p.encode.cache.format import Cache, shard_rows
 from ip2p.encode.cache.reader import Reader, Shard
 
 Encode = Callable[..., None]

@@ -11,7 +11,8 @@ import zarr
 
 import tiny
 from ip2p.encode.base.errors import SettingsError
-from ip2p.encode.cache.format import Cache, file_record, read_record, write_record
+from ip2p.encode.base.files import file_record, read_record, write_record
+from ip2p.encode.cache.format import Cache
 from ip2p.encode.keeper.__main__ import Origin, Verify, main
 from ip2p.encode.keeper.reencode import reencode
 from ip2p.encode.keeper.verify import verify

@@ -11,7 +11,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import tiny
 from ip2p.encode.base.errors import CacheError
-from ip2p.encode.cache.format import Cache, read_record, write_record
+from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.cache.format import Cache
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.transfer import Place, copy
 from ip2p.encode.keeper.verify import verify

@@ -14,8 +14,9 @@ import zarr
 
 import tiny
 from ip2p.encode.base.errors import CacheError
+from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache import format as cache_module
-from ip2p.encode.cache.format import Cache, Unit, file_record, read_record, write_record
+from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.repair import repair

@@ -1,16 +1,23 @@
-"""Everything that ip2p tells a user instead of a traceback.
+"""What users read instead of a traceback.
 
     Ip2pError
     ├── SettingsError   a flag or a configuration file
     ├── SourceError     a dataset
     ├── ModelError      a checkpoint
     ├── TrainError      a training run that cannot go on
+    ├── EditError       an edit that cannot be made
     └── CacheError      a cache
         └── CacheMismatch   a cache that belongs to another model or other settings
 
 Each message says what was found, what was expected, and the flag or command that mends it. Any other exception
 is a bug and keeps its traceback.
 """
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class Ip2pError(Exception):
@@ -33,9 +40,44 @@ class TrainError(Ip2pError):
     """A training run that cannot go on as it is."""
 
 
+class EditError(Ip2pError, ValueError):
+    """A setting, model or picture that editing cannot use."""
+
+
 class CacheError(Ip2pError):
     """A cache that is missing, unfinished, damaged or in use."""
 
 
 class CacheMismatch(CacheError):
     """A cache that was made by another model, or with other settings."""
+
+
+def reason(error: BaseException) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean NEAREST?`, or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+@contextlib.contextmanager
+def user_errors(prog: str) -> Iterator[None]:
+    """Show `Ip2pError` and Ctrl-C as a line instead of a traceback; exit with status 2 and 130.
+
+    Whoever stops reading the output, as `| head` does, ends the command quietly.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except Ip2pError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped; the same command continues from what is saved", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(141) from None  # as a shell reports SIGPIPE

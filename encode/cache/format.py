@@ -16,20 +16,17 @@ records alone say what is cached; `samples.parquet` says which samples the datas
 """
 
 import dataclasses
-import hashlib
-import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 
 from ..base.errors import CacheError
+from ..base.files import file_record, read_record, whole
 
 FORMAT = 1
 SHARD_BYTES = 32 * 2**20
@@ -55,15 +52,6 @@ SAMPLES = pa.schema(
         ("reason", pa.string()),
     ]
 )
-
-
-def content_key(*parts: bytes) -> str:
-    """Identity of content: 128 bits of BLAKE2b over the parts, each with its length, as 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -162,77 +150,7 @@ class Cache:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and crc32c of a file."""
-    checksum, size = google_crc32c.Checksum(), 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            checksum.update(block)
-            size += len(block)
-    return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file that carries its own checksum: complete or not at all, and on the disk when this returns.
-
-    The checksum is the crc32c of the file's bytes with eight zeros in its place, at the end.
-    """
-    content = json.dumps(record | {"crc32c": "0" * 8}, indent=1).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(_sealed(content))
-    replace(temporary, path)
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote.
-
-    Raises:
-        CacheError: unreadable, or different from what was written.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read ({error.strerror})") from None
-    return unseal(content, str(path))
-
-
-def unseal(content: bytes, name: str) -> dict[str, Any]:
-    """The record in the bytes of a file called `name`, after a look at its checksum.
-
-    Raises:
-        CacheError: different from what was written.
-    """
-    if content != _sealed(content):
-        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
-    record = json.loads(content)
-    del record["crc32c"]
-    return record
-
-
-def _sealed(content: bytes) -> bytes:
-    head, tail = content[:-11], b'"\n}'
-    checksum = google_crc32c.value(head + b"0" * 8 + tail)
-    return head + f"{checksum:08x}".encode() + tail
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file, complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, temporary, compression="zstd")
-    replace(temporary, path)
-
-
-def replace(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place: the data first, then the name, both on the disk when this returns."""
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")

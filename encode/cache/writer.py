@@ -14,20 +14,10 @@ import zarr
 from zarr.core.buffer import Buffer
 
 from ..base.errors import CacheError
+from ..base.files import UNFINISHED, file_record, sync, whole, write_record
 from ..manifest import RowShapes
 from ..planner import Commits, Rows
-from .format import (
-    Cache,
-    Unit,
-    file_record,
-    replace,
-    shard_rows,
-    sync,
-    write_record,
-    write_table,
-)
-
-LEFTOVERS = ("*.partial", ".*.json.*", ".samples.parquet.*")  # what a killed process was writing, here or in zarr
+from .format import Cache, Unit, shard_rows, write_table
 
 
 @contextlib.contextmanager
@@ -80,8 +70,8 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Com
     C-order array, which can be mapped into memory. Metadata that is there already is not trusted, but compared.
     """
     (folder / "commits").mkdir(parents=True, exist_ok=True)
-    for leftover in [path for pattern in LEFTOVERS for path in folder.rglob(pattern)]:
-        leftover.unlink()
+    for path in [path for path in folder.rglob("*") if UNFINISHED.fullmatch(path.name)]:
+        path.unlink()
     metadata: dict[str, Buffer] = {}
     group = zarr.create_group(metadata, zarr_format=3)
     for kind, shapes in row_shapes.items():
@@ -105,10 +95,8 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Com
     for name, content in metadata.items():
         file = folder / "data.zarr" / name
         if not file.is_file() or file.read_bytes() != content.to_bytes():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".partial")
-            temporary.write_bytes(content.to_bytes())
-            replace(temporary, file)
+            with whole(file) as unfinished:
+                unfinished.write_bytes(content.to_bytes())
 
 
 def needed_bytes(work: Iterable[tuple[list[Unit], Rows]], row_shapes: RowShapes) -> int:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import SourceError
+from ..base.files import file_state
 from ..config import EncodeConfig
 from .columns import IMAGES, TEXT, choose
 from .presets import Preset
-from .sources import file_state
 
 ORIGINAL, EDITED = "{seed}_0.jpg", "{seed}_1.jpg"
 

@@ -1,7 +1,6 @@
 """Where pairs come from: one interface for all kinds of datasets, and which kind the flags mean."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -104,15 +103,6 @@ class Source:
             return divmod(index, len(self.columns) - 2)
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - (int(self._ends[row - 1]) if row else 0)
-
-
-def file_state(path: str | os.PathLike[str]) -> str:
-    """What the fingerprint of a dataset says about a file beside it: name, size, time of its last change."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return f"{path}|missing\n"
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}\n"
 
 
 def open_source(config: EncodeConfig) -> Source:

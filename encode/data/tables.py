@@ -14,9 +14,9 @@ import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
 from ..base.errors import SourceError
+from ..base.files import file_state
 from ..config import EncodeConfig
 from .columns import choose, kinds_of
-from .sources import file_state
 
 READERS: dict[str, dict[str, Any]] = {
     ".arrow": {"path": "arrow"},

@@ -1,7 +1,6 @@
 """Pairs in WebDataset tar files, local or by url: members are found through an index and read by seeking."""
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +18,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ..base.errors import SourceError
-from ..cache.format import content_key, replace, write_table
+from ..base.errors import SourceError, reason
+from ..base.files import content_key, file_state, whole
+from ..cache.format import write_table
 from ..config import EncodeConfig
 from .columns import IMAGES, TEXT, choose, is_image_name
-from .sources import file_state
 
 # The rules of the webdataset package: the key of a sample ends at the first dot of the file name, neighbors with the
 # same key are one sample, and names like __this__ are metadata.
@@ -191,12 +190,10 @@ def _local(name: str, cache: Path) -> Path:
         return Path(name)
     copy = cache / f"{content_key(name.encode())}.tar"
     if not copy.is_file():
-        temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
         try:
-            files, path = fsspec.url_to_fs(name)
-            files.get_file(path, str(temporary))
+            with whole(copy) as unfinished:
+                files, path = fsspec.url_to_fs(name)
+                files.get_file(path, str(unfinished))
         except Exception as error:  # each protocol raises kinds of its own
-            temporary.unlink(missing_ok=True)
-            raise SourceError(f"{name} cannot be fetched: {str(error) or type(error).__name__}") from None
-        replace(temporary, copy)
+            raise SourceError(f"{name} cannot be fetched: {reason(error)}") from None
     return copy

@@ -1,9 +1,9 @@
 """What a cache holds, and how two caches differ, as plain values."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
+from ..base.files import folder_bytes
 from ..cache.format import Cache
 
 COMPARED = ("model", "identity", "encoding", "dataset", "counts")
@@ -60,8 +60,3 @@ def compare(a: Cache, b: Cache) -> dict[str, Any]:
             "only in b": len(keys[1] - keys[0]),
         },
     }
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

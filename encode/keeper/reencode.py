@@ -9,7 +9,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..base.errors import CacheMismatch, SourceError
-from ..cache.format import Cache, content_key
+from ..base.files import content_key
+from ..cache.format import Cache
 from ..config import EncodeConfig
 from ..data.sources import Source, open_source
 from ..images import Geometry, ImageError, View

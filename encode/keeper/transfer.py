@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from ..base.errors import CacheError, CacheMismatch
-from ..cache.format import replace, unseal
+from ..base.files import unseal, whole
 
 T = TypeVar("T")
 THREADS = 8  # files in flight, each at most a shard (32 MiB) in memory
@@ -58,10 +58,9 @@ class Place:
         target = f"{self.root}/{path}"
         with self._errors():
             if isinstance(self.fs, LocalFileSystem):
-                Path(target).parent.mkdir(parents=True, exist_ok=True)
-                temporary = Path(f"{target}.partial")
-                temporary.write_bytes(content)
-                return replace(temporary, Path(target))
+                with whole(Path(target)) as unfinished:
+                    unfinished.write_bytes(content)
+                return
             if not isinstance(self.fs, AsyncFileSystem):  # object stores have no folders, and would make a bucket
                 self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             self.fs.pipe_file(target, content)

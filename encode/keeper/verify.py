@@ -14,11 +14,11 @@ import zarr
 from tqdm import tqdm
 
 from ..base.errors import CacheError
-from ..cache.format import Cache, Unit, file_record, read_record
+from ..base.files import UNFINISHED, file_record, read_record
+from ..cache.format import Cache, Unit
 
 RECORD = re.compile(r"(?:images-v(\d+)|text)-(\d{6,})\.json")
 SMALL = re.compile(r"samples\.parquet|data\.zarr/(.*/)?zarr\.json")
-LEFTOVER = re.compile(r"(.*/)?\.[^/]+\.\d+|.*\.partial")  # of `write_record` and of zarr-python
 Records = Mapping[Unit, Mapping[str, Any]]
 
 
@@ -192,7 +192,7 @@ def _strays(files: Iterable[str], cache: Cache | None, records: Records, known: 
     expected |= set(cache.manifest["files"] if cache else filter(SMALL.fullmatch, files))
     for path in sorted(set(files) - expected):
         unit = unit_of(path)
-        if LEFTOVER.fullmatch(path):
+        if UNFINISHED.fullmatch(path.rpartition("/")[2]):
             yield Finding(path, "was left by a process that was killed", drop=True)
         elif unit is None or unit in records:
             yield Finding(path, "is no part of the cache: move it away")

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from ..base.errors import ModelError
+from ..base.errors import ModelError, reason
 from .single_file import converted
 
 
@@ -128,7 +128,7 @@ def _download(
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{model} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for: "
-            f"{str(error).strip().splitlines()[0]} (--pretrained_model_name_or_path)"
+            f"{reason(error)} (--pretrained_model_name_or_path)"
         ) from None
     return Path(folder)
 
@@ -144,7 +144,7 @@ def _find_vae(vae: str, cache_dir: Path | None) -> Path:
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"the VAE {vae} is neither a folder here nor a model that the Hub answers for: "
-                f"{str(error).strip().splitlines()[0]} (--pretrained_vae_model_name_or_path)"
+                f"{reason(error)} (--pretrained_vae_model_name_or_path)"
             ) from None
     return folder / "vae" if (folder / "vae").is_dir() else folder
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..base.errors import ModelError
+from ..base.errors import ModelError, reason
 from .checkpoint import Checkpoint
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -19,7 +19,7 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{folder} holds no tokenizer: {reason(error)}") from None
 
 
 def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:

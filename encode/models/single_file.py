@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
-from ..base.errors import ModelError
+from ..base.errors import ModelError, reason
 
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
@@ -35,10 +35,9 @@ def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
         try:
             pipeline = _load(file, config, cache_dir)
         except Exception as error:  # whatever a file of another kind leads the libraries to
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"{file} cannot be read as a Stable Diffusion checkpoint: {reason} (--single_file_config names a "
-                "folder in diffusers' layout, or a Hub id, whose configuration files describe it)"
+                f"{file} cannot be read as a Stable Diffusion checkpoint: {reason(error)} "
+                "(--single_file_config names a folder in diffusers' layout, or a Hub id, whose configuration describes it)"
             ) from None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

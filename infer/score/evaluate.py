@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...encode.base.errors import EditError
 from ..batch import edit_all, load_editor
 from ..config import EvaluateConfig
-from ..errors import EditError
 from ..inputs import Job, find_jobs
 from ..models import check_model
 from ..outputs import output_paths

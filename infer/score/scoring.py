@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ...encode.base.errors import EditError
+from ...encode.base.files import whole
 from ..config import EvaluateConfig
-from ..errors import EditError
 from ..inputs import Job
 from ..outputs import CHUNK, model_stamp
 from ..pictures import open_picture
@@ -91,10 +91,9 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, file)
+    with whole(file) as unfinished:
+        unfinished.write_text("".join(lines), encoding="utf-8")
 
 
 def _report(job: Job, error: EditError) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..errors import EditError
+from ...encode.base.errors import EditError, reason
 from ..models import is_place
 
 
@@ -80,5 +80,4 @@ def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
     try:
         return load(name, **options)
     except Exception as error:  # whatever a missing or foreign folder leads transformers to
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise EditError(f"--{flag} {name} cannot be loaded: {reason[0]}") from error
+        raise EditError(f"--{flag} {name} cannot be loaded: {reason(error)}") from error

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ...encode.base.errors import EditError
 from ..batch import edit, load_editor
 from ..config import InferConfig
-from ..errors import EditError
 from ..inputs import find_jobs
 from ..outputs import model_stamp, save, settings_of
 from ..pictures import open_picture

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...encode.base.errors import EditError
 from ..batch import load_editor
 from ..config import InferConfig
-from ..errors import EditError
 
 
 def serve(config: InferConfig) -> int:

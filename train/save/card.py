@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from ...encode.base.errors import TrainError
+from ...encode.base.errors import TrainError, reason
 from ...encode.cache.format import Cache
 from ..config import TrainConfig
 
@@ -111,9 +111,8 @@ def push(config: TrainConfig) -> str:
             ignore_patterns=["checkpoint-*", f"{config.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise TrainError(
-            f"--push_to_hub {name}: {reason}; the pipeline is in {config.output_dir}: mend --hub_token or "
+            f"--push_to_hub {name}: {reason(error)}; the pipeline is in {config.output_dir}: mend --hub_token or "
             f"--hub_model_id and repeat with --resume_from_checkpoint latest"
         ) from None
     return repository

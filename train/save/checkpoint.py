@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...encode.base.errors import CacheMismatch, SettingsError, TrainError
-from ...encode.cache.format import sync
+from ...encode.base.errors import CacheMismatch, SettingsError, TrainError, reason
+from ...encode.base.files import sync
 from .host import HostCopies
 
 INCOMPLETE = ".incomplete"
@@ -161,9 +161,8 @@ class Checkpoints:
             last = (
                 f"{there[-1][1].name} is the last" if (there := checkpoints(self.output_dir)) else "there is none yet"
             )
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             self._failure = TrainError(
-                f"{final.name} cannot be written ({reason}): make space in {self.output_dir} and "
+                f"{final.name} cannot be written ({reason(error)}): make space in {self.output_dir} and "
                 f"continue with --resume_from_checkpoint latest; {last}"
             )
         except Exception as error:  # a bug, which is raised where the training sees it
@@ -234,5 +233,4 @@ def resume(folder: Path, parts: Parts) -> None:
             else:
                 part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SettingsError(f"{folder} cannot be resumed from: {reason}") from None
+        raise SettingsError(f"{folder} cannot be resumed from: {reason(error)}") from None

@@ -4,7 +4,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 
-from ...encode.base.errors import ModelError
+from ...encode.base.errors import ModelError, reason
 from ...encode.models.checkpoint import Checkpoint
 from ..config import TrainConfig
 from .xformers import use_xformers
@@ -32,7 +32,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
             dtype=torch.float32,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{place} holds no UNet: {str(error).strip().splitlines()[0]}") from None
+        raise ModelError(f"{place} holds no UNet: {reason(error)}") from None
     widen(unet, checkpoint.latent_channels)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

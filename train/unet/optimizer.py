@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ...encode.base.errors import SettingsError
+from ...encode.base.errors import SettingsError, reason
 from ..config import TrainConfig
 from .average import Average
 from .weights import Weights
@@ -189,12 +189,12 @@ def takes_one_pass(device: torch.device, half: torch.dtype | None) -> bool:
     try:
         error = disagreement(device, half)
     except Exception as error:  # whatever goes wrong between a driver, a compiler and a kernel: there is another way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        problem = reason(error)
     else:
         if error < 1e-5:
             return True
-        reason = f"its kernel is off by {error:.1e}"
-    PartialState().print(f"the optimizer takes several passes over the weights instead of one: {reason}")
+        problem = f"its kernel is off by {error:.1e}"
+    PartialState().print(f"the optimizer takes several passes over the weights instead of one: {problem}")
     return False
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...encode.base.errors import SettingsError
+from ...encode.base.errors import SettingsError, reason
 
 if TYPE_CHECKING:  # diffusers imports xformers, for which `preload` has to come first
     from diffusers import UNet2DConditionModel
@@ -34,8 +34,7 @@ def use_xformers(unet: "UNet2DConditionModel") -> None:
     try:
         unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(" .:")
         raise SettingsError(
-            f"--enable_xformers_memory_efficient_attention: {reason}; pip install 'ip2p[gpu]', or leave the flag out: "
-            "PyTorch's own attention is the same kernel"
+            f"--enable_xformers_memory_efficient_attention: {reason(error).rstrip(' .:')}; "
+            "pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is the same kernel"
         ) from None

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import load_image
 from PIL import Image
 
-from ...encode.base.errors import SettingsError
+from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
 from ...encode.models.checkpoint import Checkpoint
 from ...infer.edit import Editor
@@ -162,5 +162,6 @@ def open_picture(config: TrainConfig) -> Image.Image:
     try:
         return load_image(str(config.validation_image))
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"--val_image_url_or_path {config.validation_image} cannot be opened: {reason}") from None
+        raise SettingsError(
+            f"--val_image_url_or_path {config.validation_image} cannot be opened: {reason(error)}"
+        ) from None

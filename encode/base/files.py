@@ -1,0 +1,117 @@
+"""Files that are there whole or not at all, and their checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from .errors import CacheError
+
+UNFINISHED = re.compile(r"\..+\.\d+|.+\.partial")
+"""Names of files that were being written when their process was killed: by `whole`, or by zarr-python."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a name beside `path` to write to; what was written is put in place at the end, unless an error ends it.
+
+    The folder is made if need be. The data is on the disk before the name is, and both are when this returns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def content_key(*parts: bytes) -> str:
+    """Identity of content: 128 bits of BLAKE2b over the parts, each with its length, as 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def file_state(path: str | os.PathLike[str]) -> str:
+    """Name, size and time of the last change of a file: changes whenever its content may have changed."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return f"{path}|missing\n"
+    return f"{path}|{status.st_size}|{status.st_mtime_ns}\n"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and crc32c of a file."""
+    checksum, size = google_crc32c.Checksum(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum.update(block)
+            size += len(block)
+    return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file that carries its own checksum.
+
+    The checksum is the crc32c of the file's bytes with eight zeros in its place, at the end.
+    """
+    with whole(path) as unfinished:
+        unfinished.write_bytes(_sealed(json.dumps(record | {"crc32c": "0" * 8}, indent=1).encode()))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what `write_record` wrote.
+
+    Raises:
+        CacheError: unreadable, or different from what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror})") from None
+    return unseal(content, str(path))
+
+
+def unseal(content: bytes, name: str) -> dict[str, Any]:
+    """The record in the bytes of a file called `name`, after a look at its checksum.
+
+    Raises:
+        CacheError: different from what was written.
+    """
+    if content != _sealed(content):
+        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
+    record = json.loads(content)
+    del record["crc32c"]
+    return record
+
+
+def _sealed(content: bytes) -> bytes:
+    head, tail = content[:-11], b'"\n}'
+    checksum = google_crc32c.value(head + b"0" * 8 + tail)
+    return head + f"{checksum:08x}".encode() + tail
