@@ -37,7 +37,7 @@ def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
         except Exception as error:  # whatever a file of another kind leads the libraries to
             raise ModelError(
                 f"{file} cannot be read as a Stable Diffusion checkpoint: {reason(error)} "
-                "(--single_file_config names a folder in diffusers' layout, or a Hub id, whose configuration describes it)"
+                "(--single_file_config names a folder in diffusers' layout, or a Hub id, that describes it)"
             ) from None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
