@@ -15,6 +15,7 @@ from pictures import write_pairs
 from shapes import SIZES, save
 
 from ip2p.encode import run
+from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
 from tiny import unet
 
@@ -33,15 +34,18 @@ def main() -> None:
         folder = Path(name)
         save(SIZES[args.size], folder / "model", unet())
         write_pairs(folder / "data", 0, args.pairs, args.pixels)
-        config = EncodeConfig(
-            str(folder / "model"),
-            folder / "cache",
-            dataset_name=str(folder / "data"),
-            cache_dir=folder / "downloads",
-            resolution=args.resolution,
-            mixed_precision=args.precision,
-            encode_batch_size=args.batch_size,
-            dataloader_num_workers=args.workers,
+        config = build(
+            EncodeConfig,
+            {
+                "pretrained_model_name_or_path": str(folder / "model"),
+                "cache": folder / "cache",
+                "dataset_name": str(folder / "data"),
+                "cache_dir": folder / "downloads",
+                "resolution": args.resolution,
+                "mixed_precision": args.precision,
+                "encode_batch_size": args.batch_size,
+                "dataloader_num_workers": args.workers,
+            },
         )
         rates, share = measure(config, args.pairs, args.rounds)
         decoding = decode_rate(config, min(args.pairs, 64))

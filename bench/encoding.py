@@ -98,9 +98,9 @@ class TimedPipeline(pipeline.Pipeline):
 
 def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, list[float]], float]:
     """Pairs/s by round of the pipeline and of the encoders alone, and the share of the pipeline that they take."""
-    dtype = models.DTYPES[config.mixed_precision]
-    encoders = Encoders(Checkpoint(Path(config.pretrained_model_name_or_path)), DEVICE, dtype, dtype)
-    size, side = config.encode_batch_size, config.resolution
+    dtype = models.DTYPES[config.run.mixed_precision]
+    encoders = Encoders(Checkpoint(Path(config.model.pretrained_model_name_or_path)), DEVICE, dtype, dtype)
+    size, side = config.run.encode_batch_size, config.pictures.resolution
     pixels = torch.randint(0, 256, (2 * size, 3, side, side), dtype=torch.uint8)
     prompts = ["make it snowy"] * (2 * size)
     shares: list[float] = []
@@ -128,7 +128,7 @@ def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, li
 def decode_rate(config: EncodeConfig, count: int) -> float:
     """Pairs/s that one process reads, checks, decodes and resizes."""
     source = open_source(config)
-    geometry = Geometry(config.resolution, config.resize_mode, config.background)
+    geometry = Geometry(config.pictures.resolution, config.pictures.resizing, config.pictures.background)
     began = time.perf_counter()
     for position in range(count):
         files = source[position][:2]

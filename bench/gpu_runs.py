@@ -22,6 +22,7 @@ from encoding import decode_rate, measure
 from gpu_frame import Bench
 from shapes import SIZES, make_unet, save
 
+from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.run import workers
 
@@ -124,13 +125,16 @@ def encoding(bench: Bench) -> None:
     """`ip2p-encode` from JPEG files to committed shards, against its encoders alone."""
     if any(writer.wait() for writer in bench.writers):
         return bench.note("ip2p-encode: the pictures could not be written")
-    config = EncodeConfig(
-        str(model(bench)),
-        bench.folder / "encoded",
-        dataset_name=str(bench.folder / "data"),
-        cache_dir=bench.folder / "downloads",
-        resolution=bench.sizes.resolution,
-        mixed_precision="no" if bench.demo else "fp16",
+    config = build(
+        EncodeConfig,
+        {
+            "pretrained_model_name_or_path": str(model(bench)),
+            "cache": bench.folder / "encoded",
+            "dataset_name": str(bench.folder / "data"),
+            "cache_dir": bench.folder / "downloads",
+            "resolution": bench.sizes.resolution,
+            "mixed_precision": "no" if bench.demo else "fp16",
+        },
     )
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its settings for a whole process
     rates, share = measure(config, bench.sizes.pairs, rounds=1)

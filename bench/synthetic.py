@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.base.flags import build as build_config
 from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, shard_rows
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
@@ -35,7 +36,15 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     resolution = 8 * shapes["images"]["original"][-1]
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
     if model:
-        config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
+        config = build_config(
+            EncodeConfig,
+            {
+                "pretrained_model_name_or_path": str(model),
+                "cache": folder,
+                "dataset_name": "synthetic",
+                "resolution": resolution,
+            },
+        )
         manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), 1)
         manifest["counts"] = {"ok": samples}
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]

@@ -1,7 +1,6 @@
 """The training step of `ip2p-train`, composed as train/loop.py composes it, on a UNet with random weights."""
 
 import argparse
-import dataclasses
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from shapes import Shape, make_unet
 from torch import Tensor
 
+from ip2p.encode.base.flags import build, changed
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.train.config import TrainConfig
@@ -63,29 +63,37 @@ class Training:
         channels_last: bool = True,
         **flags: Any,
     ):
-        config = TrainConfig(
-            "random", (folder / "cache",), folder / "out", mixed_precision=precision, report_to="none", **flags
+        config = build(
+            TrainConfig,
+            {
+                "pretrained_model_name_or_path": "random",
+                "cache": folder / "cache",
+                "output_dir": folder / "out",
+                "mixed_precision": precision,
+                "report_to": "none",
+                **flags,
+            },
         )
         chosen = choose_precision(config, cuda=GPU)
         self.precision = chosen if copies is None else Precision(precision, copies)
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its settings for a whole process
-        accelerator, _ = make_accelerator(
-            dataclasses.replace(config, mixed_precision="no" if self.precision.copies else precision)
-        )
+        accelerator, _ = make_accelerator(changed(config, mixed_precision="no" if self.precision.copies else precision))
         with DEVICE:
             unet = make_unet(shape)
         if channels_last:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.gradient_checkpointing:
+        if config.machine.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         choose_attention(unet, DEVICE, precision)
         half = self.precision.half
         self.weights = Weights(unet, half)
-        self.average = Average(self.weights.masters, config.ema_decay) if config.use_ema else None
+        self.average = Average(self.weights.masters, config.optimizer.ema_decay) if config.optimizer.use_ema else None
         self.scale = LossScale(DEVICE) if precision == "fp16" else None
         optimizer = make_optimizer(config, self.weights, processes=1)
-        fused = not config.use_8bit_adam and (takes_one_pass(DEVICE, half) if one_pass is None else one_pass)
-        self.update = Update(self.weights, optimizer, config.max_grad_norm, self.average, self.scale, fused=fused)
+        fused = not config.optimizer.use_8bit_adam and (takes_one_pass(DEVICE, half) if one_pass is None else one_pass)
+        self.update = Update(
+            self.weights, optimizer, config.optimizer.max_grad_norm, self.average, self.scale, fused=fused
+        )
         self.unet: Any = accelerator.prepare(unet)
 
     def step(self, loss: Loss, *, averages: bool = True) -> tuple[Tensor, Tensor, Tensor]:

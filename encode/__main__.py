@@ -4,7 +4,8 @@ import gc
 import sys
 from collections.abc import Sequence
 
-from .base.flags import parse, user_errors
+from .base.errors import user_errors
+from .base.flags import parse
 from .config import REFUSED, EncodeConfig
 
 PROG = "ip2p-encode"

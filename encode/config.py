@@ -1,4 +1,4 @@
-"""The flags of `ip2p-encode`."""
+"""The flags of `ip2p-encode`, in groups. Training reads the same `Model`."""
 
 import dataclasses
 import re
@@ -8,6 +8,7 @@ from typing import Literal
 from PIL import ImageColor
 
 from .base.errors import SettingsError
+from .base.flags import Count, Whole
 
 TRAIN_ONLY = """
     output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps
@@ -30,14 +31,30 @@ NO_FLIP = r"\b(left|right)(most|wards?|side|hand(ed)?)?\b|clockwise"
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeConfig:
-    """Encode (original image, edited image, edit instruction) once into a cache that ip2p-train reads."""
+class Model:
+    """The Stable Diffusion model that encodes and is trained."""
 
     pretrained_model_name_or_path: str
-    """Stable Diffusion whose VAE and text encoder are used: a Hub id, a folder in diffusers' layout, or a .safetensors
-    file in the original layout."""
-    cache: Path
-    """Folder of the cache. An unfinished one is continued, a finished one is extended by what is new."""
+    """Stable Diffusion 1.x, 2.x or SDXL: a Hub id, a folder in diffusers' layout, or a .safetensors file in the
+    original layout. Training takes the one that made the cache, and widens its UNet to 8 input channels."""
+    revision: str | None = None
+    """Revision of the model on the Hub."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE: a Hub id or a folder. Training takes by default what the cache records. The weights decide whether a
+    training run fits the cache, not the name."""
+    single_file_config: str | None = None
+    """For a single file: folder or Hub id of a model of its kind, with its shapes, noise schedule and tokenizer.
+    Default: the one on the Hub that diffusers takes it for; in training, what the cache records."""
+    cache_dir: Path | None = None
+    """Where the datasets and huggingface_hub libraries keep downloads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The pairs: original image, edited image, edit instruction."""
+
     dataset_name: str | None = None
     """Dataset: a Hub id, a local file or folder that `datasets` reads, or WebDataset tar files: paths or urls, with
     {000..099} or * for several."""
@@ -65,32 +82,28 @@ class EncodeConfig:
     """Add each pair reversed, with the instruction that leads back."""
     inverse_prompt_column: str | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
-    max_train_samples: int | None = None
+    max_train_samples: Count | None = None
     """Use only this many samples, from the first on."""
-    cache_dir: Path | None = None
-    """Where the datasets and huggingface_hub libraries keep downloads."""
-    revision: str | None = None
-    """Revision of the model on the Hub."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16."""
-    single_file_config: str | None = None
-    """For a single file: folder or Hub id of a model of its kind, with its shapes, noise schedule and tokenizer.
-    Default: the one on the Hub that diffusers takes it for."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """Another VAE: a Hub id or a folder. The weights decide whether a training run fits the cache, not the name."""
-    vae_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the VAE alone. Default: that of --mixed_precision; for SDXL float32, since its VAE overflows, unless
-    the VAE's configuration says that it does not (force_upcast: false)."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision in which the VAE and the text encoder run. The cache holds float16 in any case."""
-    resolution: int = 256
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise SettingsError("give either --dataset_name or --train_data_dir: where the image pairs come from")
+        if self.inverse_prompt_column and not self.reverse_pairs:
+            raise SettingsError("--inverse_prompt_column is used with --reverse_pairs alone: add that, or leave it out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What is made of the images before they are encoded."""
+
+    resolution: Count = 256
     """Side of the square images, in pixels."""
     resize_mode: Literal["squash", "center_crop", "random_crop"] = "squash"
     """Make images square by squashing them, as diffusers does; or keep their shape, resize the short side and crop
     the long one: in the middle, or in --crops places of which training draws one."""
     center_crop: bool = False
     """The same as --resize_mode center_crop."""
-    crops: int = 4
+    crops: Count = 4
     """Places of --resize_mode random_crop: as many views of each pair are stored."""
     random_flip: bool = False
     """Also encode each view flipped; training then tosses a coin for each sample."""
@@ -98,33 +111,10 @@ class EncodeConfig:
     """Training never flips a sample whose instruction matches this, upper or lower case; `none` keeps none from it."""
     background: str = "white"
     """Color behind transparent pixels: a name, #rrggbb, ..."""
-    encode_batch_size: int = 16
-    """Pairs in one batch of the VAE, and twice as many instructions in one of the text encoder."""
-    dataloader_num_workers: int | None = None
-    """Processes that read and resize images. Default: its share of the cores but one, at most sixteen."""
-    on_error: Literal["quarantine", "fail"] = "quarantine"
-    """What a sample that cannot be encoded does: stand aside with its reason, or stop the run."""
-    retry_quarantined: bool = False
-    """Try the samples again that stood aside in earlier runs."""
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise SettingsError("give either --dataset_name or --train_data_dir: where the image pairs come from")
-        if self.inverse_prompt_column and not self.reverse_pairs:
-            raise SettingsError("--inverse_prompt_column is used with --reverse_pairs alone: add that, or leave it out")
-        for name in ("resolution", "crops", "encode_batch_size", "max_train_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"--{name} {value}: expected a number above 0")
-        if self.dataloader_num_workers is not None and self.dataloader_num_workers < 0:
-            raise SettingsError(f"--dataloader_num_workers {self.dataloader_num_workers}: expected 0 or more")
-        self._check_geometry()
-
-    def _check_geometry(self) -> None:
-        if self.center_crop:
-            if self.resize_mode == "random_crop":
-                raise SettingsError("--center_crop and --resize_mode random_crop exclude each other: leave one out")
-            object.__setattr__(self, "resize_mode", "center_crop")
+        if self.center_crop and self.resize_mode == "random_crop":
+            raise SettingsError("--center_crop and --resize_mode random_crop exclude each other: leave one out")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
@@ -133,3 +123,43 @@ class EncodeConfig:
             re.compile(self.no_flip_regex)
         except re.error as error:
             raise SettingsError(f"--no_flip_regex {self.no_flip_regex}: {error}") from None
+
+    @property
+    def resizing(self) -> str:
+        """How images become square: squash, center_crop or random_crop."""
+        return "center_crop" if self.center_crop else self.resize_mode
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How the encode runs."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Precision in which the VAE and the text encoder run. The cache holds float16 in any case."""
+    vae_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the VAE alone. Default: that of --mixed_precision; for SDXL float32, since its VAE overflows, unless
+    the VAE's configuration says that it does not (force_upcast: false)."""
+    encode_batch_size: Count = 16
+    """Pairs in one batch of the VAE, and twice as many instructions in one of the text encoder."""
+    dataloader_num_workers: Whole | None = None
+    """Processes that read and resize images. Default: its share of the cores but one, at most sixteen."""
+    on_error: Literal["quarantine", "fail"] = "quarantine"
+    """What a sample that cannot be encoded does: stand aside with its reason, or stop the run."""
+    retry_quarantined: bool = False
+    """Try the samples again that stood aside in earlier runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """Encode (original image, edited image, edit instruction) once into a cache that ip2p-train reads."""
+
+    model: Model
+    cache: Path
+    """Folder of the cache. An unfinished one is continued, a finished one is extended by what is new."""
+    dataset: Dataset = Dataset()
+    pictures: Pictures = Pictures()
+    run: Run = Run()
+
+    def __post_init__(self) -> None:
+        if not (self.dataset.dataset_name or self.dataset.train_data_dir):
+            raise SettingsError("give either --dataset_name or --train_data_dir: where the image pairs come from")

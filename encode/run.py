@@ -37,7 +37,7 @@ def encode(config: EncodeConfig) -> None:
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
     with state.main_process_first():
         checkpoint = named_checkpoint(config)
-        check_resolution(config.resolution, checkpoint.vae_scale_factor)
+        check_resolution(config.pictures.resolution, checkpoint.vae_scale_factor)
         source = open_source(config)
     main = state.is_main_process
     with exclusive(config.cache) if main else nullcontext() as lock:
@@ -65,18 +65,22 @@ def plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes
     """Write which sample goes where: the manifest, and a samples table of which a part is pending."""
     old = open_existing(config)
     manifest = describe(config, source, checkpoint, processes)
-    shapes = row_shapes(checkpoint, config.resolution)
+    shapes = row_shapes(checkpoint, config.pictures.resolution)
     rows = manifest["shard_rows"] = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
     if old:
         check_same(old, manifest)
         manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     views, commits = len(manifest["views"]), old.commits() if old else {}
     samples = known_samples(old, manifest)
-    if samples is None or (config.retry_quarantined and -1 in samples["row"].to_pylist()):  # never tried: out of reach
+    if samples is None or (
+        config.run.retry_quarantined and -1 in samples["row"].to_pylist()
+    ):  # never tried: out of reach
         samples = index(source, workers(config))
-    samples = mark_flips(assign(samples, commits, rows, retry=config.retry_quarantined), config.no_flip_regex)
+    samples = mark_flips(
+        assign(samples, commits, rows, retry=config.run.retry_quarantined), config.pictures.no_flip_regex
+    )
     samples = settle(samples, commits, rows, views)
-    if config.on_error == "fail":
+    if config.run.on_error == "fail":
         stop_at_quarantined(samples)
     announce(config, samples, needed_bytes(missing(samples, commits, rows, views), shapes))
     prepare(config.cache, shapes, samples, commits, views)
@@ -123,7 +127,9 @@ def known_samples(old: Cache | None, manifest: dict[str, Any]) -> pa.Table | Non
 def workers(config: EncodeConfig) -> int:
     """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(16, max(0, cores - 1)) if config.dataloader_num_workers is None else config.dataloader_num_workers
+    return (
+        min(16, max(0, cores - 1)) if config.run.dataloader_num_workers is None else config.run.dataloader_num_workers
+    )
 
 
 def counts(samples: pa.Table) -> dict[str, int]:
@@ -169,16 +175,16 @@ def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint,
     from .pipeline import Pipeline
 
     vae_precision = cache.manifest["encoding"]["vae_precision"]
-    if vae_precision != (config.vae_precision or config.mixed_precision) and state.is_main_process:
+    if vae_precision != (config.run.vae_precision or config.run.mixed_precision) and state.is_main_process:
         print("the VAE runs in float32, since this one overflows in half precision (--vae_precision decides otherwise)")
     pipeline = Pipeline(
         cache,
         Encoders(
-            checkpoint, torch.device(state.device or "cpu"), DTYPES[config.mixed_precision], DTYPES[vae_precision]
+            checkpoint, torch.device(state.device or "cpu"), DTYPES[config.run.mixed_precision], DTYPES[vae_precision]
         ),
-        batch_size=config.encode_batch_size,
+        batch_size=config.run.encode_batch_size,
         workers=workers(config),
-        fail=config.on_error == "fail",
+        fail=config.run.on_error == "fail",
     )
     rows = sum(len(rows) for _, rows in mine)
     with tqdm(total=rows, desc="encode", unit="row", disable=not state.is_local_main_process) as bar:

@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..encode.base.errors import EditError
-from .config import InferConfig, parse, parse_evaluate
+from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.flags import parse
+from .config import EvaluateConfig, InferConfig
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .inputs import Job
 
+PROG = "ip2p-infer"
 SHEET_ROWS = 100
 
 
@@ -26,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] == "evaluate":
             from .score.evaluate import evaluate
 
-            return evaluate(parse_evaluate(arguments[1:]))
-        return run(parse(arguments))
-    except EditError as error:
+            return evaluate(parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate"))
+        return run(parse(InferConfig, arguments, PROG))
+    except Ip2pError as error:
         print(f"ip2p-infer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: InferConfig) -> int:
     """Edit everything that `config` names, and report."""
-    if config.ui:
+    if config.page.ui:
         from .ui.serve import serve
 
         return serve(config)
@@ -51,13 +53,13 @@ def run(config: InferConfig) -> int:
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
     edited, kept, failed = edit_all(config, work, partial(load_editor, config))
     done = [(job, paths) for job, paths in work if job.stem not in failed]
-    if config.sheet and done:
+    if config.outputs.sheet and done:
         save_sheet(config, done)
-    if not config.sweep:
+    if not config.outputs.sweep:
         for line in compare_with_targets(done):
             print(line)
     counts = {"edited": edited, "already there": kept, "skipped": len(failed)}
-    print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.output)
+    print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.outputs.output)
     return 0 if done else 1
 
 
@@ -66,7 +68,7 @@ def save_sheet(config: InferConfig, done: Sequence[tuple["Job", list[Path]]]) ->
     from .pictures import open_picture
     from .sheet import contact_sheet
 
-    edits = [f"edited, seed {config.seed + k}" for k in range(config.num_images)]
+    edits = [f"edited, seed {config.editing.seed + k}" for k in range(config.outputs.num_images)]
     targets = ["target"] if any(job.target for job, _ in done) else []
 
     def rows() -> Iterator[tuple[str, list["Image.Image | None"]]]:
@@ -74,7 +76,7 @@ def save_sheet(config: InferConfig, done: Sequence[tuple["Job", list[Path]]]) ->
             pictures: list[Image.Image | None] = [open_picture(job.image()), *map(open_picture, paths)]
             yield job.prompt, pictures + ([target_of(job)] if targets else [])
 
-    sheet = Path(str(config.sheet))
+    sheet = Path(str(config.outputs.sheet))
     sheet.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(rows(), ["original", *edits, *targets]).save(sheet)
     print(f"contact sheet of {min(len(done), SHEET_ROWS)} of {len(done)} inputs: {sheet}")

@@ -1,6 +1,5 @@
 """Edits pictures batch by batch, and keeps those that are there already."""
 
-import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..encode.base.errors import EditError
+from ..encode.base.flags import changed
 from .config import InferConfig
 from .inputs import Job
 from .outputs import is_there, model_stamp, save, settings_of
@@ -38,9 +38,9 @@ def edit_all(
     edited = kept = 0
     failed: set[str] = set()
     with tqdm(total=len(work), unit="picture", desc="editing") as bar:
-        for start in range(0, len(work), config.batch_size):
+        for start in range(0, len(work), config.editing.batch_size):
             batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
-            for job, paths in work[start : start + config.batch_size]:
+            for job, paths in work[start : start + config.editing.batch_size]:
                 try:
                     if not job.prompt.strip():
                         raise EditError("the prompt is empty")
@@ -56,11 +56,11 @@ def edit_all(
             if batch:
                 editor = editor or load()
                 images, prompts, _ = zip(*batch, strict=True)
-                pictures = iter((sweep if config.sweep else edit)(editor, config, images, prompts))
+                pictures = iter((sweep if config.outputs.sweep else edit)(editor, config, images, prompts))
                 for path, settings in (file for _, _, files in batch for file in files):
                     save(next(pictures), path, settings)
                 edited += len(batch)
-            bar.update(min(config.batch_size, len(work) - start))
+            bar.update(min(config.editing.batch_size, len(work) - start))
     return edited, kept, failed
 
 
@@ -68,14 +68,7 @@ def load_editor(config: InferConfig) -> "Editor":
     """Load the model that `config` names."""
     from .edit import Editor
 
-    editor = Editor(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        variant=config.variant,
-        revision=config.revision,
-        scheduler=config.scheduler,
-    )
+    editor = Editor(config.model, **vars(config.loading))
     editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False)
     return editor
 
@@ -84,19 +77,7 @@ def edit(
     editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str]
 ) -> list["Image.Image"]:
     """Edit pictures with the settings of `config`."""
-    return editor.edit(
-        images,
-        prompts,
-        seed=config.seed,
-        num_images=config.num_images,
-        num_inference_steps=config.num_inference_steps,
-        image_guidance_scale=config.image_guidance_scale,
-        guidance_scale=config.guidance_scale,
-        guidance_rescale=config.guidance_rescale,
-        negative_prompt=config.negative_prompt,
-        resolution=config.resolution,
-        batch_size=config.batch_size,
-    )
+    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing))
 
 
 def sweep(
@@ -105,13 +86,13 @@ def sweep(
     """As `edit`, with a labeled grid of edits over both scales in the place of each picture."""
     from .sheet import grid
 
-    rows, columns = config.sweep_image_guidance_scale, config.sweep_guidance_scale
+    rows, columns = config.outputs.sweep_image_guidance_scale, config.outputs.sweep_guidance_scale
     cells = [
-        edit(editor, dataclasses.replace(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
+        edit(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
         for row, column in tqdm(list(itertools.product(rows, columns)), desc="sweep", position=2, leave=False)
     ]
     labels = [f"image guidance {row:g}" for row in rows], [f"text guidance {column:g}" for column in columns]
-    each = config.num_images
+    each = config.outputs.num_images
     return [
         grid(images[index // each], prompts[index // each], pictures, *labels)
         for index, pictures in enumerate(zip(*cells, strict=True))

@@ -63,12 +63,12 @@ def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] = (No
     Raises:
         EditError: nothing is there, the table cannot be read, or its columns are not told apart.
     """
-    if config.table:
-        return _jobs_of_table(config, config.table, captions)
-    paths = [path for pattern in config.image for path in _pictures(pattern)]
+    if config.inputs.table:
+        return _jobs_of_table(config, config.inputs.table, captions)
+    paths = [path for pattern in config.inputs.image for path in _pictures(pattern)]
     stems = _unique(path.stem for path in paths)
     return [
-        Job(str(path), stem, config.prompt or "", partial(_read_file, path), path=path)
+        Job(str(path), stem, config.inputs.prompt or "", partial(_read_file, path), path=path)
         for path, stem in zip(paths, stems, strict=True)
     ]
 
@@ -89,15 +89,15 @@ def _pictures(pattern: str) -> list[Path]:
 def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, str | None]) -> list[Job]:
     import datasets
 
-    rows, base = _open_table(table, config.split)
+    rows, base = _open_table(table, config.columns.split)
     if len(rows) == 0:
         raise EditError(f"--table {table} has no rows")
-    image = _column(rows, ORIGINAL, "original_image_column", config.original_image_column)
-    target = _optional_column(rows, EDITED, "edited_image_column", config.edited_image_column)
-    if config.prompt is not None:
-        prompts = [config.prompt] * len(rows)
+    image = _column(rows, ORIGINAL, "original_image_column", config.columns.original_image_column)
+    target = _optional_column(rows, EDITED, "edited_image_column", config.columns.edited_image_column)
+    if config.inputs.prompt is not None:
+        prompts = [config.inputs.prompt] * len(rows)
     else:
-        prompts = list(rows[_column(rows, PROMPT, "edit_prompt_column", config.edit_prompt_column)])
+        prompts = list(rows[_column(rows, PROMPT, "edit_prompt_column", config.columns.edit_prompt_column)])
     befores = _captions(rows, ORIGINAL_CAPTION, "original_caption_column", captions[0])
     afters = _captions(rows, EDITED_CAPTION, "edited_caption_column", captions[1])
     for name in filter(None, (image, target)):

@@ -11,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..encode.base.errors import EditError
 from ..encode.base.files import whole
+from ..encode.base.flags import dump
 from .config import InferConfig
 from .inputs import Job
 
@@ -25,12 +26,12 @@ SETTINGS = (
 
 
 def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
-    """The files of each job's pictures, `config.num_images` each.
+    """The files of each job's pictures, `config.outputs.num_images` each.
 
     Raises:
         EditError: one file for several inputs, an ending other than .png, or an input would be overwritten.
     """
-    output = Path(config.output)
+    output = Path(config.outputs.output)
     if output.is_dir() or not output.suffix:
         folder, stems = output, [job.stem for job in jobs]
     elif output.suffix.lower() != ".png":
@@ -39,7 +40,7 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
         raise EditError(f"--output {output} is one file for {len(jobs)} inputs: give a folder")
     else:
         folder, stems = output.parent, [output.stem]
-    endings = [""] if config.num_images == 1 else [f"_{k}" for k in range(config.num_images)]
+    endings = [""] if config.outputs.num_images == 1 else [f"_{k}" for k in range(config.outputs.num_images)]
     paths = [[folder / f"{stem}{ending}.png" for ending in endings] for stem in stems]
     inputs = {job.path.resolve() for job in jobs if job.path}
     for path in (path for group in paths for path in group):
@@ -50,12 +51,16 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
 
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
     """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture."""
-    common = {name: getattr(config, name) for name in SETTINGS}
-    if config.sweep:
-        common["image_guidance_scale"] = config.sweep_image_guidance_scale
-        common["guidance_scale"] = config.sweep_guidance_scale
+    flags = dump(config)
+    common = {name: flags[name] for name in SETTINGS}
+    if config.outputs.sweep:
+        common["image_guidance_scale"] = config.outputs.sweep_image_guidance_scale
+        common["guidance_scale"] = config.outputs.sweep_guidance_scale
     common |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
-    return [json.dumps(common | {"seed": config.seed + k}, ensure_ascii=False) for k in range(config.num_images)]
+    return [
+        json.dumps(common | {"seed": config.editing.seed + k}, ensure_ascii=False)
+        for k in range(config.outputs.num_images)
+    ]
 
 
 def model_stamp(model: str) -> str | None:

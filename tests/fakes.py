@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tiny
+from configs import encode_config
 from ip2p.encode import run
 from ip2p.encode.cache import format as cache
-from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
 from ip2p.encode.images import Geometry, View
 from ip2p.encode.models import encoders as models
@@ -133,4 +133,4 @@ def install(monkeypatch: pytest.MonkeyPatch, source: Source, rows: int) -> None:
 def encode(folder: Path, **flags: Any) -> None:
     """Run the whole encode in this process."""
     options: dict[str, Any] = {"resolution": RESOLUTION, "dataloader_num_workers": 0} | flags
-    run.encode(EncodeConfig("fake", folder, "fake", **options))
+    run.encode(encode_config("fake", folder, dataset_name="fake", **options))

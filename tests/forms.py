@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import tiny
-from ip2p.encode.config import EncodeConfig
+from configs import encode_config
 from ip2p.encode.data.sources import Pair, Source, open_source
 
 Flags = dict[str, object]
@@ -189,7 +189,7 @@ KINDS = [
 def opened(flags: Flags, **more: object) -> Source:
     """The source that flags mean."""
     values = {name: str(v) if name == "dataset_name" else v for name, v in (flags | more).items()}
-    return open_source(EncodeConfig("model", Path("cache"), **values))  # type: ignore[arg-type]
+    return open_source(encode_config(**values))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageColor
 
 import tiny
+from ip2p.encode.base.flags import parse
 from ip2p.infer.__main__ import main
-from ip2p.infer.config import parse_evaluate
+from ip2p.infer.config import EvaluateConfig
 from ip2p.infer.pictures import open_picture
 from ip2p.infer.score import scoring
 from ip2p.infer.score.curve import COLORS
@@ -275,11 +276,13 @@ def test_the_curve_compares_models_over_the_papers_scales(
 
 def test_defaults_are_the_papers() -> None:
     """100 steps, image guidance 1.5 and text guidance 7.5; flags and files of flags change them."""
-    config = parse_evaluate("--model A B --dataset D --output O".split())
-    assert (config.num_inference_steps, config.image_guidance_scale, config.guidance_scale) == (100, 1.5, 7.5)
+    config = parse(EvaluateConfig, "--model A B --dataset D --output O".split(), "ip2p-infer evaluate")
+    editing = config.editing
+    assert (editing.num_inference_steps, editing.image_guidance_scale, editing.guidance_scale) == (100, 1.5, 7.5)
     assert config.model == ("A", "B")
-    run = config.editing("B", 1.2, Path("O"))
-    assert (run.model, run.table, run.num_inference_steps, run.image_guidance_scale) == ("B", "D", 100, 1.2)
+    run = config.infer("B", 1.2, Path("O"))
+    assert (run.model, run.inputs.table) == ("B", "D")
+    assert (run.editing.num_inference_steps, run.editing.image_guidance_scale) == (100, 1.2)
 
 
 def test_a_config_stands_for_the_flags_of_an_evaluation(tmp_path: Path) -> None:
@@ -287,8 +290,9 @@ def test_a_config_stands_for_the_flags_of_an_evaluation(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: [A, B]\ndataset: D\noutput: O\ncurve: true\npublished_clip_range: false\n"
     )
-    config = parse_evaluate(["--config", str(tmp_path / "run.yaml"), "--seed", "3"])
-    assert (config.model, config.curve, config.published_clip_range, config.seed) == (("A", "B"), True, False, 3)
+    config = parse(EvaluateConfig, ["--config", str(tmp_path / "run.yaml"), "--seed", "3"], "ip2p-infer evaluate")
+    assert (config.model, config.editing.seed) == (("A", "B"), 3)
+    assert (config.scoring.curve, config.scoring.published_clip_range) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +301,8 @@ def test_a_config_stands_for_the_flags_of_an_evaluation(tmp_path: Path) -> None:
         ({"model": ()}, "give --model"),
         ({"dataset": None}, "give --dataset"),
         ({"output": None}, "give --output"),
-        ({"sead": 1}, "unknown argument --sead: did you mean --seed?"),
-        ({"batch_size": 0}, "--batch_size starts at 1"),
+        ({"sead": 1}, "unknown flag --sead; did you mean --seed?"),
+        ({"batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"model": ("{model}", "{base}")}, "conv_in takes 4 channels, 8 expected"),
         ({"model": ("{model}", "/nowhere")}, "/nowhere is no model: expected a folder as ip2p-train saves it"),
         ({"clip_model": "/nowhere"}, "--clip_model /nowhere is no model"),

@@ -23,13 +23,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import dataset as emoji
 import tiny
+from configs import train_config
 from ip2p.encode.base.errors import CacheMismatch, ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.models.checkpoint import Checkpoint, hash_weights
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main as train
-from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, Order, Samples, null_conditioning
 from test_train import assert_same, flags, unet_file
 
@@ -186,7 +186,9 @@ def base(model: Path, cache: Path, **changed: Any) -> Checkpoint:
     from ip2p.train.setup import base_checkpoint
 
     return base_checkpoint(
-        TrainConfig(str(model), (cache,), cache, **changed), Cache.open(cache), Accelerator(cpu=True)
+        train_config(model, cache, cache, **changed),
+        Cache.open(cache),
+        Accelerator(cpu=True),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import fakes
 import tiny
 from ip2p.encode.base.errors import CacheMismatch, SettingsError
+from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
@@ -199,10 +200,15 @@ def test_another_geometry_is_another_encoding(
         ({"background": "whit"}, "--background whit: expected a color"),
         ({"no_flip_regex": "(left"}, r"--no_flip_regex \(left: missing \)"),
         ({"center_crop": True, "resize_mode": "random_crop"}, "exclude each other"),
-        ({"crops": 0}, "--crops 0: expected a number above 0"),
+        ({"crops": 0}, "--crops 0: expected 1 or more"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(tmp_path: Path, flags: dict[str, object], message: str) -> None:
     """The message names the flag and what was expected."""
+    given = {"pretrained_model_name_or_path": "model", "cache": str(tmp_path), "dataset_name": "data"} | flags
     with pytest.raises(SettingsError, match=message):
-        EncodeConfig("model", tmp_path, "data", **flags)  # type: ignore[arg-type]
+        parse(
+            EncodeConfig,
+            ["--center_crop" if value is True else f"--{name}={value}" for name, value in given.items()],
+            "ip2p-encode",
+        )

@@ -14,9 +14,10 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 import tiny
+from ip2p.encode.base.flags import parse
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
-from ip2p.infer.config import parse
+from ip2p.infer.config import InferConfig
 from test_infer import apart, picture
 
 STEPS = ["--num_inference_steps", "2"]
@@ -122,7 +123,7 @@ def test_a_revision_on_the_hub_is_chosen(
     ("flags", "message"),
     [
         ("", "give --model"),
-        ("--modle M", "unknown argument --modle: did you mean --model?"),
+        ("--modle M", "unknown flag --modle; did you mean --model?"),
         ("--model {model} --prompt red --output o.png", "give either --image or --table"),
         ("--model {model} --image {a} --output o.png", "give --prompt"),
         ("--model {model} --image {a} --prompt red", "give --output"),
@@ -132,7 +133,7 @@ def test_a_revision_on_the_hub_is_chosen(
         ("--model {model} --image {photos} --prompt red --output {photos}", "would overwrite the input"),
         ("--model {model} --image {photos} --prompt red --output o.png", "one file for 3 inputs: give a folder"),
         ("--model {model} --image {photos}/*.gif --prompt red --output o", "no picture is there"),
-        ("--model {model} --image {a} --prompt red --output o --batch_size 0", "start at 1"),
+        ("--model {model} --image {a} --prompt red --output o --batch_size 0", "--batch_size 0: expected 1 or more"),
         ("--model {model} --image {a} --prompt red --output o --resolution 33", "resolution 33 is not a multiple"),
         ("--model {model} --image {a} --prompt red --output o --device abacus", "cannot be loaded: Expected one of"),
         ("--model {photos} --image {a} --prompt red --output o", "no file named model_index.json"),
@@ -184,11 +185,11 @@ def test_a_config_stands_for_its_flags_and_later_ones_win(tmp_path: Path) -> Non
     (tmp_path / "run.yaml").write_text(
         "model: M\nimage: [a.png, b.png]\nprompt: no\noutput: out\nseed: 3\nguidance_scale: 1e1\nresolution: null\n"
     )
-    config = parse(["--seed", "1", f"--config={tmp_path / 'run.yaml'}", "--image", "c.png"])
-    assert (config.model, config.prompt, config.seed, config.image) == ("M", "no", 3, ("c.png",))
-    assert (config.guidance_scale, config.resolution) == (10.0, None)
-    config = parse(["--config", str(tmp_path / "run.yaml"), "--seed", "1"])
-    assert (config.seed, config.image) == (1, ("a.png", "b.png"))
+    config = parse(InferConfig, ["--seed", "1", f"--config={tmp_path / 'run.yaml'}", "--image", "c.png"], "ip2p-infer")
+    assert (config.model, config.inputs.prompt, config.editing.seed, config.inputs.image) == ("M", "no", 3, ("c.png",))
+    assert (config.editing.guidance_scale, config.editing.resolution) == (10.0, None)
+    config = parse(InferConfig, ["--config", str(tmp_path / "run.yaml"), "--seed", "1"], "ip2p-infer")
+    assert (config.editing.seed, config.inputs.image) == (1, ("a.png", "b.png"))
 
 
 def test_help_says_the_defaults_without_loading_torch() -> None:

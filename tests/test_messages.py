@@ -48,7 +48,7 @@ def training(sd: Path, cache: Path, tmp_path: Path) -> dict[str, object]:
         ({"original_image_column": "input_imag"}, ["no column input_imag (did you mean input_image?)", "edit_prompt"]),
         ({"edited_image_column": "edit_prompt"}, ["holds string, expected images", "input_image, edited_image"]),
         ({"resolution": 17}, ["--resolution 17", "multiple of 2", "16 or 18"]),
-        ({"resolution": 0}, ["--resolution 0: expected a number above 0"]),
+        ({"resolution": 0}, ["--resolution 0: expected 1 or more"]),
         ({"resolutoin": 16}, ["unknown flag --resolutoin; did you mean --resolution?"]),
         ({"learning_rate": 1e-4}, ["--learning_rate belongs to ip2p-train"]),
         ({"mixed_precision": "fp61"}, ["expected one of no, fp16, bf16; did you mean fp16?"]),

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import tiny
+from configs import train_config
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
@@ -19,7 +20,7 @@ from ip2p.train.unet.load import choose_attention, load_unet, widen
 
 
 def config(model: Path) -> TrainConfig:
-    return TrainConfig(str(model), cache=(Path("cache"),), output_dir=Path("out"))
+    return train_config(model)
 
 
 @pytest.mark.parametrize("sdxl", [False, True])
@@ -66,7 +67,7 @@ def test_a_revision_is_that_of_every_part(
     encode("someone/tiny", data, tmp_path / "cache", revision="other", cache_dir=hub, max_train_samples=1)
     assert Cache.open(tmp_path / "cache").manifest["identity"] == found.identity()
     for non_ema, expected in ((None, other), ("main", sd)):
-        flags = TrainConfig("someone/tiny", (cache,), tmp_path, "other", non_ema_revision=non_ema, cache_dir=hub)
+        flags = train_config("someone/tiny", cache, revision="other", non_ema_revision=non_ema, cache_dir=hub)
         loaded, base = load_unet(flags, found), UNet2DConditionModel.from_pretrained(expected, subfolder="unet")
         assert torch.equal(loaded.conv_out.weight, base.conv_out.weight)
 

@@ -1,6 +1,5 @@
 """Tests of train/objective.py: what training computes."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import tiny
-from ip2p.train.config import TrainConfig
+from ip2p.train.config import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective, drop_conditioning, target_latents
 
 SCALING = 0.18215
@@ -180,14 +179,13 @@ def test_noising_is_float32_even_when_the_unet_is_not(unet: UNet2DConditionModel
 
 def test_guidance_is_trained_unless_it_is_switched_off() -> None:
     """Without a word each condition is dropped with the probability of the paper; diffusers' scripts drop none."""
-    assert TrainConfig("model", (Path("cache"),), Path("out")).dropout == EVEN
+    assert Flags().dropout == EVEN
 
 
 @pytest.mark.parametrize(("given", "bands"), [((0.1,), (0.1, 0.1, 0.1)), ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3))])
 def test_one_probability_stands_for_three(given: tuple[float, ...], bands: tuple[float, float, float]) -> None:
     """`--conditioning_dropout_prob` takes one number, or one for text alone, both, image alone."""
-    config = TrainConfig("model", (Path("cache"),), Path("out"), conditioning_dropout_prob=given)
-    assert config.dropout == bands
+    assert Flags(conditioning_dropout_prob=given).dropout == bands
 
 
 def test_draws_have_the_shapes_that_their_comments_say() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs import train_config
 from ip2p.encode.base.errors import SettingsError
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.order import Mix, Order, make_order
@@ -117,7 +118,7 @@ def columns(sizes: tuple[int, ...], groups: list[int] | None = None) -> Samples:
 def config(caches: int, *weights: float, **flags: Any) -> TrainConfig:
     """Flags of a run on some caches."""
     folders = tuple(Path(f"cache{number}") for number in range(caches))
-    return TrainConfig("m", folders, Path("out"), cache_weights=weights, **flags)
+    return train_config(cache=folders, cache_weights=weights, **flags)
 
 
 def test_without_weights_an_epoch_is_every_sample_of_every_cache_once() -> None:

@@ -116,7 +116,7 @@ def test_a_given_folder_of_images_takes_the_place_of_the_dataset(cache: Path) ->
     """--train_data_dir and --dataset_name exclude each other, whichever was recorded."""
     manifest = Cache.open(cache).manifest
     config = recorded_config(manifest, Verify(train_data_dir=Path("images")))
-    assert (config.dataset_name, config.train_data_dir) == (None, Path("images"))
-    assert recorded_config(manifest, Verify()).dataset_name == manifest["settings"]["dataset_name"]
+    assert (config.dataset.dataset_name, config.dataset.train_data_dir) == (None, Path("images"))
+    assert recorded_config(manifest, Verify()).dataset.dataset_name == manifest["settings"]["dataset_name"]
     with pytest.raises(SettingsError, match="either --dataset_name or --train_data_dir"):
         Verify(train_data_dir=Path("images"), dataset_name="pairs")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from configs import train_config
 from ip2p.encode.base.errors import SettingsError, TrainError
 from ip2p.train import machine, setup
 from ip2p.train.__main__ import main
@@ -30,7 +31,7 @@ def config(tmp_path: Path) -> Callable[..., TrainConfig]:
     """A configuration with some flags."""
 
     def make(**changed: Any) -> TrainConfig:
-        return TrainConfig("model", (tmp_path / "cache",), tmp_path / "out", report_to="none", **changed)
+        return train_config(cache=tmp_path / "cache", output_dir=tmp_path / "out", report_to="none", **changed)
 
     return make
 
@@ -239,17 +240,18 @@ def test_the_main_process_alone_looks_for_the_checkpoint(
 
     monkeypatch.setattr(setup, "broadcast_object_list", broadcast)
     given = config(resume_from_checkpoint="latest")
-    for steps, expected in (((), SettingsError), ((3, 7), given.output_dir / "checkpoint-7")):
+    for steps, expected in (((), SettingsError), ((3, 7), given.saving.output_dir / "checkpoint-7")):
         sent.clear()
         for step in steps:
-            (given.output_dir / f"checkpoint-{step}").mkdir(parents=True)
+            (given.saving.output_dir / f"checkpoint-{step}").mkdir(parents=True)
         for main_process in (True, False):
             rank: Any = SimpleNamespace(is_main_process=main_process)
             if not main_process:
-                (given.output_dir / "checkpoint-9").mkdir(parents=True, exist_ok=True)  # which the main one did not see
+                unseen = given.saving.output_dir / "checkpoint-9"  # by the main one
+                unseen.mkdir(parents=True, exist_ok=True)
             if isinstance(expected, Path):
                 assert agreed_checkpoint(given, rank) == expected
             else:
                 with pytest.raises(expected, match="holds no checkpoint"):
                     agreed_checkpoint(given, rank)
-        (given.output_dir / "checkpoint-9").rmdir()
+        (given.saving.output_dir / "checkpoint-9").rmdir()

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import tiny
+from ip2p.encode.base.flags import parse
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
-from ip2p.infer.config import parse
+from ip2p.infer.config import InferConfig
 from ip2p.infer.sheet import TILE, grid
 from test_infer import apart, picture
 
@@ -82,10 +83,13 @@ def test_every_input_and_seed_has_a_grid_of_its_own(model: str, editor: Editor, 
 
 def test_the_default_scales_surround_those_in_use() -> None:
     """Without values a sweep reaches over the paper's range, and holds its text guidance."""
-    config = parse("--model M --image a.png --prompt red --output o --sweep".split())
-    assert (min(config.sweep_image_guidance_scale), max(config.sweep_image_guidance_scale)) == (1.0, 2.2)
-    assert min(config.sweep_guidance_scale) < 7.5 < max(config.sweep_guidance_scale)
-    assert 7.5 in config.sweep_guidance_scale
+    config = parse(InferConfig, "--model M --image a.png --prompt red --output o --sweep".split(), "ip2p-infer")
+    assert (min(config.outputs.sweep_image_guidance_scale), max(config.outputs.sweep_image_guidance_scale)) == (
+        1.0,
+        2.2,
+    )
+    assert min(config.outputs.sweep_guidance_scale) < 7.5 < max(config.outputs.sweep_guidance_scale)
+    assert 7.5 in config.outputs.sweep_guidance_scale
 
 
 @pytest.mark.parametrize(

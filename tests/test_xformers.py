@@ -12,9 +12,9 @@ import torch
 from diffusers.models import attention_processor
 
 import tiny
-from ip2p.encode.base.flags import user_errors
+from configs import train_config
+from ip2p.encode.base.errors import user_errors
 from ip2p.encode.models.checkpoint import Checkpoint
-from ip2p.train.config import TrainConfig
 from ip2p.train.unet.load import load_unet
 from ip2p.train.unet.xformers import LIBRARY, preload
 
@@ -40,7 +40,7 @@ def test_an_xformers_that_cannot_run_is_answered_in_a_line(
     def fail(*_: object) -> NoReturn:
         raise error
 
-    config = TrainConfig(str(sd), (Path("cache"),), Path("out"), enable_xformers_memory_efficient_attention=True)
+    config = train_config(sd, enable_xformers_memory_efficient_attention=True)
     ops = SimpleNamespace(memory_efficient_attention=fail)
     monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops), raising=False)
     monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from ..encode.base.flags import parse, user_errors
+from ..encode.base.errors import user_errors
+from ..encode.base.flags import parse
 from .config import TrainConfig, refused
 from .unet.xformers import preload
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(TrainConfig, arguments, PROG, refused())
-        if config.enable_xformers_memory_efficient_attention:
+        if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
         from .run import train  # only now: torch takes seconds to import, and --help shall not
 

@@ -52,11 +52,11 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     Raises:
         SettingsError: the launcher's is none that is known here.
     """
-    name = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
         raise SettingsError(f"accelerate's mixed precision {name}: expected no, fp16 or bf16 (--mixed_precision)")
-    summed = config.gradient_accumulation_steps > 1
-    return Precision(name, cuda and name != "no" and not summed and not config.use_8bit_adam)
+    summed = config.steps.gradient_accumulation_steps > 1
+    return Precision(name, cuda and name != "no" and not summed and not config.optimizer.use_8bit_adam)
 
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
@@ -71,16 +71,18 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
                 f"accelerate is set up for {engine}, which shards what ip2p keeps whole on each GPU: "
                 "use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
             )
-    if config.deterministic:
+    if config.machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(True)
         # Nothing here reads what nobody wrote.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not config.deterministic  # all batches have one shape
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    folders = ProjectConfiguration(str(config.output_dir), logging_dir=str(config.output_dir / config.logging_dir))
-    tracker = None if config.report_to == "none" else config.report_to
+    torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
+    config.saving.output_dir.mkdir(parents=True, exist_ok=True)
+    folders = ProjectConfiguration(
+        str(config.saving.output_dir), logging_dir=str(config.saving.output_dir / config.watching.logging_dir)
+    )
+    tracker = None if config.watching.report_to == "none" else config.watching.report_to
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cuda = torch.cuda.is_available() and not on_cpu
     precision = choose_precision(config, cuda=cuda)
@@ -99,7 +101,9 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
             ],
         )
     except ValueError as error:
-        raise SettingsError(f"{error} (--mixed_precision {config.mixed_precision}, --report_to {tracker})") from None
+        raise SettingsError(
+            f"{error} (--mixed_precision {config.machine.mixed_precision}, --report_to {tracker})"
+        ) from None
     return accelerator, precision
 
 

@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> None:
     for line in advise(accelerator, precision):
         accelerator.print(line)
     try:
-        with alone(config.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        with alone(config.saving.output_dir) if accelerator.is_main_process else contextlib.nullcontext():
             _train(config, accelerator, precision)
     except torch.OutOfMemoryError:
         raise TrainError(
@@ -78,16 +78,16 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
     manifest = caches[0].manifest  # how all of them were encoded
     checkpoint = base_checkpoint(config, caches[0], accelerator)
     reader = Reader(*caches)
-    samples = Samples.of_all(reader, config.max_train_samples)
+    samples = Samples.of_all(reader, config.samples.max_train_samples)
     reader.require(samples.rows, samples.text_rows)
-    samples, held_out = hold_out(samples, config.num_validation_samples)
+    samples, held_out = hold_out(samples, config.watching.num_validation_samples)
     objective = Objective(
         noise_scheduler(config, checkpoint),
         null_conditioning(caches[0], reader, device),
         checkpoint.scaling_factor,
-        config.dropout,
-        config.snr_gamma,
-        config.noise_offset,
+        config.objective.dropout,
+        config.objective.snr_gamma,
+        config.objective.noise_offset,
         precision.dtype,
     )
     validation = Validation(config, accelerator, checkpoint, reader, objective, held_out)
@@ -96,29 +96,34 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
     unet: Any = load_unet(config, checkpoint).to(device)
     choose_attention(unet, device, precision.name)
     weights = Weights(unet, precision.half)
-    average = Average(weights.masters, config.ema_decay) if config.use_ema else None
+    average = Average(weights.masters, config.optimizer.ema_decay) if config.optimizer.use_ema else None
     scale = LossScale(device) if precision.name == "fp16" else None
     optimizer = make_optimizer(config, weights, accelerator.num_processes)
-    fused = not config.use_8bit_adam and takes_one_pass(device, precision.half)
-    update = Update(weights, optimizer, config.max_grad_norm, average, scale, fused=fused)
+    fused = not config.optimizer.use_8bit_adam and takes_one_pass(device, precision.half)
+    update = Update(weights, optimizer, config.optimizer.max_grad_norm, average, scale, fused=fused)
     unet = accelerator.prepare(unet)
-    per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    per_step = config.steps.train_batch_size * config.steps.gradient_accumulation_steps * accelerator.num_processes
     epoch = len(samples.rows) / per_step  # optimizer steps, not a whole number
-    total = config.max_train_steps or math.ceil(config.num_train_epochs * epoch)
+    total = config.steps.max_train_steps or math.ceil(config.steps.num_train_epochs * epoch)
     validation_every = config.validation_every(epoch)
     lr_scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
+        config.optimizer.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.optimizer.lr_warmup_steps,
+        num_training_steps=total,
     )
     progress = Progress(manifest["identity"] | manifest["encoding"], agreed_seed(config))
     parts: Parts = {PROGRESS: progress, MODEL: weights, OPTIMIZER: update, SCHEDULE: lr_scheduler}
     parts |= {AVERAGE: average, SCALE: scale}
     if previous := agreed_checkpoint(config, accelerator):
         resume(previous, parts)
-        if config.seed not in (None, progress.seed):
-            raise SettingsError(f"--seed {config.seed}: {previous} was trained with seed {progress.seed}, leave it out")
+        if config.steps.seed not in (None, progress.seed):
+            raise SettingsError(
+                f"--seed {config.steps.seed}: {previous} was trained with seed {progress.seed}, leave it out"
+            )
     save_config(config, progress.seed, accelerator)
 
-    rank, size = accelerator.process_index, config.train_batch_size
+    rank, size = accelerator.process_index, config.steps.train_batch_size
     batches = Batches(
         reader,
         samples,
@@ -128,11 +133,13 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
         start=progress.samples + rank * size,
         stride=accelerator.num_processes * size,
     )
-    checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit, writes=accelerator.is_main_process)
+    checkpoints = Checkpoints(
+        config.saving.output_dir, config.saving.checkpoints_total_limit, writes=accelerator.is_main_process
+    )
     metrics = Metrics(
         accelerator,
-        config.output_dir,
-        every=config.logging_steps,
+        config.saving.output_dir,
+        every=config.watching.logging_steps,
         total=total,
         done=progress.step,
         per_step=per_step,
@@ -140,22 +147,22 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
         checkpoints=lambda: checkpoints.waited,
         share=share_of_peak(unet, reader, precision, device),
     )
-    unchecked = config.compile
+    unchecked = config.machine.compile
     with Interrupt(accelerator) as interrupt, contextlib.closing(batches), checkpoints:
         while progress.step < total:
             loss = torch.zeros((), device=device)
-            for micro in range(config.gradient_accumulation_steps):
-                last = micro == config.gradient_accumulation_steps - 1
+            for micro in range(config.steps.gradient_accumulation_steps):
+                last = micro == config.steps.gradient_accumulation_steps - 1
                 batch = next(batches)
                 draws = objective.draw(batch, progress.seed, progress.step, micro, rank)
                 if unchecked:
                     check_gradients(unet, partial(objective.loss, unet, batch, draws), precision.name)
                     unchecked = False
                 with contextlib.nullcontext() if last else accelerator.no_sync(unet):
-                    part = objective.loss(unet, batch, draws) / config.gradient_accumulation_steps
+                    part = objective.loss(unet, batch, draws) / config.steps.gradient_accumulation_steps
                     (part * scale.value if scale else part).backward()
                 loss += part.detach()
-            norm, skipped = update(averages=(progress.step + 1) % config.ema_steps == 0)
+            norm, skipped = update(averages=(progress.step + 1) % config.optimizer.ema_steps == 0)
             lr_scheduler.step()
             progress.step += 1
             progress.samples += per_step
@@ -167,7 +174,7 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
                         metrics.write(progress.step, values)
             checkpoints.check()
             stopping = interrupt.agreed()
-            if progress.step % config.checkpointing_steps == 0 or progress.step == total or stopping:
+            if progress.step % config.saving.checkpointing_steps == 0 or progress.step == total or stopping:
                 # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
                 enough = stopping and checkpoints.busy and accelerator.num_processes > 1
                 if not enough:
@@ -185,10 +192,12 @@ def _train(config: TrainConfig, accelerator: Accelerator, precision: Precision) 
     if accelerator.is_main_process:
         result: Any = accelerator.unwrap_model(unet)
         weights.finish(average)
-        export(result, objective.scheduler, checkpoint, manifest["encoding"]["resolution"], config.output_dir)
+        export(result, objective.scheduler, checkpoint, manifest["encoding"]["resolution"], config.saving.output_dir)
         write_card(config, caches, progress.step, progress.samples)
-        print(f"saved the pipeline in {config.output_dir}: try `ip2p-infer --model {config.output_dir} …`")
-        if config.push_to_hub:
+        print(
+            f"saved the pipeline in {config.saving.output_dir}: try `ip2p-infer --model {config.saving.output_dir} …`"
+        )
+        if config.saving.push_to_hub:
             print(f"uploaded to {push(config)}")
     accelerator.end_training()
 

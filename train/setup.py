@@ -17,6 +17,7 @@ from accelerate.utils import (
 from diffusers import DDPMScheduler
 
 from ..encode.base.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
+from ..encode.base.flags import dump
 from ..encode.cache.format import Cache
 from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
@@ -60,7 +61,7 @@ def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
         CacheError: one is missing or damaged.
         CacheMismatch: two of them were encoded differently; the message says where they differ.
     """
-    caches = [Cache.open(folder) for folder in config.cache]
+    caches = [Cache.open(folder) for folder in config.samples.cache]
     for cache in caches:
         cache.check_files()
         names = f"in {caches[0].folder}", f"in {cache.folder}"
@@ -70,7 +71,7 @@ def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
                 "leave one out, or run ip2p-encode for its dataset as for the other, into another --cache\n"
                 + "\n".join(different)
             )
-        if config.verify_cache:
+        if config.samples.verify_cache:
             check_every_byte(cache, accelerator)
     return caches
 
@@ -83,19 +84,19 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
     """
     with accelerator.main_process_first():
         checkpoint = find_checkpoint(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            vae=config.pretrained_vae_model_name_or_path or cache.manifest["model"]["vae"],
-            single_file_config=config.single_file_config or cache.manifest["model"]["single_file_config"],
-            cache_dir=config.cache_dir,
+            config.model.pretrained_model_name_or_path,
+            revision=config.model.revision,
+            variant=config.model.variant,
+            vae=config.model.pretrained_vae_model_name_or_path or cache.manifest["model"]["vae"],
+            single_file_config=config.model.single_file_config or cache.manifest["model"]["single_file_config"],
+            cache_dir=config.model.cache_dir,
         )
-    names = ("in the cache", f"in {config.pretrained_model_name_or_path}")
+    names = ("in the cache", f"in {config.model.pretrained_model_name_or_path}")
     if different := differences(cache.manifest, {"identity": checkpoint.identity()}, ["identity"], names):
         raise CacheMismatch(
-            f"{cache.folder} was not encoded with {config.pretrained_model_name_or_path}: train the model that it was "
-            f"made with ({cache.manifest['model']['name']}), or run ip2p-encode with this one into another --cache\n"
-            + "\n".join(different)
+            f"{cache.folder} was not encoded with {config.model.pretrained_model_name_or_path}: train the model that "
+            f"it was made with ({cache.manifest['model']['name']}), or run ip2p-encode with this one into another "
+            "--cache\n" + "\n".join(different)
         )
     return checkpoint
 
@@ -123,19 +124,23 @@ def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMSchedule
         SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
             at its end (arXiv 2305.08891, section 3.3).
     """
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if config.rescale_betas_zero_snr else {}
+    options = (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if config.objective.rescale_betas_zero_snr
+        else {}
+    )
     scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
     kind = scheduler.config["prediction_type"]
     if kind not in ("epsilon", "v_prediction"):
         raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
-    if config.rescale_betas_zero_snr and kind != "v_prediction":
+    if config.objective.rescale_betas_zero_snr and kind != "v_prediction":
         raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
     return scheduler
 
 
 def agreed_seed(config: TrainConfig) -> int:
     """The seed of the flags, or a drawn one that all processes agree on."""
-    seed = [secrets.randbits(32) if config.seed is None else config.seed]
+    seed = [secrets.randbits(32) if config.steps.seed is None else config.steps.seed]
     broadcast_object_list(seed)
     return seed[0]
 
@@ -149,7 +154,7 @@ def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
     found: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            found = [find(config.output_dir, config.resume_from_checkpoint)]
+            found = [find(config.saving.output_dir, config.saving.resume_from_checkpoint)]
         except SettingsError as error:
             found = [error]
     broadcast_object_list(found)
@@ -161,6 +166,8 @@ def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
 def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:
     """Keep the resolved configuration beside the results, where `--config` can read it, and tell the trackers."""
     if accelerator.is_main_process:
-        settings = config.dump() | {"seed": seed}
-        Path(config.output_dir, "train.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        settings = dump(config) | {"seed": seed}
+        Path(config.saving.output_dir, "train.yaml").write_text(
+            yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"
+        )
         accelerator.init_trackers("ip2p", {name: str(value) for name, value in settings.items()})

@@ -70,8 +70,10 @@ def user_errors(prog: str) -> Iterator[None]:
     Whoever stops reading the output, as `| head` does, ends the command quietly.
     """
     try:
-        yield
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except Ip2pError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,119 +1,199 @@
-"""Turns command lines and YAML files into a configuration dataclass, and errors into lines a user can act on."""
+"""Command lines and YAML files into configuration dataclasses, and those back into plain values.
 
-import contextlib
+A configuration is a frozen dataclass whose fields are flags, or groups of flags: dataclasses again, under whose
+docstrings `--help` shows them. Names are flat: `--learning_rate`, whichever group it belongs to.
+"""
+
 import dataclasses
-import difflib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .errors import Ip2pError, SettingsError
+from .errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping[str, str]) -> Config:
+class AtLeast(NamedTuple):
+    """Metadata of a number's type: the smallest that makes sense."""
+
+    least: int
+
+
+Count = Annotated[int, AtLeast(1)]
+Whole = Annotated[int, AtLeast(0)]
+Amount = Annotated[float, AtLeast(0)]
+NUMBERS = {int: "a whole number", float: "a number"}
+SECRET = {"secret": True}
+"""Metadata of a field that is written nowhere."""
+
+
+def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping[str, str] | None = None) -> Config:
     """Read `argv` into an instance of the dataclass `config`.
 
     `--config run.yaml` stands for the flags that the file holds; later flags win, and `--no_x` takes back `--x`.
     `refused` maps flags that users may know from elsewhere to the reason why they are not taken here.
 
     Raises:
-        SettingsError: an unknown flag or value, with the nearest right one, or a flag of another command.
+        SettingsError: an unknown flag or value, with the nearest right one; a flag of another command; one missing.
     """
     import tyro  # here, because nothing else in a worker process needs it
 
-    arguments = _expand_config(list(argv))
-    _check(config, arguments, prog, refused)
-    options = (tyro.conf.AvoidSubcommands,)
+    arguments = _expand(list(argv))
+    _check(config, arguments, prog, refused or {})
+    options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
     return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
 
 
-def dump(config: object) -> dict[str, object]:
-    """The resolved configuration as plain values that YAML and JSON can hold, without secrets."""
-    values = dataclasses.asdict(config)  # type: ignore[call-overload]
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if "token" not in name}
+def flags_of(config: type) -> dict[str, Any]:
+    """The type of each flag of a configuration, by name, through all groups."""
+    flags: dict[str, Any] = {}
+    for name, hint in get_type_hints(config, include_extras=True).items():
+        flags |= flags_of(hint) if dataclasses.is_dataclass(hint) else {name: hint}  # type: ignore[arg-type]
+    return flags
 
 
-@contextlib.contextmanager
-def user_errors(prog: str) -> Iterator[None]:
-    """Show `Ip2pError` and Ctrl-C as a line instead of a traceback; exit with status 2 and 130."""
-    try:
-        yield
-    except Ip2pError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; the same command continues from what is saved", file=sys.stderr)
-        raise SystemExit(130) from None
+def required(config: type) -> list[str]:
+    """Names of the flags that must be given."""
+    hints, names = get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            names += required(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field.name]
+    return names
 
 
-def _expand_config(arguments: list[str]) -> list[str]:
+def dump(config: Any) -> dict[str, Any]:
+    """A configuration as plain values that YAML and JSON can hold, by flag, without secrets."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values |= dump(value)
+        elif not field.metadata.get("secret"):
+            items = [str(v) if isinstance(v, Path) else v for v in (value if isinstance(value, tuple) else [value])]
+            values[field.name] = items[0] if len(items) == 1 else items
+    return values
+
+
+def build(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """The configuration that `dump` gave as `values`; what it did not know yet has its default."""
+    given: dict[str, Any] = {}
+    for name, hint in get_type_hints(config, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            given[name] = build(hint, values)  # type: ignore[arg-type]
+        elif name in values:
+            given[name] = _restored(hint, values[name])
+    return config(**given)
+
+
+def changed(config: Config, **flags: Any) -> Config:
+    """A copy of a configuration with other values of some flags, whichever groups they belong to."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = changed(value, **{name: flags[name] for name in flags.keys() & flags_of(type(value))})
+        elif field.name in flags:
+            values[field.name] = flags[field.name]
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_restored(get_args(hint)[0], item) for item in items)
+    return Path(value) if Path in _kinds(hint) and value is not None else value
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """What a flag may be: the parts of a union, or the kind itself; of a list, that of its items."""
+    hint = get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+
+
+def _expand(arguments: list[str]) -> list[str]:
     """Replace each `--config FILE` by the flags that the YAML file holds, where it stands."""
     expanded: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
-        if name != "--config":
-            expanded.append(argument)
-            continue
-        path = value if equals else next(rest, "")
-        expanded += _flags_of(Path(path))
+        expanded += _flags_in(value if equals else next(rest, "")) if name == "--config" else [argument]
     return expanded
 
 
-def _flags_of(path: Path) -> list[str]:
+def _flags_in(path: str) -> Iterator[str]:
     try:
         # BaseLoader keeps every scalar as text, so that `no` and `1e-5` mean what they say.
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config {path} cannot be read: {error}") from None
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"--config {path} holds no `flag: value` lines")
-    flags: list[str] = []
     for name, value in values.items():
         if value in ("true", "false"):
-            flags.append(f"--{name}" if value == "true" else f"--no_{name}")
+            yield f"--{name}" if value == "true" else f"--no_{name}"
         elif value not in ("null", "", []):
-            flags += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    return flags
+            yield f"--{name}"
+            yield from value if isinstance(value, list) else [value]
 
 
 def _check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
-    """Answer mistyped names and values in one line, before tyro would in ten."""
-    hints = get_type_hints(config)
-    off = [f"no_{name}" for name, hint in hints.items() if hint is bool]
-    for position, argument in enumerate(arguments):
-        if not argument.startswith("--"):
-            continue
-        name, equals, value = argument[2:].partition("=")
-        name = name.replace("-", "_")
-        if name in hints:
-            _check_value(name, hints[name], value if equals else (*arguments[position + 1 : position + 2], "")[0])
-        elif reason := refused.get(name) or refused.get(name.removeprefix("no_")):
-            raise SettingsError(f"--{name} {reason}")
-        elif name not in ("help", *off):
-            near = difflib.get_close_matches(name, [*hints, *off, *refused], n=1)
-            hint = f"; did you mean --{near[0]}?" if near else f"; `{prog} --help` lists them all"
-            raise SettingsError(f"unknown flag --{name}{hint}")
+    """Answer wrong and missing flags in one line, before tyro would in ten."""
+    flags = flags_of(config)
+    switches = {name: f"no_{name}" for name, hint in flags.items() if hint is bool}
+    switches |= {off: on for on, off in switches.items()}
+    given: dict[str, list[str]] = {}
+    name = ""
+    for argument in arguments:
+        if argument in ("--help", "-h"):
+            return
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            name = name.replace("-", "_")
+            if name not in flags and name not in switches:
+                if why := refused.get(name) or refused.get(name.removeprefix("no_")):
+                    raise SettingsError(f"--{name} {why}")
+                near = did_you_mean(name, [*flags, *switches, *refused], "--")
+                raise SettingsError(f"unknown flag --{name}{near or f'; `{prog} --help` lists them all'}")
+            given[name] = [value] if equals else []
+        elif name:
+            given[name].append(argument)
+        else:
+            raise SettingsError(f"{argument}: expected a flag before it; `{prog} --help` lists them all")
+    for name, values in given.items():
+        if name in switches and values:
+            raise SettingsError(f"--{name} {values[0]}: expected no value; its opposite is --{switches[name]}")
+        if name not in switches:
+            _check_values(name, flags[name], values)
+    if missing := [f"--{name}" for name in required(config) if not given.get(name)]:
+        raise SettingsError(f"give {' and '.join(missing)}; `{prog} --help` says what that is")
 
 
-def _check_value(name: str, hint: Any, value: str) -> None:
-    """Look at a choice or a number; paths, text and lists can be anything here."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+def _check_values(name: str, hint: Any, values: list[str]) -> None:
+    """Look at how many there are, at choices and at numbers; paths and text can be anything here."""
+    if get_origin(hint) is not tuple and len(values) != 1:
+        found = f" {' '.join(values)}" if values else ""
+        raise SettingsError(f"--{name}{found}: expected one value" + (", in quotes if it has spaces" if found else ""))
+    kinds = _kinds(hint)
     choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
-        mean = f"; did you mean {near[0]}?" if near else ""
-        raise SettingsError(f"--{name} {value}: expected one of {', '.join(choices)}{mean}")
-    for kind, expected in ((int, "a whole number"), (float, "a number")):
-        if kind in kinds:
-            try:
-                kind(value)
-            except ValueError:
-                raise SettingsError(f"--{name} {value}: expected {expected}") from None
+    for value in values:
+        if choices and value not in choices:
+            near = did_you_mean(value, choices)
+            raise SettingsError(f"--{name} {value}: expected one of {', '.join(choices)}{near}")
+        for kind in kinds:
+            _check_number(name, kind, value)
+
+
+def _check_number(name: str, kind: Any, value: str) -> None:
+    number, limit = get_args(kind) if get_origin(kind) is Annotated else (kind, None)
+    if number not in NUMBERS:
+        return
+    try:
+        found = number(value)
+    except ValueError:
+        raise SettingsError(f"--{name} {value}: expected {NUMBERS[number]}") from None
+    if limit and not found >= limit.least:  # which NaN is not either
+        raise SettingsError(f"--{name} {value}: expected {limit.least} or more")

@@ -69,10 +69,10 @@ def choose(config: EncodeConfig, name: str, kinds: Mapping[str, str], preset: Pr
     if not kinds:
         raise SourceError(f"{name} holds no samples")
     chosen, guessed = [], []
-    roles = ROLES if config.reverse_pairs else ROLES[:3]
+    roles = ROLES if config.dataset.reverse_pairs else ROLES[:3]
     known = preset or presets.find(name) or (None,) * len(ROLES)
     for role, usual in zip(roles, known, strict=False):
-        column = getattr(config, role.flag) or next((c for c in (usual, role.usual) if c in kinds), None)
+        column = getattr(config.dataset, role.flag) or next((c for c in (usual, role.usual) if c in kinds), None)
         if column is None:
             column = _guess(role, name, kinds)
             guessed.append(f"{role.what} in {column} (--{role.flag})")

@@ -59,7 +59,7 @@ class Source:
 
     def __init__(self, rows: Rows, name: str, config: EncodeConfig):
         self.name, self.columns = name, rows.columns
-        self._rows, self._all = rows, config.prompt_choice == "all"
+        self._rows, self._all = rows, config.dataset.prompt_choice == "all"
         self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
         if self._all:
             counts = (sum(len(self._choices(value)) for value in row) for row in rows.instructions())
@@ -67,7 +67,7 @@ class Source:
             samples = int(self._ends[-1]) if len(rows) else 0
         else:
             samples = len(rows) * (len(rows.columns) - 2)
-        self._length = min(samples, config.max_train_samples or samples)
+        self._length = min(samples, config.dataset.max_train_samples or samples)
 
     def __len__(self) -> int:
         return self._length
@@ -111,8 +111,8 @@ def open_source(config: EncodeConfig) -> Source:
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    name = config.dataset_name or str(config.train_data_dir)
-    if presets.evaluation_only(name) and config.edited_image_column is None:
+    name = config.dataset.dataset_name or str(config.dataset.train_data_dir)
+    if presets.evaluation_only(name) and config.dataset.edited_image_column is None:
         raise SourceError(
             f"{name} is made for evaluation: it holds no edited images to learn from "
             "(--edited_image_column, if your copy has some)"
@@ -128,8 +128,8 @@ def _open_rows(config: EncodeConfig, name: str) -> Rows:
     seeds = (Path(name) / "seeds.json").is_file()
     tars = f"{name}/*.tar" if any(Path(name).glob("*.tar")) else name
     in_tars = tars.endswith(".tar") or "{" in tars or "://" in tars
-    if config.split and (seeds or in_tars):
-        raise SourceError(f"{name} has no splits: leave out --split {config.split}")
+    if config.dataset.split and (seeds or in_tars):
+        raise SourceError(f"{name} has no splits: leave out --split {config.dataset.split}")
     if seeds:
         from .seeds import open_seeds
 

@@ -82,15 +82,19 @@ def open_table(config: EncodeConfig, name: str) -> Table:
     path = _data_file(config, Path(name))
     if any((path / state).is_file() for state in ("state.json", "dataset_dict.json")):
         return _table(config, name, _load_from_disk(config, name), path)
-    where: dict[str, Any] = {"path": name, "name": config.dataset_config_name, "revision": config.dataset_revision}
+    where: dict[str, Any] = {
+        "path": name,
+        "name": config.dataset.dataset_config_name,
+        "revision": config.dataset.dataset_revision,
+    }
     if path.is_file():
         where = {**READERS[path.suffix], "data_files": str(path)}
-    where["cache_dir"] = str(config.cache_dir) if config.cache_dir else None
+    where["cache_dir"] = str(config.model.cache_dir) if config.model.cache_dir else None
     folder = path.parent if path.is_file() else path
     with _explained(name):
         builder = datasets.load_dataset_builder(**where)
-        split = config.split or _only_split(name, map(str, builder.as_streaming_dataset()))
-    if config.streaming:
+        split = config.dataset.split or _only_split(name, map(str, builder.as_streaming_dataset()))
+    if config.dataset.streaming:
         return _keep_stream(config, name, where | {"split": split}, folder, builder)
     with _explained(name):
         loaded = datasets.load_dataset(**where, split=split)
@@ -102,7 +106,7 @@ def _load_from_disk(config: EncodeConfig, name: str) -> Any:
         saved = datasets.load_from_disk(name)
     if not isinstance(saved, datasets.DatasetDict):
         return saved
-    split = config.split or _only_split(name, map(str, saved))
+    split = config.dataset.split or _only_split(name, map(str, saved))
     if split not in saved:
         raise SourceError(f"{name} has no split {split}: choose one of {', '.join(map(str, saved))} with --split")
     return saved[split]
@@ -116,7 +120,7 @@ def _keep_stream(config: EncodeConfig, name: str, where: dict[str, Any], folder:
     columns = choose(config, name, kinds_of(sample, folder))
     types = datasets.Features.from_arrow_schema(sample.select(columns).schema)
     # What these are decides whether the stream was kept before; the hash changes with the data.
-    parts = {"where": where, "columns": columns, "folder": folder, "limit": config.max_train_samples}
+    parts = {"where": where, "columns": columns, "folder": folder, "limit": config.dataset.max_train_samples}
     with _explained(name):
         kept = datasets.Dataset.from_generator(
             _stream,
@@ -170,9 +174,9 @@ def _data_file(config: EncodeConfig, path: Path) -> Path:
         raise SourceError(f"{found[0]} is empty: expected a line for each pair, with both files and the instruction")
     if found:
         return found[0]
-    if config.train_data_dir and not path.is_dir():
+    if config.dataset.train_data_dir and not path.is_dir():
         raise SourceError(f"--train_data_dir {path} is not a folder")
-    if config.train_data_dir:
+    if config.dataset.train_data_dir:
         below = next((file.parent for name in METADATA for file in path.glob(f"*/{name}")), None)
         hint = f"give --train_data_dir {below}" if below else "a dataset's own folder goes to --dataset_name"
         raise SourceError(f"--train_data_dir {path} has no {', '.join(METADATA)} or seeds.json: {hint}")

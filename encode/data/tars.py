@@ -99,7 +99,7 @@ def open_tars(config: EncodeConfig, name: str) -> Tars:
     Raises:
         SourceError: a file that is missing or no tar file, or another column than there is.
     """
-    cache = Path(config.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
+    cache = Path(config.model.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
     cache.mkdir(parents=True, exist_ok=True)
     files = _files(name)
     with ThreadPoolExecutor(DOWNLOADS) as pool:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..base.errors import SettingsError
-from ..base.flags import parse, user_errors
+from ..base.errors import SettingsError, user_errors
+from ..base.flags import parse
 from . import verbs
 
 PROG = "ip2p-cache"

@@ -47,7 +47,7 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         SourceError: the dataset is another one.
     """
     checkpoint = named_checkpoint(config)
-    _check_identity(cache, checkpoint, config.pretrained_model_name_or_path)
+    _check_identity(cache, checkpoint, config.model.pretrained_model_name_or_path)
     source = open_source(config)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]

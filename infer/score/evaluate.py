@@ -1,6 +1,5 @@
 """ip2p-infer evaluate: edits held-out pairs with each model, has the edits scored, compares the models."""
 
-import dataclasses
 import functools
 import json
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...encode.base.errors import EditError
+from ...encode.base.flags import dump
 from ..batch import edit_all, load_editor
 from ..config import EvaluateConfig
 from ..inputs import Job, find_jobs
@@ -41,28 +41,35 @@ def evaluate(config: EvaluateConfig) -> int:
     """Edit and score everything that `config` names; return the exit status.
 
     The output folder gets MODEL/image_1.5_text_7.5/ with the edits and, in scores.jsonl, the scores of each;
-    results.json with their means; and curve.png, if `config.curve`.
+    results.json with their means; and curve.png, if `config.scoring.curve`.
     """
-    folder, scales = Path(config.output), CURVE if config.curve else (config.image_guidance_scale,)
+    folder, scales = (
+        Path(config.scoring.output),
+        CURVE if config.scoring.curve else (config.editing.image_guidance_scale,),
+    )
     for model in config.model:
-        check_model(model, config.revision)
-    captions = config.original_caption_column, config.edited_caption_column
-    jobs = find_jobs(config.editing("", scales[0], folder), captions)
+        check_model(model, config.loading.revision)
+    captions = config.scoring.original_caption_column, config.scoring.edited_caption_column
+    jobs = find_jobs(config.infer("", scales[0], folder), captions)
     left_out = missing_columns(jobs[0])
-    if config.curve and "clip_direction" in left_out:
+    if config.scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
 
     from .scoring import score_all
     from .similarity import Judge
 
-    judge = Judge(config.clip_model, config.dino_model, config.device, config.published_clip_range)
+    judge = Judge(
+        config.scoring.clip_model, config.scoring.dino_model, config.loading.device, config.scoring.published_clip_range
+    )
     results: list[dict[str, Any]] = []
     for model in config.model:
-        load = functools.cache(functools.partial(load_editor, config.editing(model, scales[0], folder)))
+        load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
-            print(f"{model}, image guidance {scale:g}, text guidance {config.guidance_scale:g}", file=sys.stderr)
-            place = folder_of(folder, model, scale, config.guidance_scale)
-            run = config.editing(model, scale, place)
+            print(
+                f"{model}, image guidance {scale:g}, text guidance {config.editing.guidance_scale:g}", file=sys.stderr
+            )
+            place = folder_of(folder, model, scale, config.editing.guidance_scale)
+            run = config.infer(model, scale, place)
             work = list(zip(jobs, output_paths(run, jobs), strict=True))
             failed = edit_all(run, work, load)[2]
             edits = [(job, path) for job, (path,) in work if job.stem not in failed]
@@ -97,15 +104,15 @@ def folder_of(folder: Path, model: str, image: float, text: float) -> Path:
 
 def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: Mapping[str, str]) -> None:
     """Print the table, and write results.json and the curve."""
-    folder = Path(config.output)
+    folder = Path(config.scoring.output)
     print(table(results))
     for lack in sorted(set(left_out.values())):
         titles = ", ".join(SCORES[name][0] for name in left_out if left_out[name] == lack)
         print(f"left out: {titles}; the dataset has no {lack}")
-    settings = dataclasses.asdict(config)
+    settings = dump(config)
     content = json.dumps({"settings": settings, "left_out": left_out, "results": results}, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(content + "\n", encoding="utf-8")
-    if config.curve:
+    if config.scoring.curve:
         lines: dict[str, list[tuple[float, float, str]]] = {model: [] for model in config.model}
         for row in results:
             point = row["clip_direction"], row["clip_image"], f"{row['image_guidance_scale']:.1f}"

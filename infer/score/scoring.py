@@ -34,12 +34,12 @@ def score_all(
     Returns:
         The records by the inputs' stems.
     """
-    judged_by = [[name, model_stamp(name)] for name in (config.clip_model, config.dino_model)]
+    judged_by = [[name, model_stamp(name)] for name in (config.scoring.clip_model, config.scoring.dino_model)]
     known, records = _read(file), {}
     missing: list[tuple[Job, Path, str]] = []
     for job, path in edits:
         try:
-            identity = _identity(job, path, [*judged_by, config.published_clip_range])
+            identity = _identity(job, path, [*judged_by, config.scoring.published_clip_range])
         except EditError as error:
             _report(job, error)
             continue
@@ -53,7 +53,9 @@ def score_all(
     renewed = {job.stem for job, _, _ in missing}
     _write(file, (record for stem, record in known.items() if stem not in renewed))
     with file.open("a", encoding="utf-8") as lines, tqdm(total=len(missing), unit="pair", desc="scoring") as bar:
-        for batch in (missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)):
+        for batch in (
+            missing[i : i + config.editing.batch_size] for i in range(0, len(missing), config.editing.batch_size)
+        ):
             opened: list[tuple[str, str, Edit]] = []
             for job, path, identity in batch:
                 try:

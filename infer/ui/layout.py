@@ -98,7 +98,11 @@ class Layout:
     def _settings(self, config: InferConfig) -> None:
         import gradio as gr
 
-        steps, image, text = config.num_inference_steps, config.image_guidance_scale, config.guidance_scale
+        steps, image, text = (
+            config.editing.num_inference_steps,
+            config.editing.image_guidance_scale,
+            config.editing.guidance_scale,
+        )
         with gr.Group():
             self.steps = gr.Slider(1, max(100, steps), steps, step=1, label="Steps", elem_id="steps")
             self.keep = gr.Slider(
@@ -108,7 +112,7 @@ class Layout:
                 0, max(20, text), text, step=0.1, label="Text guidance: follow the instruction", elem_id="follow"
             )
             with gr.Row():
-                self.seed = gr.Number(config.seed, precision=0, label="Seed", min_width=120, elem_id="seed")
+                self.seed = gr.Number(config.editing.seed, precision=0, label="Seed", min_width=120, elem_id="seed")
                 self.fresh = gr.Checkbox(label="New seed each time", min_width=120, elem_id="fresh")
 
     def _results(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ...encode.base.errors import EditError
+from ...encode.base.flags import changed
 from ..batch import edit, load_editor
 from ..config import InferConfig
 from ..inputs import find_jobs
@@ -56,9 +57,9 @@ class Page:
     """
 
     def __init__(self, config: InferConfig, editor: "Editor", folder: Path) -> None:
-        self.config = dataclasses.replace(config, num_images=1, batch_size=1)
+        self.config = changed(config, num_images=1, batch_size=1)
         self.folder = folder
-        self.names = list(dict.fromkeys([config.model, *config.compare]))
+        self.names = list(dict.fromkeys([config.model, *config.page.compare]))
         self.editors = {config.model: editor}
         self.layout = Layout(config, self.names, self._examples())
         with self.layout.blocks:
@@ -67,7 +68,7 @@ class Page:
     def editor(self, model: str) -> "Editor":
         """The editor of a model, loaded when it is first asked for, and kept."""
         if model not in self.editors:
-            self.editors[model] = load_editor(dataclasses.replace(self.config, model=model))
+            self.editors[model] = load_editor(changed(self.config, model=model))
         return self.editors[model]
 
     def check(self, path: str | None) -> Any:
@@ -116,7 +117,12 @@ class Page:
         at, hidden = self.layout, gr.Dropdown(visible=False)
         places = {at.result: None, at.caption: "", at.pictures: {}, at.left: hidden, at.right: hidden}
         config = self.config
-        settings = (config.num_inference_steps, config.image_guidance_scale, config.guidance_scale, config.seed)
+        settings = (
+            config.editing.num_inference_steps,
+            config.editing.image_guidance_scale,
+            config.editing.guidance_scale,
+            config.editing.seed,
+        )
         controls = dict(zip(at.controls, (None, "", *settings), strict=True))
         return controls | {at.fresh: False, at.models: self.names, at.note: ""} | places
 
@@ -127,7 +133,7 @@ class Page:
         if not prompt.strip():
             raise EditError('say what to change, such as "make it snowy"')
         scales = {"image_guidance_scale": image, "guidance_scale": text}
-        config = dataclasses.replace(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
+        config = changed(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
         picture = open_picture(path)
         (edited,) = edit(self.editor(model), config, [picture], [prompt])
         (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
@@ -150,7 +156,7 @@ class Page:
         }
 
     def _examples(self) -> list[tuple[str, str]]:
-        jobs = find_jobs(self.config)[:EXAMPLES] if self.config.image or self.config.table else []
+        jobs = find_jobs(self.config)[:EXAMPLES] if self.config.inputs.image or self.config.inputs.table else []
         return [(self._save(open_picture(job.image()), job.stem), job.prompt) for job in jobs]
 
     def _save(self, picture: Image.Image, title: str, settings: str = "") -> str:

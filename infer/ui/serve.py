@@ -23,7 +23,7 @@ def serve(config: InferConfig) -> int:
     """
     if importlib.util.find_spec("gradio") is None:
         raise EditError("--ui needs gradio: pip install 'ip2p[ui]'")
-    with _listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
+    with _listen(config.page.host, config.page.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
         editor = load_editor(config)
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; gradio reads it on import
         import gradio

@@ -91,13 +91,17 @@ def make_order(config: TrainConfig, samples: Samples, seed: int) -> Order:
     Raises:
         SettingsError: a cache that has a weight would never be seen.
     """
-    sides, by_prompt, weights = samples.views.shape[1], config.sample_by == "prompt", config.cache_weights
+    sides, by_prompt, weights = (
+        samples.views.shape[1],
+        config.samples.sample_by == "prompt",
+        config.samples.cache_weights,
+    )
     if not weights:
         return Order(len(samples.rows), sides, seed, samples.prompts() if by_prompt else None)
     parts = [samples.select(samples.caches == number) for number in range(len(weights))]
     edges = np.round(np.cumsum(weights) / sum(weights) * len(samples.rows)).astype(int)
     shares = np.diff(edges, prepend=0).tolist()
-    for folder, part, share in zip(config.cache, parts, shares, strict=True):
+    for folder, part, share in zip(config.samples.cache, parts, shares, strict=True):
         if not (share and len(part.rows)):
             raise SettingsError(
                 f"--cache_weights {' '.join(f'{weight:g}' for weight in weights)}: {folder} would give {share:,} of "

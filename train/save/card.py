@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from ...encode.base.errors import TrainError, reason
+from ...encode.base.flags import dump
 from ...encode.cache.format import Cache
 from ..config import TrainConfig
 
@@ -50,20 +51,20 @@ pipeline("make it snowy", image, num_inference_steps=20, image_guidance_scale=1.
 def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: int) -> None:
     """Write README.md into the output folder: data, cache identity, settings, losses, pictures."""
     manifest = caches[0].manifest  # the others agree with it in all that is not summed up here
-    index = json.loads((config.output_dir / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads((config.saving.output_dir / "model_index.json").read_text(encoding="utf-8"))
     header = ModelCardData(
-        base_model=config.pretrained_model_name_or_path,
+        base_model=config.model.pretrained_model_name_or_path,
         datasets=None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "image-to-image"],
     )
-    drawn = sorted((config.output_dir / "validation").glob("*.png"))
+    drawn = sorted((config.saving.output_dir / "validation").glob("*.png"))
     text = TEXT.format(
         header=header.to_yaml(),
-        name=config.hub_model_id or config.output_dir.name,
+        name=config.saving.hub_model_id or config.saving.output_dir.name,
         version=manifest["ip2p"],
-        base=config.pretrained_model_name_or_path,
+        base=config.model.pretrained_model_name_or_path,
         pipeline=index["_class_name"],
         pictures=f"\n![Validation pictures](validation/{drawn[-1].name})\n" if drawn else "",
         samples=sum(cache.manifest["counts"]["ok"] for cache in caches),
@@ -74,10 +75,10 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: i
         steps=steps,
         seen=seen,
         identity=table(manifest["identity"]),
-        losses=last_losses(config.output_dir / "metrics.jsonl"),
-        settings="| flag | value |\n|---|---|\n" + table(config.dump()),
+        losses=last_losses(config.saving.output_dir / "metrics.jsonl"),
+        settings="| flag | value |\n|---|---|\n" + table(dump(config)),
     )
-    ModelCard(text).save(config.output_dir / "README.md")
+    ModelCard(text).save(config.saving.output_dir / "README.md")
 
 
 def table(values: Mapping[str, Any]) -> str:
@@ -100,19 +101,19 @@ def push(config: TrainConfig) -> str:
     Raises:
         TrainError: the Hub refused; everything is still in the output folder.
     """
-    api = HfApi(token=config.hub_token)
-    name = config.hub_model_id or config.output_dir.resolve().name
+    api = HfApi(token=config.saving.hub_token)
+    name = config.saving.hub_model_id or config.saving.output_dir.resolve().name
     try:
         repository = api.create_repo(name, exist_ok=True).repo_id
         api.upload_folder(
             repo_id=repository,
-            folder_path=config.output_dir,
+            folder_path=config.saving.output_dir,
             commit_message="Trained with ip2p",
-            ignore_patterns=["checkpoint-*", f"{config.logging_dir}/*", ".lock"],
+            ignore_patterns=["checkpoint-*", f"{config.watching.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TrainError(
-            f"--push_to_hub {name}: {reason(error)}; the pipeline is in {config.output_dir}: mend --hub_token or "
-            f"--hub_model_id and repeat with --resume_from_checkpoint latest"
+            f"--push_to_hub {name}: {reason(error)}; the pipeline is in {config.saving.output_dir}: mend "
+            "--hub_token or --hub_model_id and repeat with --resume_from_checkpoint latest"
         ) from None
     return repository

@@ -20,25 +20,25 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
         SettingsError: xformers was asked for and cannot run.
     """
     place, revision = str(checkpoint.folder), None
-    if config.non_ema_revision:
-        place, revision = config.pretrained_model_name_or_path, config.non_ema_revision
+    if config.model.non_ema_revision:
+        place, revision = config.model.pretrained_model_name_or_path, config.model.non_ema_revision
     try:
         unet = UNet2DConditionModel.from_pretrained(
             place,
             subfolder="unet",
             revision=revision,
-            variant=config.variant,
-            cache_dir=config.cache_dir,
+            variant=config.model.variant,
+            cache_dir=config.model.cache_dir,
             dtype=torch.float32,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{place} holds no UNet: {reason(error)}") from None
     widen(unet, checkpoint.latent_channels)
-    if config.gradient_checkpointing:
+    if config.machine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if config.enable_xformers_memory_efficient_attention:
+    if config.machine.enable_xformers_memory_efficient_attention:
         use_xformers(unet)
-    if config.compile:
+    if config.machine.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

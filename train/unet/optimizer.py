@@ -16,14 +16,14 @@ Optimizer = torch.optim.Optimizer
 
 def make_optimizer(config: TrainConfig, weights: Weights, processes: int) -> Optimizer:
     """AdamW over the masters, fused or in 8 bits."""
-    scale = config.train_batch_size * config.gradient_accumulation_steps * processes
+    scale = config.steps.train_batch_size * config.steps.gradient_accumulation_steps * processes
     options: dict[str, Any] = {
-        "lr": config.learning_rate * (scale if config.scale_lr else 1),
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
+        "lr": config.optimizer.learning_rate * (scale if config.optimizer.scale_lr else 1),
+        "betas": (config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+        "weight_decay": config.optimizer.adam_weight_decay,
+        "eps": config.optimizer.adam_epsilon,
     }
-    if not config.use_8bit_adam:
+    if not config.optimizer.use_8bit_adam:
         return torch.optim.AdamW(weights.masters, fused=True, **options)
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]

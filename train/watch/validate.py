@@ -64,14 +64,14 @@ class Validation:
     ):
         self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
         self.reader, self.objective, self.held_out = reader, objective, held_out
-        self.picture = open_picture(config) if config.validation_image else None
+        self.picture = open_picture(config) if config.watching.image else None
 
     def run(self, step: int, unet: torch.nn.Module, weights: Weights, average: Average | None) -> dict[str, float]:
         """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
         model: Any = self.accelerator.unwrap_model(unet)
         model.eval()
         # What a compiled UNet meets here, other batch sizes and no gradients, it would have to be compiled for anew.
-        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if self.config.machine.compile else contextlib.nullcontext()
         with torch.no_grad(), eager:
             values = self.losses(model, "validation_loss")
             with weights.averaged(average):
@@ -85,7 +85,7 @@ class Validation:
 
     def losses(self, unet: torch.nn.Module, name: str) -> dict[str, float]:
         """The mean loss over the held-out samples, in all and by band of timesteps, both conditions kept."""
-        count, size = len(self.held_out.rows), self.config.train_batch_size
+        count, size = len(self.held_out.rows), self.config.steps.train_batch_size
         if not count:
             return {}
         steps = len(self.objective.scheduler.alphas_cumprod)
@@ -113,9 +113,9 @@ class Validation:
         pipeline.to(self.accelerator.device)
         editor = Editor(pipeline)
         rows: list[tuple[str, Sequence[Image.Image | None]]] = []
-        seeds = range(SEED, SEED + self.config.num_validation_images)
+        seeds = range(SEED, SEED + self.config.watching.num_validation_images)
         if self.picture is not None:
-            prompt = str(self.config.validation_prompt)
+            prompt = str(self.config.watching.validation_prompt)
             edits = editor.edit(self.picture, prompt, seed=SEED, num_images=len(seeds))
             rows.append((prompt, [self.picture, None, *edits]))
         rows += [
@@ -123,7 +123,7 @@ class Validation:
             for prompt, original, target in self.held_out_pictures(pipeline)
         ]
         sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
-        folder = self.config.output_dir / "validation"
+        folder = self.config.saving.output_dir / "validation"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step-{step:06d}.png")
         for tracker in self.accelerator.trackers:
@@ -139,7 +139,7 @@ class Validation:
     def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
         """Instruction, original and target of held-out samples from all over; the pictures decoded from the cache."""
         there = len(self.held_out.rows)
-        count = min(self.config.num_validation_images, there)
+        count = min(self.config.watching.num_validation_images, there)
         if not count:
             return
         numbers = np.arange(count) * there // count
@@ -157,11 +157,11 @@ def open_picture(config: TrainConfig) -> Image.Image:
     Raises:
         SettingsError: it cannot be opened, or there is no --validation_prompt for it.
     """
-    if not config.validation_prompt:
-        raise SettingsError(f"--val_image_url_or_path {config.validation_image} needs a --validation_prompt")
+    if not config.watching.validation_prompt:
+        raise SettingsError(f"--val_image_url_or_path {config.watching.image} needs a --validation_prompt")
     try:
-        return load_image(str(config.validation_image))
+        return load_image(str(config.watching.image))
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"--val_image_url_or_path {config.validation_image} cannot be opened: {reason(error)}"
+            f"--val_image_url_or_path {config.watching.image} cannot be opened: {reason(error)}"
         ) from None
