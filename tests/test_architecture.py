@@ -1,4 +1,4 @@
-"""The rules of the layout, read from the sources: who imports whom, and what README.md says stands where."""
+"""The rules of the house, read from the sources: floors, rooms, sizes, one of each, and the plan in the docs."""
 
 import ast
 import re
@@ -8,34 +8,146 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A package, and the ones it may import: the cache and the pictures know nothing of training.
-MAY_IMPORT = {"encode": {"encode"}, "train": {"encode", "train", "infer"}, "infer": {"infer"}}
-MODULES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).glob("*.py"))]
+PACKAGES = ("encode", "infer", "train")
+
+# From the ground up: a module imports from its own room, or from floors below. This list is the architecture.
+FLOORS = """
+    encode.base
+    encode.config
+    encode.cache
+    encode.data  encode.models
+    encode.geometry  encode.plan
+    encode.pipeline
+    encode.run
+    encode.__main__  encode.keeper
+    infer.config
+    infer.guidance  infer.models  infer.jobs
+    infer.edit  infer.outputs
+    infer.batch
+    infer.score  infer.ui
+    infer.__main__
+    train.config
+    train.objective
+    train.data  train.unet
+    train.save
+    train.watch
+    train.machine  train.setup
+    train.run
+    train.__main__
+"""
+LARGEST = {"modules in a folder": 12, "lines of a module": 220, "lines of a function": 60}
+LONGER = {"infer.edit.Editor.edit": "its arguments, each with its meaning, are most of it"}
+
+# What one module does for all, and which; a name, or the end of a dotted one.
+ONE_OF_EACH = {
+    "PIL.Image.open": {"encode.data.pictures", "infer.outputs"},  # the latter reads what a PNG says of itself
+    "load_dataset": {"encode.data.tables"},
+    "tqdm": {"encode.base.console"},
+    "tyro": {"encode.base.flags", "encode.base.verbs"},
+    "get_close_matches": {"encode.base.errors"},
+    "register_forward_hook": {"infer.guidance"},
+    "braceexpand": set(),
+}
 
 
-def imports(source: str, package: str) -> Iterator[str]:
-    """Absolute names of all that a module of `ip2p.<package>` imports, inside its functions as well."""
+def paths(root: Path = ROOT) -> dict[str, Path]:
+    """Each module of the product by its dotted name; `__init__` files hold nothing and are looked at apart."""
+    files = (path for package in PACKAGES for path in sorted((root / package).rglob("*.py")))
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path for path in files if path.name != "__init__.py"
+    }
+
+
+MODULES = paths()
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """Absolute names of all that a module of ip2p imports: at its top, inside functions, for type checkers alone."""
+    folder = ["ip2p", *module.split(".")[:-1]]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # One dot is the package itself, two dots are ip2p.
-            parents = ["ip2p", package][: 3 - node.level] if node.level else []
-            module = ".".join([*parents, *filter(None, [node.module])])
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            parents = folder[: len(folder) + 1 - node.level] if node.level else []
+            origin = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def tree(readme: str) -> dict[str, set[str]]:
-    """Files per folder in the README's tree: a line `encode/`, then, indented, `cache.py  what it is for`."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+def arrows(modules: dict[str, Path]) -> dict[str, set[str]]:
+    """For each module, the modules that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = {name.removeprefix("ip2p.") for name in imports(path.read_text(), module) if name.startswith("ip2p.")}
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        found[module] = (targets & modules.keys()) - {module}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """The groups of modules that reach each other."""
+    reached = {module: set(targets) for module, targets in graph.items()}
+    for middle in graph:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in graph
+        if module in reached[module]
+    }
+
+
+def room(module: str) -> tuple[int, str]:
+    """Number of the floor that a module stands on, from the ground, and its room there."""
+    for number, floor in enumerate(FLOORS.strip().splitlines()):
+        for name in floor.split():
+            if module == name or module.startswith(f"{name}."):
+                return number, name
+    raise AssertionError(f"{module} stands on no floor: give it a room in FLOORS")
+
+
+def functions(module: str, path: Path) -> Iterator[tuple[str, int]]:
+    """Each function and method by its dotted name, with its lines."""
+
+    def inside(node: ast.AST, name: str) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if not isinstance(child, ast.ClassDef):
+                    yield f"{name}.{child.name}", (child.end_lineno or 0) - child.lineno + 1
+                yield from inside(child, f"{name}.{child.name}")
+
+    return inside(ast.parse(path.read_text()), module)
+
+
+def uses(source: str, module: str, name: str) -> bool:
+    """Whether a module imports `name`, or reaches it as an attribute of what it imports."""
+    owner, _, last = name.rpartition(".")
+    imported = set(imports(source, module))
+    if any(name in (found, found.rpartition(".")[2], found.partition(".")[0]) for found in imported):
+        return True
+    attributes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+    return any(node.attr == last and (not owner or owner in imported) for node in attributes) and (
+        not owner or any(is_call_of(node, owner, last) for node in ast.walk(ast.parse(source)))
+    )
+
+
+def is_call_of(node: ast.AST, owner: str, last: str) -> bool:
+    """Whether a node reads `OWNER.last`, where OWNER is the last part of its import."""
+    base = node.value if isinstance(node, ast.Attribute) and node.attr == last else None
+    return isinstance(base, ast.Name) and base.id == owner.rpartition(".")[2]
+
+
+def tree(document: str) -> set[str]:
+    """The files of the plan: `folder/` and below it, indented by two, folders and `file.py  what it is for`."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", document, re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if re.search(r"^encode/", block, re.MULTILINE))
-    files: dict[str, set[str]] = {}
-    folder = ""
+    files, folders = set(), []
     for line in block.splitlines():
-        if heading := re.match(r"(\S+)/(\s|$)", line):
-            folder = heading[1]
-        elif entry := re.match(r"\s+(\S+\.py)\s{2,}\S", line):
-            files.setdefault(folder, set()).add(entry[1])
+        if entry := re.match(r"( *)(\w+)(/|\.py)\s{2,}\S", line):
+            depth = len(entry[1]) // 2
+            folders = [*folders[:depth], entry[2]]
+            if entry[3] == ".py":
+                files.add(".".join(folders))
     return files
 
 
@@ -43,51 +155,103 @@ def tree(readme: str) -> dict[str, set[str]]:
     ("source", "name"),
     [
         ("import ip2p.train.run", "ip2p.train.run"),
-        ("from ip2p.train import loop", "ip2p.train.run"),
-        ("from ..train.loop import train", "ip2p.train.run.train"),
-        ("from .. import train", "ip2p.train"),
-        ("from .cache import Cache", "ip2p.encode.cache.format.Cache"),
-        ("def late():\n    from ..train import loop", "ip2p.train.run"),
+        ("from ip2p.train import run", "ip2p.train.run"),
+        ("from ...train.run import train", "ip2p.train.run.train"),
+        ("from .. import geometry", "ip2p.encode.geometry"),
+        ("from .format import Cache", "ip2p.encode.cache.format.Cache"),
+        ("def late():\n    from ...train import run", "ip2p.train.run"),
+        ("if TYPE_CHECKING:\n    from ..run import encode", "ip2p.encode.run.encode"),
     ],
 )
 def test_every_way_to_write_an_import_is_seen(source: str, name: str) -> None:
     """The reader of imports, on which the rules below stand, resolves each spelling to an absolute name."""
-    assert list(imports(source, "encode")) == [name]
+    assert list(imports(source, "encode.cache.reader")) == [name]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_imports_follow_the_arrows(path: Path) -> None:
-    """Training may use encoding and inference; these two use neither training nor each other."""
-    package = path.parent.name
-    names = [name.split(".") for name in imports(path.read_text(), package)]
-    assert {parts[1] for parts in names if parts[0] == "ip2p"} <= MAY_IMPORT[package]
-    assert not {parts[0] for parts in names} & MAY_IMPORT.keys(), "the folder name works in the checkout alone"
+LATE = "def late():\n    from .tables import x"
+TYPED = "if TYPE_CHECKING:\n    from .tables import x"
 
 
-def test_at_most_two_modules_touch_tyro() -> None:
-    """The command line library stays replaceable: no more than two modules import it."""
-    users = [
-        path for path in MODULES if any(n.split(".")[0] == "tyro" for n in imports(path.read_text(), path.parent.name))
-    ]
-    assert 1 <= len(users) <= 2, users
+@pytest.mark.parametrize("hidden", [LATE, TYPED], ids=["late", "typed"])
+def test_a_circle_is_found_however_it_is_hidden(tmp_path: Path, hidden: str) -> None:
+    """As those that `sources` and `tables`, `keeper` and `verbs` once were."""
+    (tmp_path / "encode").mkdir()
+    (tmp_path / "encode" / "sources.py").write_text(hidden)
+    (tmp_path / "encode" / "tables.py").write_text("from .sources import file_state")
+    assert circles(arrows(paths(tmp_path))) == {frozenset({"encode.sources", "encode.tables"})}
+    (tmp_path / "encode" / "tables.py").write_text("")
+    assert circles(arrows(paths(tmp_path))) == set()
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_packages_are_flat(package: str) -> None:
-    """No module lies deeper than its package: a nested one would be missing from the wheel without a word."""
-    assert (ROOT / package / "__init__.py").is_file()
-    assert {path.parent for path in (ROOT / package).rglob("*.py")} == {ROOT / package}
+def test_no_circle_of_modules() -> None:
+    """Late imports and those for type checkers count."""
+    assert circles(arrows(MODULES)) == set()
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_a_module_opens_by_saying_what_it_is_for(path: Path) -> None:
+def test_arrows_lead_down() -> None:
+    """Each module imports from its own room or from lower floors: train, then infer, then encode."""
+    up = []
+    for module, targets in arrows(MODULES).items():
+        floor, own = room(module)
+        up += [f"{module} -> {target}" for target in targets if room(target)[1] != own and room(target)[0] >= floor]
+    assert up == []
+
+
+def test_floors_hold_no_empty_rooms() -> None:
+    """What the list of floors names is there."""
+    assert {room(module)[1] for module in MODULES} == set(FLOORS.split())
+
+
+def test_folder_names_of_the_checkout_are_not_imported() -> None:
+    """`import encode` works in the checkout alone."""
+    names = {(module, name) for module, path in MODULES.items() for name in imports(path.read_text(), module)}
+    assert [(module, name) for module, name in names if name.split(".")[0] in PACKAGES] == []
+
+
+def test_nothing_is_too_large() -> None:
+    """A newcomer sees a folder at a glance, and reads any module in one sitting."""
+    found: dict[str, dict[str, int]] = {what: {} for what in LARGEST}
+    for module, path in MODULES.items():
+        folder = module.rpartition(".")[0]
+        found["modules in a folder"][folder] = found["modules in a folder"].get(folder, 0) + 1
+        found["lines of a module"][module] = len(path.read_text().splitlines())
+        found["lines of a function"] |= {n: lines for n, lines in functions(module, path) if n not in LONGER}
+    for what, most in LARGEST.items():
+        assert {name: count for name, count in found[what].items() if count > most} == {}, what
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_one_of_each(name: str) -> None:
+    """What all commands need is done in one place."""
+    users = {module for module, path in MODULES.items() if uses(path.read_text(), module, name)}
+    assert users == ONE_OF_EACH[name]
+
+
+def test_files_are_put_in_place_by_one_function() -> None:
+    """Only what writes files whole, and two that write folders whole, rename."""
+    renames = re.compile(r"\bos\.(replace|rename)\(|\.rename\(|\b(temporary|unfinished|partial)\w*\.replace\(")
+    users = {module for module, path in MODULES.items() if renames.search(path.read_text())}
+    assert users == {"encode.base.files", "encode.models.single_file", "train.save.checkpoint"}
+
+
+def test_the_ground_floor_is_light() -> None:
+    """The manners of all commands stand on small libraries: whatever imports them does not wait for torch."""
+    names = {
+        name.split(".")[0]
+        for module, path in MODULES.items()
+        if module.startswith("encode.base.")
+        for name in imports(path.read_text(), module)
+    }
+    assert names & {"torch", "numpy", "accelerate", "datasets", "diffusers", "transformers", "zarr"} == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_opens_by_saying_what_it_is_for(module: str) -> None:
     """Each module starts with a docstring, and that with a paragraph ended like a sentence."""
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(ast.parse(MODULES[module].read_text())) or ""
     assert docstring.split("\n\n")[0].endswith((".", ":"))
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_the_readme_lists_exactly_the_modules_there_are(package: str) -> None:
-    """The tree in README.md is the architecture: it names each module, with a comment, and no other."""
-    existing = {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
-    assert tree((ROOT / "README.md").read_text())[package] == existing
+def test_the_plan_names_exactly_the_modules_there_are() -> None:
+    """The tree in docs/architecture.md is the architecture: it names each module, with a comment, and no other."""
+    assert tree((ROOT / "docs" / "architecture.md").read_text()) == MODULES.keys()

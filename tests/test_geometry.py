@@ -205,10 +205,7 @@ def test_another_geometry_is_another_encoding(
 )
 def test_flags_that_make_no_sense_are_refused(tmp_path: Path, flags: dict[str, object], message: str) -> None:
     """The message names the flag and what was expected."""
-    given = {"pretrained_model_name_or_path": "model", "cache": str(tmp_path), "dataset_name": "data"} | flags
+    given = {"pretrained_model_name_or_path": "model", "cache": tmp_path, "dataset_name": "data"} | flags
+    argv = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     with pytest.raises(SettingsError, match=message):
-        parse(
-            EncodeConfig,
-            ["--center_crop" if value is True else f"--{name}={value}" for name, value in given.items()],
-            "ip2p-encode",
-        )
+        parse(EncodeConfig, argv, "ip2p-encode")
