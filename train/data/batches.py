@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ...encode.base.errors import CacheError
-from ...encode.cache.format import Cache
 from ...encode.cache.reader import Reader
 from ...encode.planner import NULL_PROMPT, text_key
 from ..objective import Batch, Null
@@ -27,8 +26,9 @@ AHEAD = 4  # batches whose rows the disk is asked for in advance
 RING = 3  # batches in memory: one in use, one ready, one being gathered
 
 
-def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:
-    """The cached encoding of the empty instruction, which lies in text row 0."""
+def null_conditioning(reader: Reader, device: torch.device) -> Null:
+    """The cached encoding of the empty instruction, which lies in text row 0 of the first cache."""
+    cache = reader.caches[0]
     record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
     if record["keys"][0] != text_key(NULL_PROMPT):
         raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
