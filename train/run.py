@@ -147,7 +147,10 @@ def fit(run: Run) -> int:
     config, accelerator, progress = run.config, run.accelerator, run.progress
     if config.compile:
         check_compiled(run)
-    batches = make_batches(run)
+    size, rank, processes = config.train_batch_size, accelerator.process_index, accelerator.num_processes
+    order = make_order(config, run.samples, progress.seed)
+    start, stride = progress.samples + rank * size, processes * size
+    batches = Batches(run.reader, run.samples, order, accelerator.device, batch_size=size, start=start, stride=stride)
     checkpoints = Checkpoints(config.output_dir, config.checkpoints_total_limit, writes=accelerator.is_main_process)
     share = share_of_peak(run.unet, run.reader, run.precision, accelerator.device)
     metrics = Metrics(
@@ -166,7 +169,7 @@ def fit(run: Run) -> int:
                 checkpoints.check()
                 signal = interrupt.agreed()
                 # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
-                enough = signal and checkpoints.busy and accelerator.num_processes > 1
+                enough = signal and checkpoints.busy and processes > 1
                 if (signal or run.due(config.checkpointing_steps)) and not enough:
                     checkpoints.save(progress.step, run.state)
         accelerator.wait_for_everyone()  # a launcher kills the others when the first process is gone
@@ -201,14 +204,6 @@ def finish(run: Run) -> None:
     say(f"saved the pipeline in {config.output_dir}: try `ip2p-infer --model {config.output_dir} …`")
     if config.push_to_hub:
         say(f"uploaded to {push(config)}")
-
-
-def make_batches(run: Run) -> Batches:
-    """The batches of this process, from the position on that the run has come to."""
-    size, accelerator = run.config.train_batch_size, run.accelerator
-    start, stride = run.progress.samples + accelerator.process_index * size, accelerator.num_processes * size
-    order = make_order(run.config, run.samples, run.progress.seed)
-    return Batches(run.reader, run.samples, order, accelerator.device, batch_size=size, start=start, stride=stride)
 
 
 def check_compiled(run: Run) -> None:

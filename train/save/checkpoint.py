@@ -67,11 +67,7 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, parts: Parts) -> None:
-        """Begin to write a checkpoint, once the one before is written; nothing on a process that does not write.
-
-        Raises:
-            TrainError: the one before could not be written, or this one where training waits for it.
-        """
+        """Begin to write a checkpoint, once the one before is written; raises as `check` does."""
         if not self.writes:
             return
         began = time.perf_counter()
@@ -85,11 +81,7 @@ class Checkpoints:
         self.waited += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            TrainError: it could not be.
-        """
+        """Wait until nothing is being written; raises as `check` does."""
         if self._thread:
             self._thread.join()
             self._thread = None

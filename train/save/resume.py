@@ -26,15 +26,10 @@ class Progress:
     samples: int = 0  # seen by all processes: the position in the endless sequence
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            CacheMismatch: the checkpoint was trained on another cache.
-        """
+        """Go on from there, unless it was on another cache."""
         if lines := differences(state, vars(self), ["cache"], ("in the checkpoint", "in --cache")):
             raise CacheMismatch("the checkpoint was trained on another cache: give that one\n" + "\n".join(lines))
         vars(self).update(state)
@@ -55,11 +50,7 @@ def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
 
 
 def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume from, as the main process finds it: others may see a shared disk later than it.
-
-    Raises:
-        SettingsError: as `find`, on all processes.
-    """
+    """What the main process finds, its error included: others may see a shared disk later than it."""
     found: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -100,12 +91,7 @@ def find(output_dir: Path, wanted: str | None) -> Path | None:
 
 
 def load(folder: Path, parts: Parts) -> None:
-    """Load a checkpoint into the parts of a run.
-
-    Raises:
-        SettingsError: the folder is not a checkpoint of such a run.
-        CacheMismatch: it was trained on another cache.
-    """
+    """Load a checkpoint into the parts of a run; raises as `resume` does."""
     try:
         for name, part in parts.items():
             file = folder / name

@@ -27,7 +27,7 @@ class LossScale:
         torch._amp_update_scale_(self.value, self.good_steps, skipped, self.GROWTH, self.BACKOFF, self.INTERVAL)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as `GradScaler` would."""
+        """As that of `GradScaler`."""
         return {
             "scale": self.value.item(),
             "growth_factor": self.GROWTH,
@@ -37,7 +37,6 @@ class LossScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.value.fill_(state["scale"])
         self.good_steps.fill_(state["_growth_tracker"])
 
@@ -132,7 +131,6 @@ class Update:
         return FusedStep(masters, first, second, average, self.weights.parameters if self.weights.half else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the optimizer."""
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
