@@ -112,6 +112,12 @@ class Objective:
         return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
 
 
+def make_objective(config: TrainConfig, checkpoint: Checkpoint, null: Null, text_dtype: torch.dtype) -> Objective:
+    """The objective that the flags ask for; raises as `noise_scheduler` does."""
+    scheduler, scale = noise_scheduler(config, checkpoint), checkpoint.scaling_factor
+    return Objective(scheduler, null, scale, config.dropout, config.snr_gamma, config.noise_offset, text_dtype)
+
+
 def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:
     """The noise schedule that the base model was trained with, down to pure noise if that is asked for.
 

@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
 from .data.samples import Samples, hold_out
-from .objective import Objective, noise_scheduler
+from .objective import Objective, make_objective
 from .save.card import push, write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, SCHEDULE, Checkpoints, Parts
 from .save.lock import alone
@@ -105,10 +105,7 @@ def prepare(config: TrainConfig, accelerator: Accelerator, precision: Precision)
     samples = Samples.of_all(reader, config.max_train_samples)
     reader.require(samples.rows, samples.text_rows)
     samples, held_out = hold_out(samples, config.num_validation_samples)
-    scheduler, null = noise_scheduler(config, base), null_conditioning(reader, accelerator.device)
-    objective = Objective(
-        scheduler, null, base.scaling_factor, config.dropout, config.snr_gamma, config.noise_offset, precision.dtype
-    )
+    objective = make_objective(config, base, null_conditioning(reader, accelerator.device), precision.dtype)
     validation = Validation(config, accelerator, base, reader, objective, held_out, open_picture(config))
 
     # What it trains, and how far it has come.
