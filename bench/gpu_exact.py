@@ -15,12 +15,12 @@ from common import GPU
 from gpu_frame import Bench, last_line
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import tiny
 from ip2p.train import run as loop
 from ip2p.train.__main__ import main as train
 from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER
-from ip2p.train.save.host import leaves
 from ip2p.train.watch.metrics import Metrics
 
 STEPS = 6
@@ -94,10 +94,15 @@ def differing(one: Path, other: Path) -> tuple[int, int]:
     unequal = total = 0
     for name in (MODEL, OPTIMIZER, AVERAGE):
         load: Any = load_file if name == MODEL else torch.load
-        pairs = [leaves(load(folder / f"checkpoint-{STEPS}" / name)) for folder in (one, other)]
+        pairs = [tensors(load(folder / f"checkpoint-{STEPS}" / name)) for folder in (one, other)]
         for first, second in zip(*pairs, strict=True):
             unequal, total = unequal + int((first != second).sum()), total + first.numel()
     return unequal, total
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """All tensors of a tree."""
+    return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
 class Watched(Metrics):

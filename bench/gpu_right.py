@@ -21,7 +21,7 @@ import tiny
 from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
 from ip2p.train.objective import Batch, Draws, Null, Objective
-from ip2p.train.unet.optimizer import disagreement
+from ip2p.train.unet.compiled import disagreement
 from ip2p.train.unet.weights import Weights
 
 # The most by which the norm of a difference may be off, of the norm itself.
@@ -127,22 +127,27 @@ def skips(bench: Bench) -> None:
     if not GPU:
         return bench.note("a step that overflows: needs a GPU, no other device trains in fp16")
     training = Training(TINY, bench.folder, "fp16", use_ema=True)
-    assert training.scale
-    assert training.average
+    update = training.update
+    assert update.scale
+    assert update.average
     loss = bare(training.unet, TINY, batch_size=4, resolution=64, text_dtype=torch.float16)
-    before = [tensor.clone() for tensor in (*training.weights.masters, *training.average.tensors)]
-    training.scale.value.fill_(2.0**100)
+    before = [tensor.clone() for tensor in (*update.weights.masters, *update.average.tensors)]
+    update.scale.value.fill_(2.0**100)
     skipped = training.step(loss)[2].item()
-    kept = (*training.weights.masters, *training.average.tensors)
+    kept = (*update.weights.masters, *update.average.tensors)
     changed = sum(not torch.equal(one, other) for one, other in zip(before, kept, strict=True))
     bench.add("a step that overflows: tensors that it changed", changed, f"of {len(before)}", at_most=0)
     bench.add("a step that overflows: skipped", skipped, "", at_least=1)
     bench.add(
-        "a step that overflows: the scale after it / before", training.scale.value.item() / 2.0**100, "", 0.5, 0.5
+        "a step that overflows: the scale after it / before",
+        update.scale.value.item() / 2.0**100,
+        "",
+        0.5,
+        0.5,
     )
-    training.scale.value.fill_(1024.0)
+    update.scale.value.fill_(1024.0)
     bench.add("the step after it: skipped", training.step(loss)[2].item(), "", at_most=0)
-    moved = sum(not torch.equal(one, other) for one, other in zip(before, training.weights.masters, strict=False))
+    moved = sum(not torch.equal(one, other) for one, other in zip(before, update.weights.masters, strict=False))
     bench.add("the step after it: tensors that it changed", moved, f"of {len(before) // 2}", at_least=1)
 
 

@@ -1,4 +1,4 @@
-"""The training step of `ip2p-train`, composed as train/loop.py composes it, on a UNet with random weights."""
+"""The training step of `ip2p-train`, composed as train/run.py composes it, on a UNet with random weights."""
 
 import argparse
 import gc
@@ -25,12 +25,11 @@ from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order
 from ip2p.train.data.samples import Samples
-from ip2p.train.machine import Precision, choose_precision, make_accelerator
 from ip2p.train.objective import Objective
-from ip2p.train.unet.average import Average
+from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention
-from ip2p.train.unet.optimizer import LossScale, Update, make_optimizer, takes_one_pass
-from ip2p.train.unet.weights import Weights
+from ip2p.train.unet.optimizer import make_update
+from ip2p.train.unet.weights import Precision, choose_precision
 
 DROPOUT = (0.05, 0.05, 0.05)
 Loss = Callable[[], Tensor]
@@ -85,21 +84,15 @@ class Training:
         if config.machine.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         choose_attention(unet, DEVICE, precision)
-        half = self.precision.half
-        self.weights = Weights(unet, half)
-        self.average = Average(self.weights.masters, config.optimizer.ema_decay) if config.optimizer.use_ema else None
-        self.scale = LossScale(DEVICE) if precision == "fp16" else None
-        optimizer = make_optimizer(config, self.weights, processes=1)
-        fused = not config.optimizer.use_8bit_adam and (takes_one_pass(DEVICE, half) if one_pass is None else one_pass)
-        self.update = Update(
-            self.weights, optimizer, config.optimizer.max_grad_norm, self.average, self.scale, fused=fused
-        )
+        self.update = make_update(config, unet, self.precision, processes=1)
+        if one_pass is not None:
+            self.update.fused = one_pass
         self.unet: Any = accelerator.prepare(unet)
 
     def step(self, loss: Loss, *, averages: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step on a loss: the loss, the gradients' norm, and 1 if the step was skipped, else 0."""
         value = loss()
-        (value * self.scale.value if self.scale else value).backward()
+        self.update.backward(value)
         return value.detach(), *self.update(averages=averages)
 
     def step_without_average(self, loss: Loss) -> None:
@@ -114,7 +107,7 @@ def from_cache(
     """The batches of a cache, and the loss of the next one, whose draws are those of its step."""
     reader, samples = Reader(cache), Samples.of(cache, None)
     order, step = Order(len(samples.rows), views=1, seed=0), -1
-    null = null_conditioning(cache, reader, DEVICE)
+    null = null_conditioning(reader, DEVICE)
     objective = Objective(DDPMScheduler(), null, 0.18215, DROPOUT, text_dtype=text_dtype)
     batches = Batches(reader, samples, order, DEVICE, batch_size=size, start=0, stride=size)
 

@@ -31,7 +31,7 @@ FLOORS = """
     train.data  train.unet
     train.save
     train.watch
-    train.machine  train.setup
+    train.setup
     train.run
     train.__main__
 """

@@ -1,4 +1,4 @@
-"""Tests of train/checkpoint.py and train/host.py: checkpoints are written beside the training, whole or not at all."""
+"""Tests of train/save: checkpoints are written beside the training, whole or not at all, and loaded again."""
 
 import errno
 import threading
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ip2p.encode.base.errors import SettingsError, TrainError
 from ip2p.train.save import checkpoint, host
-from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints, resume
+from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints
 from ip2p.train.save.host import HostCopies
+from ip2p.train.save.resume import find, load
 
 
 class Part:
@@ -235,7 +236,7 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path, parts: dict[str, Part | 
     with Checkpoints(tmp_path, 3) as writer:
         writer.save(1, parts)
     fresh: dict[str, Part | None] = {MODEL: Part(0), OPTIMIZER: Part(0), SCALE: Part(5)}
-    resume(tmp_path / "checkpoint-1", fresh)
+    load(tmp_path / "checkpoint-1", fresh)
     model, optimizer, scale = fresh.values()
     assert model and optimizer and scale  # noqa: PT018
     saved: Any = parts
@@ -244,10 +245,10 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path, parts: dict[str, Part | 
     assert optimizer.state["param_groups"] == [{"lr": 0.1}]
     assert scale.state == 5
     with pytest.raises(SettingsError, match="trained without --use_ema, leave that out"):
-        resume(tmp_path / "checkpoint-1", {AVERAGE: Part(0)})
+        load(tmp_path / "checkpoint-1", {AVERAGE: Part(0)})
     (tmp_path / "checkpoint-1" / MODEL).write_bytes(b"")
     with pytest.raises(SettingsError, match=r"checkpoint-1 cannot be resumed from: ."):
-        resume(tmp_path / "checkpoint-1", fresh)
+        load(tmp_path / "checkpoint-1", fresh)
 
 
 def test_copies_use_the_same_memory_again() -> None:
@@ -281,7 +282,7 @@ def test_a_writer_of_one_process_is_no_business_of_the_others(tmp_path: Path) ->
     """A checkpoint that is looked for while another is being written is the last complete one."""
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-5.incomplete").mkdir()
-    assert checkpoint.find(tmp_path, "latest") == tmp_path / "checkpoint-4"
+    assert find(tmp_path, "latest") == tmp_path / "checkpoint-4"
 
 
 def test_the_writer_of_the_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_the_thread_works_on_the_device_of_its_process(cache: Path, monkeypatch:
 def test_the_empty_instruction_comes_from_text_row_0(cache: Path) -> None:
     """The null condition is the cached encoding of the empty instruction."""
     opened = Cache.open(cache)
-    null = null_conditioning(opened, Reader(opened), CPU)
+    null = null_conditioning(Reader(opened), CPU)
     assert null.pooled is None
     assert np.array_equal(null.text.numpy()[0], np.asarray(opened.arrays("text")["text"][0]))
 

@@ -122,7 +122,7 @@ def test_sdxl_training_sees_the_pipelines_own_conditioning(sdxl_cache: Cache, pi
 
 def test_sdxl_null_conditioning_is_what_guidance_will_use(sdxl_cache: Cache, pipeline: Any) -> None:
     """What training drops to equals the pipeline's negative prompt, text and pooled."""
-    null = null_conditioning(sdxl_cache, Reader(sdxl_cache), CPU)
+    null = null_conditioning(Reader(sdxl_cache), CPU)
     _, text, _, pooled = pipeline.encode_prompt("make it red", do_classifier_free_guidance=True)
     assert null.pooled is not None
     torch.testing.assert_close(null.text.float(), text, **HALF)

@@ -1,4 +1,4 @@
-"""Tests of train/optimizer.py and train/fused.py: a step does in one pass what PyTorch's functions do."""
+"""Tests of train/unet/update.py and fused.py: a step does in one pass what PyTorch's functions do."""
 
 import copy
 import os
@@ -12,9 +12,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 import tiny
-from ip2p.train.unet import optimizer
+from ip2p.train.unet import compiled
 from ip2p.train.unet.average import Average
-from ip2p.train.unet.optimizer import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet.compiled import disagreement, takes_one_pass
+from ip2p.train.unet.update import LossScale, Update
 from ip2p.train.unet.weights import Weights
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
 
 INTERPRETED = """
 import torch
-from ip2p.train.unet.optimizer import disagreement
+from ip2p.train.unet.compiled import disagreement
 for half in (None, torch.float16, torch.bfloat16):
     print(disagreement(torch.device("cpu"), half))
 """
@@ -216,10 +217,10 @@ def test_where_the_kernel_cannot_be_had_the_run_goes_on_without_it(
         "is no number": (lambda *_: float("nan"), "instead of one: its kernel is off by nan"),
     }
     for answer, said in found.values():
-        monkeypatch.setattr(optimizer, "disagreement", answer)
+        monkeypatch.setattr(compiled, "disagreement", answer)
         assert not takes_one_pass(torch.device("cuda"), None)
         assert said in capsys.readouterr().out.splitlines()[0]
-    monkeypatch.setattr(optimizer, "disagreement", lambda *_: 1e-7)
+    monkeypatch.setattr(compiled, "disagreement", lambda *_: 1e-7)
     assert takes_one_pass(torch.device("cuda"), None)
     assert not takes_one_pass(CPU, None)
 

@@ -22,7 +22,7 @@ SPY = """
 import os, sys
 import torch
 from ip2p.train.objective import Draws, Objective
-from ip2p.train.unet.optimizer import Update
+from ip2p.train.unet.update import Update
 
 folder, same, arguments = sys.argv[1], sys.argv[2] == "same", sys.argv[3:]
 rank, seen = int(os.environ.get("RANK", 0)), []

@@ -1,4 +1,4 @@
-"""Tests of train/machine.py and train/setup.py: what flags, launcher and machine say before anything is loaded."""
+"""Tests of train/setup.py and train/save/lock.py: what flags and machine say before anything is loaded."""
 
 import contextlib
 import errno
@@ -18,11 +18,14 @@ from accelerate import Accelerator
 
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError, TrainError
-from ip2p.train import machine, setup
+from ip2p.train import setup
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig
-from ip2p.train.machine import Precision, advise, choose_precision, make_accelerator
-from ip2p.train.setup import agreed_checkpoint, alone
+from ip2p.train.save import resume
+from ip2p.train.save.lock import alone
+from ip2p.train.save.resume import agreed_checkpoint
+from ip2p.train.setup import advise, make_accelerator
+from ip2p.train.unet.weights import Precision, choose_precision
 from test_train import flags
 
 
@@ -144,7 +147,7 @@ def test_processes_wait_a_day_for_one_that_works_alone(
             given.update(options)
             super().__init__(**options)
 
-    monkeypatch.setattr(machine, "Accelerator", Spy)
+    monkeypatch.setattr(setup, "Accelerator", Spy)
     make_accelerator(config())
     group, buckets = given["kwargs_handlers"]
     assert group.timeout >= timedelta(days=1)
@@ -170,7 +173,7 @@ def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.Mon
 HOLD = """
 import sys
 from pathlib import Path
-from ip2p.train.setup import alone
+from ip2p.train.save.lock import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -238,7 +241,7 @@ def test_the_main_process_alone_looks_for_the_checkpoint(
             found[:] = sent
         sent[:] = found
 
-    monkeypatch.setattr(setup, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(resume, "broadcast_object_list", broadcast)
     given = config(resume_from_checkpoint="latest")
     for steps, expected in (((), SettingsError), ((3, 7), given.saving.output_dir / "checkpoint-7")):
         sent.clear()

@@ -22,7 +22,7 @@ from ip2p.encode.base.errors import SettingsError
 from ip2p.train.__main__ import main
 from ip2p.train.objective import Batch, Draws, Objective
 from ip2p.train.save import checkpoint
-from ip2p.train.save.checkpoint import find
+from ip2p.train.save.resume import find
 from ip2p.train.watch.metrics import Metrics
 from ip2p.train.watch.validate import Validation
 

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.base.errors import EditError, SettingsError
 from ip2p.encode.cache.format import Cache
 from ip2p.train.__main__ import main
-from ip2p.train.data.samples import Samples
+from ip2p.train.data.samples import Samples, hold_out
 from ip2p.train.watch import validate
-from ip2p.train.watch.validate import BANDS, hold_out
+from ip2p.train.watch.validate import BANDS
 from test_train import assert_same, flags, states, unet_file
 
 WATCHED = {"num_validation_samples": 3, "validation_steps": 4, "num_validation_images": 2, "max_train_steps": 8}
@@ -102,6 +102,22 @@ def test_without_memory_for_pictures_the_run_goes_on(
     main(flags(sd, cache, tmp_path, **WATCHED))
     assert capsys.readouterr().out.count("no pictures at step 4: out of memory") == 1
     assert_same(states(tmp_path / "checkpoint-8"), states(watched / "checkpoint-8"))
+
+
+def test_an_edit_that_cannot_be_made_is_a_line_and_no_traceback(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `Editor.edit` refuses in a validation ends the run as any other mistake of the user does."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise EditError("the picture is too small: 4x4 px")
+
+    monkeypatch.setattr(validate.Editor, "edit", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        main(flags(sd, cache, tmp_path, **WATCHED | {"max_train_steps": 1}))
+    errors = capsys.readouterr().err
+    assert errors.splitlines()[-1] == "ip2p-train: the picture is too small: 4x4 px"
+    assert "Traceback" not in errors
 
 
 def test_validation_compiles_nothing(sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

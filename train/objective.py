@@ -5,13 +5,17 @@ of the loss is float32: in bfloat16, `add_noise` shifts the ratio of noise to si
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
+
+from ..encode.base.errors import ModelError, SettingsError
+from ..encode.models.checkpoint import Checkpoint
+from .config import TrainConfig
 
 
 class Batch(NamedTuple):
@@ -106,6 +110,42 @@ class Objective:
         snr = compute_snr(self.scheduler, timesteps)  # (B,)
         velocity = self.scheduler.config["prediction_type"] == "v_prediction"
         return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+
+
+def make_objective(config: TrainConfig, checkpoint: Checkpoint, null: Null, text_dtype: torch.dtype) -> Objective:
+    """The objective that the flags ask for; raises as `noise_scheduler` does."""
+    scheduler, scale = noise_scheduler(config, checkpoint), checkpoint.scaling_factor
+    return Objective(
+        scheduler,
+        null,
+        scale,
+        config.objective.dropout,
+        config.objective.snr_gamma,
+        config.objective.noise_offset,
+        text_dtype,
+    )
+
+
+def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:
+    """The noise schedule that the base model was trained with, down to pure noise if that is asked for.
+
+    Raises:
+        ModelError: the model predicts neither noise nor velocity.
+        SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
+            at its end (arXiv 2305.08891, section 3.3).
+    """
+    options = (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if config.objective.rescale_betas_zero_snr
+        else {}
+    )
+    scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
+    kind = scheduler.config["prediction_type"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
+    if config.objective.rescale_betas_zero_snr and kind != "v_prediction":
+        raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
+    return scheduler
 
 
 def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:

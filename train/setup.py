@@ -1,57 +1,96 @@
-"""What a training run is made of: caches, base model, noise schedule, seed."""
+"""What a training run starts from: devices and processes, caches, the base model, the seed."""
 
-import contextlib
-import errno
 import os
 import secrets
-import socket
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
 )
-from diffusers import DDPMScheduler
 
-from ..encode.base.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
+from ..encode.base.errors import CacheError, CacheMismatch, SettingsError
 from ..encode.base.flags import dump
 from ..encode.cache.format import Cache
-from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.manifest import differences
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from .config import TrainConfig
-from .save.checkpoint import find
+from .unet.weights import Precision, choose_precision
+
+PATIENCE = timedelta(days=1)
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
-@contextlib.contextmanager
-def alone(output_dir: Path) -> Iterator[None]:
-    """Keep an output folder to this run.
+def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
+    """Set up devices, processes and trackers.
 
     Raises:
-        TrainError: another run trains into it; the message says which process.
+        SettingsError: an engine that would need another way of training, or flags that do not fit the machine.
     """
-    held = contextlib.ExitStack()
+    for engine in SHARDING:  # before accelerate looks for an engine that may not be installed
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise SettingsError(
+                f"accelerate is set up for {engine}, which shards what ip2p keeps whole on each GPU: "
+                "use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
+            )
+    if config.machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads what nobody wrote.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
+    config.saving.output_dir.mkdir(parents=True, exist_ok=True)
+    folders = ProjectConfiguration(
+        str(config.saving.output_dir), logging_dir=str(config.saving.output_dir / config.watching.logging_dir)
+    )
+    tracker = None if config.watching.report_to == "none" else config.watching.report_to
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    cuda = torch.cuda.is_available() and not on_cpu
+    precision = choose_precision(config, cuda=cuda)
+    if precision.name == "fp16" and (on_cpu or not torch.accelerator.is_available()):
+        raise SettingsError("--mixed_precision fp16 trains on a GPU, and PyTorch finds none: take bf16 or no")
+    if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
     try:
-        lock = held.enter_context(locked(output_dir))
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    except BlockingIOError:
-        who = (output_dir / ".lock").read_text(encoding="utf-8")
-        raise TrainError(
-            f"--output_dir {output_dir} is in use by another ip2p-train ({who}): wait for it, stop it, or name another "
-            "folder"
+        accelerator = Accelerator(
+            mixed_precision="no" if precision.copies else precision.name,
+            log_with=tracker,
+            project_config=folders,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),  # while one process downloads, checks, draws or writes
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
+            ],
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"{error} (--mixed_precision {config.machine.mixed_precision}, --report_to {tracker})"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
-        print(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
-    with held:
-        yield
+    return accelerator, precision
+
+
+def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
+    """What a user should know of the machine before the run begins, a line each."""
+    if accelerator.device.type == "cuda" and precision.name == "no":
+        yield (
+            "training in float32: --mixed_precision bf16 (A100 and later) or fp16 is several times as fast on a GPU, "
+            "and takes half the memory for activations"
+        )
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+        yield (
+            f"Ctrl-C or SIGTERM leave {seconds} s for a last checkpoint, then the launcher kills all processes: if the "
+            "disk needs longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 for the launcher"
+        )
 
 
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
@@ -102,11 +141,7 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
 
 
 def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
-    """For --verify_cache: read the whole cache and hold it against its checksums.
-
-    Raises:
-        CacheError: something is damaged.
-    """
+    """For --verify_cache: read the whole cache and hold it against its checksums."""
     if accelerator.is_main_process and (findings := verify(cache.folder)):
         first, more = findings[0], f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise CacheError(
@@ -116,51 +151,11 @@ def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:
-    """The noise schedule that the base model was trained with, down to pure noise if that is asked for.
-
-    Raises:
-        ModelError: the model predicts neither noise nor velocity.
-        SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
-            at its end (arXiv 2305.08891, section 3.3).
-    """
-    options = (
-        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if config.objective.rescale_betas_zero_snr
-        else {}
-    )
-    scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
-    kind = scheduler.config["prediction_type"]
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
-    if config.objective.rescale_betas_zero_snr and kind != "v_prediction":
-        raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
-    return scheduler
-
-
 def agreed_seed(config: TrainConfig) -> int:
     """The seed of the flags, or a drawn one that all processes agree on."""
     seed = [secrets.randbits(32) if config.steps.seed is None else config.steps.seed]
     broadcast_object_list(seed)
     return seed[0]
-
-
-def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """The checkpoint to resume from, as the main process finds it: others may see a shared disk later than it.
-
-    Raises:
-        SettingsError: there is none, or nobody said what shall become of those that are there.
-    """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [find(config.saving.output_dir, config.saving.resume_from_checkpoint)]
-        except SettingsError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], SettingsError):
-        raise found[0]
-    return found[0]
 
 
 def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:

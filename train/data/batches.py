@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from ...encode.base.errors import CacheError
-from ...encode.cache.format import Cache
 from ...encode.cache.reader import Reader
 from ...encode.planner import NULL_PROMPT, text_key
 from ..objective import Batch, Null
@@ -27,8 +26,9 @@ AHEAD = 4  # batches whose rows the disk is asked for in advance
 RING = 3  # batches in memory: one in use, one ready, one being gathered
 
 
-def null_conditioning(cache: Cache, reader: Reader, device: torch.device) -> Null:
-    """The cached encoding of the empty instruction, which lies in text row 0."""
+def null_conditioning(reader: Reader, device: torch.device) -> Null:
+    """The cached encoding of the empty instruction, which lies in text row 0 of the first cache."""
+    cache = reader.caches[0]
     record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
     if record["keys"][0] != text_key(NULL_PROMPT):
         raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
@@ -44,7 +44,7 @@ def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.
     """Some samples in their first view, for looking at outside of training."""
     chosen, views = samples.select(numbers), np.zeros(len(numbers), np.int64)
     slot = Slot(reader, len(numbers), device)
-    batch = slot.fill(reader, chosen.rows, views, chosen.text_rows, chosen.time_ids[:, 0])
+    batch = slot.fill(chosen.rows, views, chosen.text_rows, chosen.time_ids[:, 0])
     slot.hand_over(batch)
     return batch
 
@@ -111,7 +111,7 @@ class Batches:
                 slot = self._free.get()
                 if slot is None:
                     return
-                self._ready.put((slot.fill(self._reader, *ahead.popleft()), slot))
+                self._ready.put((slot.fill(*ahead.popleft()), slot))
         except Exception as error:  # raised where the batch is waited for
             self._ready.put(error)
 
@@ -125,22 +125,20 @@ class Slot:
     """The buffers of one batch in the ring."""
 
     def __init__(self, reader: Reader, batch_size: int, device: torch.device):
-        self.device = device
+        self.reader, self.device = reader, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None
-        shapes = {name: (batch_size, *array.row_shape) for name, array in reader.arrays.items()}
+        pinned = self.stream is not None
         self.buffers = {
-            name: torch.empty(shape, dtype=torch.float16, pin_memory=self.stream is not None)
-            for name, shape in shapes.items()
+            name: torch.empty(batch_size, *array.row_shape, dtype=torch.float16, pin_memory=pinned)
+            for name, array in reader.arrays.items()
         }
 
-    def fill(
-        self, reader: Reader, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, time_ids: np.ndarray
-    ) -> Batch:
+    def fill(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, time_ids: np.ndarray) -> Batch:
         """Gather a batch, and begin to copy it to the device."""
         if self.copied:
             self.copied.synchronize()  # the copy of the batch that was here before
-        reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
+        self.reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
         tensors = dict(self.buffers)
         if "pooled" in tensors:
             tensors["time_ids"] = torch.from_numpy(time_ids)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...encode.base.errors import CacheError
+from ...encode.base.errors import CacheError, SettingsError
 from ...encode.cache.format import Cache
 from ...encode.cache.reader import Reader
 from ...encode.images import View
@@ -95,3 +95,20 @@ class Samples(NamedTuple):
             )
             prompts += part.groups.max() + 1
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
+    """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
+
+    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a
+    little, and held out of every cache that holds them.
+
+    Raises:
+        SettingsError: nothing is left to train on.
+    """
+    chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
+    if chosen.all():
+        raise SettingsError(
+            f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples, hold out fewer"
+        )
+    return samples.select(~chosen), samples.select(chosen)

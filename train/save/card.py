@@ -54,7 +54,6 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: i
     index = json.loads((config.saving.output_dir / "model_index.json").read_text(encoding="utf-8"))
     header = ModelCardData(
         base_model=config.model.pretrained_model_name_or_path,
-        datasets=None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "image-to-image"],

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside the training, found again, and gone on from."""
+"""Checkpoints of a run, written beside the training."""
 
 import re
 import shutil
@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ...encode.base.errors import CacheMismatch, SettingsError, TrainError, reason
+from ...encode.base.errors import TrainError, reason
 from ...encode.base.files import sync
 from .host import HostCopies
 
@@ -21,46 +21,8 @@ INCOMPLETE = ".incomplete"
 # One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
 MODEL, OPTIMIZER, SCALE = "model.safetensors", "optimizer.bin", "scaler.pt"
 PROGRESS, SCHEDULE, AVERAGE = (f"custom_checkpoint_{number}.pkl" for number in range(3))
-
-
-class Part(Protocol):
-    """What a checkpoint keeps."""
-
-    def state_dict(self) -> Any: ...
-
-    def load_state_dict(self, state: Any, /) -> Any: ...
-
-
-Parts = Mapping[str, Part | None]  # by the name of the file; None where the run has no such part
-
-
-class Progress:
-    """How far a run has come; saved in every checkpoint."""
-
-    def __init__(self, cache: dict[str, Any], seed: int):
-        self.step = 0  # optimizer steps
-        self.samples = 0  # samples seen by all processes: the position in the endless sequence
-        self.seed = seed
-        self.cache = cache  # identity of the cache that the run trains on
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            CacheMismatch: the checkpoint was trained on another cache.
-        """
-        if state["cache"] != self.cache:
-            lines = [
-                f"  {name}: {state['cache'].get(name)} in the checkpoint, {self.cache.get(name)} in --cache"
-                for name in self.cache | state["cache"]
-                if state["cache"].get(name) != self.cache.get(name)
-            ]
-            raise CacheMismatch("the checkpoint was trained on another cache: give that one\n" + "\n".join(lines))
-        vars(self).update(state)
+# What a checkpoint keeps, by the name of the file: all that has `state_dict` and `load_state_dict`; None is left out.
+Parts = Mapping[str, Any]
 
 
 class Checkpoints:
@@ -105,30 +67,21 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, parts: Parts) -> None:
-        """Begin to write a checkpoint, once the one before is written; nothing on a process that does not write.
-
-        Raises:
-            TrainError: the one before could not be written, or this one where training waits for it.
-        """
+        """Begin to write a checkpoint, once the one before is written; raises as `check` does."""
         if not self.writes:
             return
         began = time.perf_counter()
         self.wait()
         state = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        if (copied := self._copies.take(state)) is None:
-            self._write(step, state)
-            self.check()
-        else:
-            self._thread = threading.Thread(target=self._write, args=(step, copied), name="checkpoint", daemon=True)
-            self._thread.start()
+        copied = self._copies.take(state)
+        self._thread = threading.Thread(target=self._write, args=(step, copied or state), daemon=True)
+        self._thread.start()
+        if copied is None:
+            self.wait()
         self.waited += time.perf_counter() - began
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            TrainError: it could not be.
-        """
+        """Wait until nothing is being written; raises as `check` does."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -158,9 +111,8 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)  # what is good is safe by now, and that is what counts
         except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in the libraries
             shutil.rmtree(temporary, ignore_errors=True)
-            last = (
-                f"{there[-1][1].name} is the last" if (there := checkpoints(self.output_dir)) else "there is none yet"
-            )
+            there = checkpoints(self.output_dir)
+            last = f"{there[-1][1].name} is the last" if there else "there is none yet"
             self._failure = TrainError(
                 f"{final.name} cannot be written ({reason(error)}): make space in {self.output_dir} and "
                 f"continue with --resume_from_checkpoint latest; {last}"
@@ -186,51 +138,3 @@ def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints, oldest first, as (step, folder)."""
     found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
     return sorted((int(match[1]), output_dir / match[0]) for match in found if match)
-
-
-def find(output_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: by path or name, the newest for `latest` and `auto`, or None to start anew.
-
-    Raises:
-        SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
-    """
-    there = checkpoints(output_dir)
-    if wanted in ("latest", "auto"):
-        if there:
-            return there[-1][1]
-        if wanted == "auto":
-            return None
-        raise SettingsError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint")
-    if wanted:
-        for path in (Path(wanted), output_dir / wanted):
-            if path.is_dir() and not path.name.endswith(INCOMPLETE):
-                return path
-        names = ", ".join(path.name for _, path in there) or "none"
-        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds {names}")
-    if there:
-        raise SettingsError(
-            f"{output_dir} holds {there[-1][1].name} already: continue with --resume_from_checkpoint latest, "
-            "or name another --output_dir"
-        )
-    return None
-
-
-def resume(folder: Path, parts: Parts) -> None:
-    """Load a checkpoint into the parts of a run.
-
-    Raises:
-        SettingsError: the folder is not a checkpoint of such a run.
-        CacheMismatch: it was trained on another cache.
-    """
-    try:
-        for name, part in parts.items():
-            if part is None or (name == SCALE and not (folder / name).is_file()):  # trained in another precision so far
-                continue
-            if name == AVERAGE and not (folder / name).is_file():
-                raise SettingsError(f"{folder} holds no average: it was trained without --use_ema, leave that out")
-            if name == MODEL:
-                part.load_state_dict(load_file(folder / name))
-            else:
-                part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True))
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise SettingsError(f"{folder} cannot be resumed from: {reason(error)}") from None

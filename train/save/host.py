@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 ALIGNMENT = 64  # bytes
 SPARE = 2**30  # bytes that stay free for everybody else
@@ -29,7 +30,7 @@ class HostCopies:
         Returns:
             None if there is too little memory for it.
         """
-        tensors = list(leaves(state))
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
         needed = sum(map(room, tensors))
         if needed > len(self._memory):
             if needed + SPARE > available() + len(self._memory):
@@ -39,7 +40,7 @@ class HostCopies:
             except MemoryError:  # of a limit that nobody tells
                 return None
         self._used = 0
-        copy = self._copy(state)
+        copy = tree_map_only(Tensor, self._copy, state)
         for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         return copy
@@ -59,17 +60,13 @@ class HostCopies:
             with contextlib.suppress(RuntimeError):  # CUDA tells the next call of an error that nobody asked for
                 torch.zeros(1, device="cuda")
 
-    def _copy(self, state: Any) -> Any:
-        if isinstance(state, dict):
-            return {key: self._copy(value) for key, value in state.items()}
-        if isinstance(state, list | tuple):
-            return type(state)(map(self._copy, state))
-        if not isinstance(state, Tensor) or not state.numel():
-            return state
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
         # A tensor over a part of the memory owns no more than that part, so no file gets more than its own tensors.
-        part = torch.frombuffer(self._memory, dtype=state.dtype, count=state.numel(), offset=self._used)
-        self._used += room(state)
-        return part.reshape(state.shape).copy_(state.detach(), non_blocking=state.is_cuda)
+        part = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+        self._used += room(tensor)
+        return part.reshape(tensor.shape).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
 
 def available() -> int:
@@ -80,15 +77,6 @@ def available() -> int:
         kinds = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
         free = min(free, limit - used + int(kinds["file"]))  # pages of files make room
     return free
-
-
-def leaves(state: Any) -> Any:
-    """All tensors of a tree."""
-    if isinstance(state, Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from leaves(value)
 
 
 def room(tensor: Tensor) -> int:

@@ -33,7 +33,7 @@ class Average:
         torch._foreach_lerp_(self.tensors, near, self.share())
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, under the names that diffusers gives it."""
+        """Under the names that diffusers gives it."""
         return {"decay": self.decay, "optimization_step": self.updates, "shadow_params": self.tensors}
 
     @torch.no_grad()

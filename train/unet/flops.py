@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...encode.cache.reader import Reader
+from .weights import Precision
+
 # Dense products of half precision with sums in float32, TFLOP/s, from the data sheets; the first name that fits.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "RTX 4090": 165}
 
@@ -36,3 +39,14 @@ def training_flops(config: Any, latents: tuple[int, ...], text: tuple[int, ...],
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         unet(sample, timesteps, tokens, added_cond_kwargs=added)  # type: ignore[operator]
     return 3 * counter.get_total_flops() / 1e12
+
+
+def share_of_peak(unet: Any, reader: Reader, precision: Precision, device: torch.device) -> float | None:
+    """The share of the GPU's peak that one sample in a second is; None where the peak is not known."""
+    tera = peak(device) if precision.name != "no" else None
+    if tera is None:
+        return None
+    shapes = {name: array.row_shape for name, array in reader.arrays.items()}
+    channels, *sides = shapes["original"]
+    config = getattr(unet, "module", unet).config
+    return training_flops(config, (2 * channels, *sides), shapes["text"], *shapes.get("pooled", (None,))) / tera

@@ -90,7 +90,8 @@ class FusedStep:
         lists = [weights, first, second, average or weights, copies or weights]
         for tensors in lists:
             for tensor, weight in zip(tensors, weights, strict=True):
-                check_order(tensor, weight)
+                if ordered(tensor, weight) is not tensor:
+                    raise ValueError(f"strides {tensor.stride()} of {tuple(tensor.shape)}, expected {weight.stride()}")
         self.bases = [tensors[0] for tensors in lists]
         places = [offsets(tensors) for tensors in lists]
         if any(place % 16 for column in places for place in column):
@@ -133,12 +134,6 @@ def offsets(tensors: Sequence[Tensor]) -> list[int]:
     """Where tensors of one precision begin, counted in numbers from the first one."""
     begin, size = tensors[0].data_ptr(), tensors[0].element_size()
     return [(tensor.data_ptr() - begin) // size for tensor in tensors]
-
-
-def check_order(tensor: Tensor, weight: Tensor) -> None:
-    """Refuse a tensor whose numbers lie in another order than the weight's."""
-    if ordered(tensor, weight) is not tensor:
-        raise ValueError(f"strides {tensor.stride()} of shape {tuple(tensor.shape)}, expected {weight.stride()}")
 
 
 def ordered(tensor: Tensor, weight: Tensor) -> Tensor:

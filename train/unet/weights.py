@@ -1,13 +1,54 @@
 """The float32 weights that are trained, and what the UNet computes with: themselves or copies in half precision."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...encode.base.errors import SettingsError
+from ..config import TrainConfig
 from .average import Average
+
+
+class Precision(NamedTuple):
+    """The precision that the UNet computes in, and how.
+
+    Attributes:
+        name: no, fp16 or bf16.
+        copies: by weights that are copies of float32 masters in this precision, in place of autocast.
+    """
+
+    name: str
+    copies: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.name]
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """That of the weights, if they are copies."""
+        return self.dtype if self.copies else None
+
+
+def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
+    """Take the precision of the flags, or of accelerate's launcher.
+
+    On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
+    several batches would lose too much in that precision, and AdamW in 8 bits takes no others than float32: there
+    autocast stays.
+
+    Raises:
+        SettingsError: the launcher's is none that is known here.
+    """
+    name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if name not in ("no", "fp16", "bf16"):
+        raise SettingsError(f"accelerate's mixed precision {name}: expected no, fp16 or bf16 (--mixed_precision)")
+    summed = config.steps.gradient_accumulation_steps > 1
+    return Precision(name, cuda and name != "no" and not summed and not config.optimizer.use_8bit_adam)
 
 
 class Weights:

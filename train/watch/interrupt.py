@@ -1,12 +1,13 @@
 """Ctrl-C and SIGTERM as a wish to stop after the step at hand, with a checkpoint."""
 
 import signal
-import sys
 from collections import deque
 from types import FrameType
 
 import torch
 from accelerate import Accelerator
+
+from ...encode.base.console import warn
 
 BEHIND = 2  # steps that the answer of several processes comes later, so that none of them waits for its device
 
@@ -32,8 +33,7 @@ class Interrupt:
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
         signal.signal(number, self._previous[signal.Signals(number)])
-        if self.accelerator.is_main_process:
-            print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+        warn("stopping after this step, with a checkpoint; once more stops at once")
 
     def agreed(self) -> int:
         """The signal to stop for after this step, or 0; the same answer on all processes."""

@@ -5,15 +5,17 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
+from ...encode.base.console import bar
 from ...encode.base.errors import TrainError
+from ..config import TrainConfig
+from ..data.batches import Batches
+from ..save.checkpoint import Checkpoints
 
 PATIENCE = 5  # steps in a row that may be skipped
 
@@ -22,37 +24,37 @@ class Metrics:
     """Collects what steps yield on the device and reports it once in a while, so that no step waits for the GPU.
 
     Args:
-        every: steps from one report to the next.
+        waits: what training may have to wait for, batches and checkpoints; they count the seconds so far.
         total: steps of the run.
         done: of them.
         per_step: samples that all processes see in a step.
-        data: seconds that this process has waited for batches so far.
-        checkpoints: seconds that training has stood still for checkpoints so far.
         share: of the GPU's peak that one sample in a second is, or None where that is not known.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        output_dir: Path,
-        *,
-        every: int,
+        config: TrainConfig,
+        waits: tuple[Batches, Checkpoints],
         total: int,
         done: int,
+        *,
         per_step: int,
-        data: Callable[[], float],
-        checkpoints: Callable[[], float],
         share: float | None = None,
     ):
-        self.accelerator, self.every, self.total, self.per_step = accelerator, every, total, per_step
-        self.clocks, self.share = (data, checkpoints), share
-        self.file = output_dir / "metrics.jsonl"
-        self.bar = tqdm(total=total, initial=done, desc="train", unit="step", disable=not accelerator.is_main_process)
+        self.accelerator, self.every, self.total, self.per_step = (
+            accelerator,
+            config.watching.logging_steps,
+            total,
+            per_step,
+        )
+        self.waits, self.share = waits, share
+        self.file = config.saving.output_dir / "metrics.jsonl"
+        self.bar = bar(None, "train", "step", total=total, initial=done, leave=True)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
-        self.last_loss = float("nan")
         self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
-        self.waited = [clock() for clock in self.clocks]
+        self.waited = [wait.waited for wait in self.waits]
         self.since = time.perf_counter()
 
     def step(self, step: int, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float) -> None:
@@ -80,13 +82,13 @@ class Metrics:
         norms = torch.stack(self.norms)
         means = [torch.stack(self.losses).nanmean(), norms.where(norms.isfinite(), torch.nan).nanmean()]
         values = self.accelerator.reduce(torch.stack([*means, self.skipped, self.in_a_row]), "mean")
-        self.last_loss, norm, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
+        loss, norm, skipped, in_a_row = values.tolist()  # type: ignore[union-attr]
         seconds, steps = time.perf_counter() - self.since, len(self.losses)
-        waited = [clock() for clock in self.clocks]
+        waited = [wait.waited for wait in self.waits]
         data, checkpoints = (now - before for now, before in zip(waited, self.waited, strict=True))
         rate = steps * self.per_step / seconds
         shown = {
-            "loss": self.last_loss,
+            "loss": loss,
             "lr": lr,
             "samples_per_second": rate,
             "waiting_for_data": data / seconds,
@@ -102,19 +104,21 @@ class Metrics:
         self.losses, self.norms, self.waited, self.since = [], [], waited, time.perf_counter()
         self.write(step, shown)
         self.bar.set_postfix_str(
-            f"loss {self.last_loss:.4f}, gradient {norm:.2g}, lr {lr:.1e}, {rate:.1f} samples/s, "
+            f"loss {loss:.4f}, gradient {norm:.2g}, lr {lr:.1e}, {rate:.1f} samples/s, "
             f"waiting for data {shown['waiting_for_data']:.1%}, {shown['memory_gib']:.1f} GiB"
             + (f", {shown['share_of_peak']:.0%} of peak" if self.share else "")
             + (f", {skipped:.0f} skipped" if skipped else "")
         )
         if in_a_row >= PATIENCE:
             raise TrainError(
-                f"no finite gradient in the last {in_a_row:.0f} steps (loss {self.last_loss}): continue from the last "
+                f"no finite gradient in the last {in_a_row:.0f} steps (loss {loss}): continue from the last "
                 "checkpoint with a smaller --learning_rate, or with --mixed_precision bf16 or no"
             )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write numbers of a step to metrics.jsonl and to the trackers."""
+        """Write numbers of a step, if there are any, to metrics.jsonl and to the trackers."""
+        if not values:
+            return
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
@@ -126,10 +130,6 @@ class Metrics:
         began = time.perf_counter()
         yield
         self.since += time.perf_counter() - began
-
-    def close(self) -> None:
-        """Close the bar."""
-        self.bar.close()
 
 
 def peak_memory(device: torch.device) -> int:

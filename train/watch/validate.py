@@ -4,6 +4,7 @@ Nothing of it touches the run: it has its own seed, and weights with and without
 """
 
 import contextlib
+import dataclasses
 import gc
 import math
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import load_image
 from PIL import Image
 
+from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
 from ...encode.models.checkpoint import Checkpoint
@@ -26,47 +28,25 @@ from ..data.batches import gather
 from ..data.samples import Samples
 from ..objective import Objective
 from ..save.pipeline import make_pipeline
-from ..unet.average import Average
-from ..unet.weights import Weights
+from ..unet.update import Update
 
 BANDS = 4  # of timesteps, for which the loss is reported separately
 SEED = 0
 
 
-def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
-    """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
-
-    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a
-    little, and held out of every cache that holds them.
-
-    Raises:
-        SettingsError: nothing is left to train on.
-    """
-    chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
-    if chosen.all():
-        raise SettingsError(
-            f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples, hold out fewer"
-        )
-    return samples.select(~chosen), samples.select(chosen)
-
-
+@dataclasses.dataclass(frozen=True)
 class Validation:
     """What is looked at every `config.validation_every` steps; nothing if the flags ask for nothing."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        checkpoint: Checkpoint,
-        reader: Reader,
-        objective: Objective,
-        held_out: Samples,
-    ):
-        self.config, self.accelerator, self.checkpoint = config, accelerator, checkpoint
-        self.reader, self.objective, self.held_out = reader, objective, held_out
-        self.picture = open_picture(config) if config.watching.image else None
+    config: TrainConfig
+    accelerator: Accelerator
+    checkpoint: Checkpoint  # the base model, whose frozen parts draw the pictures
+    reader: Reader
+    objective: Objective
+    held_out: Samples
+    picture: Image.Image | None  # to edit beside the held-out ones
 
-    def run(self, step: int, unet: torch.nn.Module, weights: Weights, average: Average | None) -> dict[str, float]:
+    def run(self, step: int, unet: torch.nn.Module, update: Update) -> dict[str, float]:
         """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
         model: Any = self.accelerator.unwrap_model(unet)
         model.eval()
@@ -74,12 +54,12 @@ class Validation:
         eager = torch.compiler.set_stance("force_eager") if self.config.machine.compile else contextlib.nullcontext()
         with torch.no_grad(), eager:
             values = self.losses(model, "validation_loss")
-            with weights.averaged(average):
-                values |= self.losses(model, "ema_validation_loss") if average else {}
+            with update.weights.averaged(update.average):
+                values |= self.losses(model, "ema_validation_loss") if update.average else {}
                 try:
                     self.draw(step, model)
                 except torch.OutOfMemoryError:
-                    print(f"no pictures at step {step}: out of memory (--num_validation_images draws fewer at once)")
+                    say(f"no pictures at step {step}: out of memory (--num_validation_images draws fewer at once)")
         model.train()
         return values
 
@@ -112,15 +92,11 @@ class Validation:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.to(self.accelerator.device)
         editor = Editor(pipeline)
-        rows: list[tuple[str, Sequence[Image.Image | None]]] = []
         seeds = range(SEED, SEED + self.config.watching.num_validation_images)
-        if self.picture is not None:
-            prompt = str(self.config.watching.validation_prompt)
-            edits = editor.edit(self.picture, prompt, seed=SEED, num_images=len(seeds))
-            rows.append((prompt, [self.picture, None, *edits]))
-        rows += [
+        pairs = [] if self.picture is None else [(str(self.config.watching.validation_prompt), self.picture, None)]
+        rows: list[tuple[str, Sequence[Image.Image | None]]] = [
             (prompt, [original, target, *editor.edit(original, prompt, seed=SEED, num_images=len(seeds))])
-            for prompt, original, target in self.held_out_pictures(pipeline)
+            for prompt, original, target in [*pairs, *self.held_out_pictures(pipeline)]
         ]
         sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
         folder = self.config.saving.output_dir / "validation"
@@ -151,16 +127,18 @@ class Validation:
         yield from zip(instructions, originals, targets, strict=True)
 
 
-def open_picture(config: TrainConfig) -> Image.Image:
-    """The picture of --val_image_url_or_path.
+def open_picture(config: TrainConfig) -> Image.Image | None:
+    """The picture of --val_image_url_or_path, if there is one.
 
     Raises:
         SettingsError: it cannot be opened, or there is no --validation_prompt for it.
     """
+    if not config.watching.image:
+        return None
     if not config.watching.validation_prompt:
         raise SettingsError(f"--val_image_url_or_path {config.watching.image} needs a --validation_prompt")
     try:
-        return load_image(str(config.watching.image))
+        return load_image(config.watching.image)
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"--val_image_url_or_path {config.watching.image} cannot be opened: {reason(error)}"
