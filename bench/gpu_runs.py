@@ -23,7 +23,7 @@ from gpu_frame import Bench
 from shapes import SIZES, make_unet, save
 
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.run import workers
+from ip2p.encode.plan import workers
 
 
 class Written(NamedTuple):

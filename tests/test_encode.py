@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import fakes
 import tiny
-from ip2p.encode import run
+from ip2p.encode import plan
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
 
@@ -170,4 +170,4 @@ def test_processes_on_one_machine_share_its_cores(
     """Each process that encodes starts as many workers as its share of the cores allows, and keeps one for itself."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert run.workers(EncodeConfig("model", Path("cache"), "data")) == workers
+    assert plan.workers(EncodeConfig("model", Path("cache"), "data")) == workers

@@ -1,4 +1,4 @@
-"""Tests of encode/keeper.py, verbs.py and inventory.py: `ip2p-cache` as its users see it."""
+"""Tests of `ip2p-cache` as its users see it."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ import pytest
 
 import tiny
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.keeper.__main__ import VERBS, main
+from ip2p.encode.keeper.__main__ import main
+from ip2p.encode.keeper.verbs import VERBS
 
 Encode = Callable[..., None]
 
@@ -122,6 +123,9 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
         (["info"], "expected `ip2p-cache info CACHE`, then flags"),
         (["info", "--json"], "expected `ip2p-cache info CACHE`, then flags"),
         (["diff", "CACHE"], "expected `ip2p-cache diff A B`, then flags"),
+        (["info", "CACHE", "CACHE"], "expected `ip2p-cache info CACHE`, then flags"),
+        (["verify", "CACHE", "--cache_di", "x"], "unknown flag --cache_di; did you mean --cache_dir?"),
+        (["verify", "CACHE", "--reencode", "x"], "--reencode x: expected a whole number"),
         (["info", "CACHE", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["info", "nowhere"], "nowhere is not a cache"),
         (["verify", "nowhere"], "nowhere is not a cache"),

@@ -1,6 +1,7 @@
 """What a training run is made of: caches, base model, noise schedule, seed."""
 
 import contextlib
+import dataclasses
 import errno
 import os
 import secrets
@@ -17,11 +18,10 @@ from accelerate.utils import (
 from diffusers import DDPMScheduler
 
 from ..encode.base.errors import CacheError, CacheMismatch, ModelError, SettingsError, TrainError
-from ..encode.cache.format import Cache
+from ..encode.cache.format import Cache, differences
 from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
-from ..encode.manifest import differences
-from ..encode.models.checkpoint import Checkpoint, find_checkpoint
+from ..encode.models.checkpoint import Checkpoint, Model, find_checkpoint
 from .config import TrainConfig
 from .save.checkpoint import find
 
@@ -81,15 +81,14 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
     Raises:
         CacheMismatch: it was not; the message says where they differ.
     """
+    recorded, model = cache.manifest["model"], Model.of(config)
+    model = dataclasses.replace(
+        model,
+        pretrained_vae_model_name_or_path=model.pretrained_vae_model_name_or_path or recorded["vae"],
+        single_file_config=model.single_file_config or recorded["single_file_config"],
+    )
     with accelerator.main_process_first():
-        checkpoint = find_checkpoint(
-            config.pretrained_model_name_or_path,
-            revision=config.revision,
-            variant=config.variant,
-            vae=config.pretrained_vae_model_name_or_path or cache.manifest["model"]["vae"],
-            single_file_config=config.single_file_config or cache.manifest["model"]["single_file_config"],
-            cache_dir=config.cache_dir,
-        )
+        checkpoint = find_checkpoint(model, config.cache_dir)
     names = ("in the cache", f"in {config.pretrained_model_name_or_path}")
     if different := differences(cache.manifest, {"identity": checkpoint.identity()}, ["identity"], names):
         raise CacheMismatch(
