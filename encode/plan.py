@@ -87,8 +87,8 @@ def make_plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, proc
         CacheMismatch: it was encoded by another model or with other settings.
         SourceError: a sample cannot be encoded, and `on_error` is fail.
     """
-    side, (length, width, pooled) = config.resolution // checkpoint.vae_scale_factor, checkpoint.text_shape()
-    shapes = row_shapes(checkpoint.latent_channels, side, (length, width), pooled)
+    side = config.resolution // checkpoint.vae_scale_factor
+    shapes = row_shapes(checkpoint.latent_channels, side, *checkpoint.text_shape())
     old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
     if old:
         check_same(old, manifest)

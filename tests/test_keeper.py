@@ -113,6 +113,18 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     assert result.stdout.endswith("set()\n")
 
 
+@pytest.mark.parametrize("verb", ["info", "verify", "push"])
+def test_only_what_encodes_or_decodes_waits_for_torch(verb: str, cache: Path, tmp_path: Path) -> None:
+    """To look at a cache, check it, or copy it, the networks are not imported."""
+    code = (
+        "import sys; from ip2p.encode.keeper.__main__ import main\n"
+        "main(sys.argv[1:]); print({'torch', 'datasets', 'diffusers'} & set(sys.modules))"
+    )
+    arguments = [verb, str(cache), *([str(tmp_path / "copy")] if verb == "push" else [])]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("set()\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

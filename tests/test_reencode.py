@@ -14,7 +14,7 @@ from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.reencode import reencode
-from ip2p.encode.keeper.verbs import Origin, recorded_config
+from ip2p.encode.keeper.verbs import Origin, WholeOrigin, recorded_config
 from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]
@@ -37,7 +37,7 @@ def test_a_cache_equals_a_fresh_encoding(
     """All arrays of all samples, in both views, are what the encoders give now, whatever the batch size."""
     encode(request.getfixturevalue(family), data, tmp_path / "cache", random_flip=True, encode_batch_size=3)
     cache = Cache.open(tmp_path / "cache")
-    found = reencode(cache, recorded_config(cache.manifest, Origin(), {}), 100)
+    found = reencode(cache, recorded_config(cache.manifest, Origin()), 100)
     pooled = {"pooled"} if family == "sdxl" else set()
     assert found.keys() == {"original", "edited mean", "edited log variance", "text"} | pooled
     for deviation in found.values():
@@ -116,11 +116,9 @@ def test_a_given_folder_of_images_takes_the_place_of_the_dataset(
 ) -> None:
     """--train_data_dir and --dataset_name exclude each other, whichever was recorded."""
     manifest = Cache.open(cache).manifest
-    images = {"dataset_name": None, "train_data_dir": Path("images")}
-    config = recorded_config(manifest, Origin(), images)
+    config = recorded_config(manifest, WholeOrigin(train_data_dir=Path("images")))
     assert (config.dataset_name, config.train_data_dir) == (None, Path("images"))
-    neither = dict.fromkeys(images)
-    assert recorded_config(manifest, Origin(), neither).dataset_name == manifest["settings"]["dataset_name"]
+    assert recorded_config(manifest, WholeOrigin()).dataset_name == manifest["settings"]["dataset_name"]
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(cache), "--train_data_dir", "images", "--dataset_name", "pairs"])
     assert stopped.value.code == 2

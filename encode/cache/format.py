@@ -73,10 +73,10 @@ RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of one row of each array, by kind and name."""
 
 
-def row_shapes(channels: int, side: int, text: tuple[int, int], pooled: int | None) -> RowShapes:
-    """Shapes of latents (channels, side, side) and of instructions, with a pooled one for SDXL."""
+def row_shapes(channels: int, side: int, tokens: int, width: int, pooled: int | None) -> RowShapes:
+    """Shapes of latents (channels, side, side), and of instructions (tokens, width) with, for SDXL, (pooled,)."""
     images = {"original": (channels, side, side), "edited": (2 * channels, side, side)}
-    return {"images": images, "text": {"text": text} | ({"pooled": (pooled,)} if pooled else {})}
+    return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
 
 
 def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:

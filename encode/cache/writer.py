@@ -145,7 +145,8 @@ class UnitWriter:
 
     def commit(self) -> None:
         """Write all arrays, wait for the disk, then write the record."""
-        files = {path: self._write(name, path) for name, path in self._paths().items()}
+        paths = {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
+        files = {path: self._write(name, path) for name, path in paths.items()}
         record = {
             "kind": self.unit.kind,
             "shard": self.unit.shard,
@@ -156,9 +157,6 @@ class UnitWriter:
             "files": files,
         }
         write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
-
-    def _paths(self) -> dict[str, str]:
-        return {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
 
     def _write(self, name: str, path: str) -> dict[str, Any]:
         values, array = self.buffers[name], self.arrays[name]

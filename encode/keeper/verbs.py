@@ -25,6 +25,32 @@ class Origin:
     """Where the datasets and huggingface_hub libraries keep downloads. Default: as recorded."""
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeOrigin(Origin):
+    """Where model and dataset of a cache are now; by default where they were when the cache was made."""
+
+    dataset_name: str | None = None
+    """The dataset that was encoded. Default: as recorded."""
+    train_data_dir: Path | None = None
+    """The folder of images that was encoded. Default: as recorded."""
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise SettingsError("give either --dataset_name or --train_data_dir: what was encoded")
+
+
+def recorded_config(manifest: dict[str, Any], origin: Origin) -> EncodeConfig:
+    """The flags of the encode that made a cache, with those of `origin` that are given in their place."""
+    names = {field.name for field in dataclasses.fields(EncodeConfig)}
+    given = {name: value for name, value in vars(origin).items() if value is not None}
+    if given.keys() & {"dataset_name", "train_data_dir"}:  # one takes the place of the other
+        given = {"dataset_name": None, "train_data_dir": None} | given
+    flags = {name: value for name, value in (manifest["settings"] | given).items() if name in names}
+    for name in ("cache", "cache_dir", "train_data_dir"):
+        flags[name] = Path(flags[name]) if flags[name] is not None else None
+    return EncodeConfig(**flags)
+
+
 def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> int:
     """Show what a cache holds: samples, shapes, sizes on disk, model, dataset, encoding.
 
@@ -63,24 +89,18 @@ def verify(
     *,
     repair: bool = False,
     reencode: int = 0,
-    dataset_name: str | None = None,
-    train_data_dir: Path | None = None,
     json: bool = False,
-    origin: Origin = Origin(),
+    origin: WholeOrigin = WholeOrigin(),
 ) -> int:
     """Check every file of a cache against its checksum, the numbers, and the samples against the shards.
 
     Args:
         repair: Delete torn shards and damaged tables, so that the same ip2p-encode makes them again.
         reencode: If all is well, encode this many random samples afresh and compare them with the cache.
-        dataset_name: The dataset that was encoded. Default: as recorded.
-        train_data_dir: The folder of images that was encoded. Default: as recorded.
         json: Print JSON.
     """
     if reencode < 0:
         raise SettingsError(f"--reencode {reencode}: expected a number of samples")
-    if dataset_name and train_data_dir:
-        raise SettingsError("give either --dataset_name or --train_data_dir: what was encoded")
     from ..cache.format import Cache
     from ..cache.writer import exclusive
     from .repair import repair as drop
@@ -96,8 +116,7 @@ def verify(
         from .reencode import reencode as compare
 
         opened = Cache.open(cache)
-        dataset = {"dataset_name": dataset_name, "train_data_dir": train_data_dir}
-        deviations = compare(opened, recorded_config(opened.manifest, origin, dataset), reencode)
+        deviations = compare(opened, recorded_config(opened.manifest, origin), reencode)
     lines = [f"{cache / finding.path}: {finding.problem}" for finding in findings]
     lines += [f"{cache}: {name} differs from a fresh encoding" for name, found in deviations.items() if found.is_wrong]
     if json:
@@ -115,18 +134,6 @@ def verify(
     return int(bool(lines))
 
 
-def recorded_config(manifest: dict[str, Any], origin: Origin, dataset: dict[str, Any]) -> EncodeConfig:
-    """The flags of the encode that made a cache, but where its model and its dataset are now if that is given."""
-    names = {field.name for field in dataclasses.fields(EncodeConfig)}
-    flags = {name: value for name, value in manifest["settings"].items() if name in names}
-    if any(dataset.values()):  # a name takes the place of a folder, and the other way
-        flags |= dataset
-    flags |= {name: value for name, value in vars(origin).items() if value is not None}
-    for name in ("cache", "cache_dir", "train_data_dir"):
-        flags[name] = Path(flags[name]) if flags[name] is not None else None
-    return EncodeConfig(**flags)
-
-
 def preview(cache: Path, /, *, output: Path = Path("preview.png"), samples: int = 8, origin: Origin = Origin()) -> int:
     """Decode samples to a contact sheet: original and edited with the instruction, in every view.
 
@@ -141,7 +148,7 @@ def preview(cache: Path, /, *, output: Path = Path("preview.png"), samples: int 
 
     opened = Cache.open(cache)
     opened.check_files()
-    sheet = draw(opened, recorded_config(opened.manifest, origin, {}), samples)
+    sheet = draw(opened, recorded_config(opened.manifest, origin), samples)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
