@@ -113,6 +113,13 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     assert result.stdout.endswith("set()\n")
 
 
+def test_flags_may_stand_in_a_file(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--config` gives the flags of a verb, after what stands before them."""
+    (tmp_path / "flags.yaml").write_text("json: true\n")
+    main(["info", str(cache), "--config", str(tmp_path / "flags.yaml")])
+    assert json.loads(capsys.readouterr().out)["samples"] == {"ok": 10}
+
+
 @pytest.mark.parametrize("verb", ["info", "verify", "push"])
 def test_only_what_encodes_or_decodes_waits_for_torch(verb: str, cache: Path, tmp_path: Path) -> None:
     """To look at a cache, check it, or copy it, the networks are not imported."""

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,15 +143,15 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
     expected = " ".join((prog, name, *map(str.upper, places)))
     if {"--help", "-h"} & set(arguments):
         arguments = [*places, "--help"]
-    given, arguments = arguments[: len(places)], _expand_config(arguments[len(places) :])
-    is_flag = [argument.startswith("-") for argument in (*given, *arguments[:1])]
-    if len(given) < len(places) or any(is_flag[: len(places)]) or not all(is_flag[len(places) :]):
+    given = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if len(given) != len(places):
         raise SettingsError(f"expected `{expected}`, then flags")
     first = [flags.pop(place)(value) for place, value in zip(places, given, strict=True)]
     del flags["return"]
     for group in [name for name, hint in flags.items() if dataclasses.is_dataclass(hint)]:
         flags |= get_type_hints(flags.pop(group))
     known = dataclasses.make_dataclass(name, [(flag, hint, None) for flag, hint in flags.items()])
+    arguments = _expand_config(arguments[len(places) :])
     _check(known, arguments, expected, {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
     bound = functools.partial(verb, *first)
