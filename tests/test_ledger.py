@@ -1,5 +1,6 @@
 """Tests of the ledger: who gets which row, what counts as cached, what is still to be encoded."""
 
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -16,22 +17,15 @@ from ip2p.encode.data.sources import Pair
 ROWS = {"images": 4, "text": 3}
 SIZES = [12, 8, 10, 6, 0, 1]  # original width and height, edited width and height, crop top and left
 Commits = dict[Unit, dict[str, Any]]
+images, texts = partial(Unit, "images"), partial(Unit, "text")
 
 
 def samples(*contents: tuple[str, str], reason: str | None = None) -> pa.Table:
     """A table of samples that nobody has looked at yet, from (pair, instruction)."""
+    status = {"row": -1, "text_row": -1, "status": "quarantined" if reason else "pending", "reason": reason}
     rows = [
-        {
-            "key": f"{pair}/{instruction}",
-            "pair": pair,
-            "position": position,
-            "instruction": instruction,
-            "row": -1,
-            "text_row": -1,
-            "status": "quarantined" if reason else "pending",
-            "reason": reason,
-        }
-        for position, (pair, instruction) in enumerate(contents)
+        {"key": f"{pair}/{text}", "pair": pair, "position": position, "instruction": text} | status
+        for position, (pair, text) in enumerate(contents)
     ]
     return pa.Table.from_pylist(rows, schema=SAMPLES)
 
@@ -45,14 +39,6 @@ def committed(unit: Unit, *keys: str | None, **reasons: str) -> Commits:
         "quarantined": {str(keys.index(key)): reason for key, reason in reasons.items()},
     }
     return {unit: record}
-
-
-def images(shard: int, view: int = 0) -> Unit:
-    return Unit("images", shard, view)
-
-
-def texts(shard: int) -> Unit:
-    return Unit("text", shard)
 
 
 def ledger(*records: Commits, views: int = 1) -> Ledger:
