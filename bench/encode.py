@@ -14,9 +14,8 @@ from encoding import decode_rate, measure
 from pictures import write_pairs
 from shapes import SIZES, save
 
-from ip2p.encode import run
-from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
+from ip2p.encode.plan import workers
 from tiny import unet
 
 
@@ -56,7 +55,7 @@ def main() -> None:
         Row("ip2p-encode / the encoders alone", ratio(rates, "pipeline", "alone"), "times"),
         Row("share of wall time in the encoders", share, "of 1", at_least=None if args.workers else 0.9),
         Row("decoding, one process", decoding, "pairs/s"),
-        Row("processes that decode", run.workers(config), ""),
+        Row("processes that decode", workers(config), ""),
         Row("processes that the encoders need", math.ceil(alone / decoding), ""),
     ]
     report("encode", args, rows)

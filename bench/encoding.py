@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import torch
 from common import DEVICE, GPU, take_turns
-from tqdm import tqdm
 
 from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
@@ -91,9 +90,9 @@ class TimedPipeline(pipeline.Pipeline):
 
     clock = Clock()
 
-    def run(self, work: Sequence[pipeline.Work], source: Source, bar: tqdm) -> None:
+    def run(self, work: Sequence[pipeline.Work], source: Source, done: pipeline.Done) -> None:
         with self.clock():
-            super().run(work, source, bar)
+            super().run(work, source, done)
 
 
 def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, list[float]], float]:

@@ -24,7 +24,7 @@ from shapes import SIZES, make_unet, save
 
 from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.run import workers
+from ip2p.encode.plan import workers
 
 
 class Written(NamedTuple):

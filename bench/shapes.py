@@ -12,10 +12,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from synthetic import row_shapes
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ip2p.encode.manifest import RowShapes
+from ip2p.encode.cache.format import RowShapes, row_shapes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tokenizer
@@ -39,7 +38,7 @@ class Shape(NamedTuple):
 
     def rows(self, resolution: int) -> RowShapes:
         """Shapes of one row of a cache."""
-        return row_shapes(resolution // 8, self.text_width, self.pooled)
+        return row_shapes(4, resolution // 8, 77, self.text_width, self.pooled)
 
 
 def text_config(width: int, heads: int, layers: int = 12, **options: Any) -> dict[str, Any]:

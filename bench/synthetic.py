@@ -10,20 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from ip2p.encode.base.files import read_record, write_record
-from ip2p.encode.base.flags import build as build_config
-from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, shard_rows
+from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, shard_rows
+from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Source
-from ip2p.encode.manifest import RowShapes, describe
 from ip2p.encode.models.checkpoint import Checkpoint
-from ip2p.encode.planner import NULL_PROMPT, SIZES, text_key
-
-
-def row_shapes(side: int, width: int, pooled: int | None = None) -> RowShapes:
-    """Shapes of one row for latents of `side` and instructions of `width`, of 77 tokens."""
-    text = {"text": (77, width)} | ({"pooled": (pooled,)} if pooled else {})
-    return {"images": {"original": (4, side, side), "edited": (8, side, side)}, "text": text}
+from ip2p.encode.plan import describe
 
 
 def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = None) -> Cache:
@@ -36,17 +29,8 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     resolution = 8 * shapes["images"]["original"][-1]
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
     if model:
-        config = build_config(
-            EncodeConfig,
-            {
-                "pretrained_model_name_or_path": str(model),
-                "cache": folder,
-                "dataset_name": "synthetic",
-                "resolution": resolution,
-            },
-        )
-        manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), 1)
-        manifest["counts"] = {"ok": samples}
+        config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
+        manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), shapes, 1)
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
     columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}
@@ -55,7 +39,7 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     columns |= {"crop_top": [[0]] * samples, "crop_left": [[0]] * samples, "flip": [True] * samples}
     columns |= {name: [resolution] * samples for name in SIZES}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)
-    prepare(folder, shapes, table, commits={}, views=1)
+    prepare(folder, shapes, table, Ledger({}, rows, 1))
     write_state(folder, manifest | {"format": FORMAT, "shard_rows": rows}, table)
 
     cache, random = Cache.open(folder), np.random.Generator(np.random.SFC64(0))

@@ -8,19 +8,18 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from .base.errors import SourceError
 from .base.files import content_key
-from .cache.format import Cache, Unit
+from .cache.format import Cache
+from .cache.samples import Item, Work, text_key
 from .cache.writer import UnitWriter
 from .data.sources import Source
 from .images import Geometry, ImageError, View
 from .models.encoders import Encoders
-from .planner import Item, Rows, text_key
 
 Begun = TypeVar("Begun")
-Work = tuple[list[Unit], Rows]
+Done = Callable[[int], object]
 NOT_FINITE = "the encoding is not finite, in float32 either"
 
 
@@ -78,14 +77,14 @@ class Pipeline:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def run(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
-        """Encode and commit all of `work`; counts text rows and pairs on `bar`."""
+    def run(self, work: Sequence[Work], source: Source, done: Done) -> None:
+        """Encode and commit all of `work`; tells `done` how many more texts or pairs are."""
         with self._writer:
-            self._encode_texts([item for item in work if item[0][0].kind == "text"], bar)
-            self._encode_images([item for item in work if item[0][0].kind == "images"], source, bar)
+            self._encode_texts([item for item in work if item[0][0].kind == "text"], done)
+            self._encode_images([item for item in work if item[0][0].kind == "images"], source, done)
             self._wait()
 
-    def _encode_texts(self, work: Sequence[Work], bar: tqdm) -> None:
+    def _encode_texts(self, work: Sequence[Work], done: Done) -> None:
         size = 2 * self.batch_size
         batches = (batch for _, rows in work for batch in _batches(sorted(rows.items()), size))
         begun = one_behind((batch, self.encoders.embed([text for _, text in batch])) for batch in batches)
@@ -100,10 +99,10 @@ class Pipeline:
                         self._set_aside(
                             row, text_key(instruction), f"instruction {instruction!r}", NOT_FINITE, [writer]
                         )
-                bar.update(len(batch))
+                done(len(batch))
             self._commit([writer])
 
-    def _encode_images(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
+    def _encode_images(self, work: Sequence[Work], source: Source, done: Done) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
         batches: list[list[int]] = []
         for units, rows in work:  # a batch never crosses a unit
@@ -125,7 +124,7 @@ class Pipeline:
             for _ in _batches(range(len(rows)), self.batch_size):
                 reads, views = next(begun)
                 self._take(reads, views, writers)
-                bar.update(len(reads))
+                done(len(reads))
             self._commit(writers)
 
     def _take(self, reads: list[Read], views: list[Callable[[], torch.Tensor]], writers: Sequence[UnitWriter]) -> None:

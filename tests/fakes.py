@@ -124,7 +124,7 @@ def seen(pair: Pair, flip: bool) -> tuple[bytes, bytes]:
 def install(monkeypatch: pytest.MonkeyPatch, source: Source, rows: int) -> None:
     """Let `run.encode` take `source` and the fakes, and write `rows` rows into a shard."""
     monkeypatch.setattr(run, "open_source", lambda config: source)
-    monkeypatch.setattr(run, "named_checkpoint", lambda *_, **__: Checkpoint())
+    monkeypatch.setattr(run, "find_checkpoint", lambda *_, **__: Checkpoint())
     monkeypatch.setattr(models, "Encoders", Encoders)
     monkeypatch.setattr(cache, "SHARD_ROWS", rows)
     Encoders.log.clear()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fakes
-from ip2p.encode import run
+from ip2p.encode import plan
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.data.sources import Pair
@@ -173,7 +173,7 @@ def test_the_estimate_is_shown_and_true(
 ) -> None:
     """Bytes per sample, in all, and free; what is then written differs by the indices of the shards alone."""
     usage = namedtuple("usage", "total used free")(0, 0, 5 * 2**30)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
     fakes.install(monkeypatch, fakes.Source(PAIRS), 64)
     fakes.encode(tmp_path / "cache", resolution=64, random_flip=True)
     said = re.search(

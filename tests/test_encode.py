@@ -17,8 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import fakes
 import tiny
-from configs import encode_config
-from ip2p.encode import run
+from ip2p.encode import plan
+from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
@@ -170,4 +170,4 @@ def test_processes_on_one_machine_share_its_cores(
     """Each process that encodes starts as many workers as its share of the cores allows, and keeps one for itself."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert run.workers(encode_config(dataset_name="data")) == workers
+    assert plan.workers(EncodeConfig("model", Path("cache"), "data")) == workers

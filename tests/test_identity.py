@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
-from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.train.__main__ import main as train
 
 Encode = Callable[..., None]
@@ -83,7 +83,7 @@ def test_saving_a_checkpoint_again_changes_nothing(
     folder = request.getfixturevalue(family)
     kind: Any = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     kind.from_pretrained(folder).save_pretrained(tmp_path / "again", safe_serialization=safe)
-    assert find_checkpoint(str(tmp_path / "again")).identity() == find_checkpoint(str(folder)).identity()
+    assert Checkpoint(tmp_path / "again").identity() == Checkpoint(folder).identity()
 
 
 def test_sharded_weights_are_the_same_weights(copy: Path, sd: Path) -> None:

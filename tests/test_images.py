@@ -18,7 +18,7 @@ from PIL import Image
 
 import tiny
 from ip2p.encode.images import Geometry, ImageError, View, decode, joined_views, view_names
-from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
 
 SIDE = 16
@@ -104,7 +104,7 @@ def script(data: bytes, background: str | None = None) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def seen(sd: Path) -> Callable[..., torch.Tensor]:
     """What reaches the VAE of a file in some view, (3, H, W)."""
-    encoders = Encoders(find_checkpoint(str(sd)), torch.device("cpu"), torch.float32, torch.float32)
+    encoders = Encoders(Checkpoint(sd), torch.device("cpu"), torch.float32, torch.float32)
     inputs: list[torch.Tensor] = []
     encoders.vae.encoder.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
 

@@ -1,4 +1,4 @@
-"""Tests of encode/keeper.py, verbs.py and inventory.py: `ip2p-cache` as its users see it."""
+"""Tests of `ip2p-cache` as its users see it."""
 
 import json
 import shutil
@@ -12,7 +12,8 @@ import pytest
 
 import tiny
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.keeper.__main__ import VERBS, main
+from ip2p.encode.keeper.__main__ import main
+from ip2p.encode.keeper.verbs import VERBS
 
 Encode = Callable[..., None]
 
@@ -112,6 +113,25 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
     assert result.stdout.endswith("set()\n")
 
 
+def test_flags_may_stand_in_a_file(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--config` gives the flags of a verb, after what stands before them."""
+    (tmp_path / "flags.yaml").write_text("json: true\n")
+    main(["info", str(cache), "--config", str(tmp_path / "flags.yaml")])
+    assert json.loads(capsys.readouterr().out)["samples"] == {"ok": 10}
+
+
+@pytest.mark.parametrize("verb", ["info", "verify", "push"])
+def test_only_what_encodes_or_decodes_waits_for_torch(verb: str, cache: Path, tmp_path: Path) -> None:
+    """To look at a cache, check it, or copy it, the networks are not imported."""
+    code = (
+        "import sys; from ip2p.encode.keeper.__main__ import main\n"
+        "main(sys.argv[1:]); print({'torch', 'datasets', 'diffusers'} & set(sys.modules))"
+    )
+    arguments = [verb, str(cache), *([str(tmp_path / "copy")] if verb == "push" else [])]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("set()\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -122,6 +142,9 @@ def test_help_waits_for_no_heavy_import(arguments: list[str]) -> None:
         (["info"], "expected `ip2p-cache info CACHE`, then flags"),
         (["info", "--json"], "expected `ip2p-cache info CACHE`, then flags"),
         (["diff", "CACHE"], "expected `ip2p-cache diff A B`, then flags"),
+        (["info", "CACHE", "CACHE"], "expected `ip2p-cache info CACHE`, then flags"),
+        (["verify", "CACHE", "--cache_di", "x"], "unknown flag --cache_di; did you mean --cache_dir?"),
+        (["verify", "CACHE", "--reencode", "x"], "--reencode x: expected a whole number"),
         (["info", "CACHE", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["info", "nowhere"], "nowhere is not a cache"),
         (["verify", "nowhere"], "nowhere is not a cache"),

@@ -22,7 +22,7 @@ from ip2p.encode.cache import format as layout
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.data.sources import Pair
-from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
 from ip2p.train.data.batches import Samples
 
@@ -273,8 +273,8 @@ def test_what_half_precision_cannot_hold_is_encoded_in_float32(
 
 def test_what_overflows_in_a_batch_in_flight_alone_is_encoded_again(sd: Path, tmp_path: Path) -> None:
     """With the next batch begun already, float32 replaces what overflowed, and the rest stays bit for bit."""
-    model = find_checkpoint(str(changed_vae(sd, tmp_path / "sd", lambda vae: vae.encoder.conv_in.weight.mul_(1e5))))
-    encoders = Encoders(model, torch.device("cpu"), torch.float16, torch.float16)
+    model = changed_vae(sd, tmp_path / "sd", lambda vae: vae.encoder.conv_in.weight.mul_(1e5))
+    encoders = Encoders(Checkpoint(model), torch.device("cpu"), torch.float16, torch.float16)
     gray, white = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (128, 255))
     batches = [torch.cat([gray, white, gray]), torch.cat([white, gray])]
     begun = [encoders.moments(batch) for batch in batches]

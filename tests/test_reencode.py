@@ -1,4 +1,4 @@
-"""Tests of encode/reencode.py and encode/origin.py: a fresh encoding says whether the cached numbers are right."""
+"""Tests of verify --reencode: a fresh encoding says whether the cached numbers are right."""
 
 import json
 import shutil
@@ -10,13 +10,12 @@ import pytest
 import zarr
 
 import tiny
-from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.keeper.__main__ import Origin, Verify, main
+from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.reencode import reencode
+from ip2p.encode.keeper.verbs import Origin, WholeOrigin, recorded_config
 from ip2p.encode.keeper.verify import verify
-from ip2p.encode.origin import recorded_config
 
 Encode = Callable[..., None]
 
@@ -112,11 +111,15 @@ def test_another_model_or_dataset_is_refused(
         assert f"with --{flag}" in capsys.readouterr().err
 
 
-def test_a_given_folder_of_images_takes_the_place_of_the_dataset(cache: Path) -> None:
+def test_a_given_folder_of_images_takes_the_place_of_the_dataset(
+    cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """--train_data_dir and --dataset_name exclude each other, whichever was recorded."""
     manifest = Cache.open(cache).manifest
-    config = recorded_config(manifest, Verify(train_data_dir=Path("images")))
-    assert (config.dataset.dataset_name, config.dataset.train_data_dir) == (None, Path("images"))
-    assert recorded_config(manifest, Verify()).dataset.dataset_name == manifest["settings"]["dataset_name"]
-    with pytest.raises(SettingsError, match="either --dataset_name or --train_data_dir"):
-        Verify(train_data_dir=Path("images"), dataset_name="pairs")
+    config = recorded_config(manifest, WholeOrigin(train_data_dir=Path("images")))
+    assert (config.dataset_name, config.train_data_dir) == (None, Path("images"))
+    assert recorded_config(manifest, WholeOrigin()).dataset_name == manifest["settings"]["dataset_name"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(cache), "--train_data_dir", "images", "--dataset_name", "pairs"])
+    assert stopped.value.code == 2
+    assert "either --dataset_name or --train_data_dir" in capsys.readouterr().err

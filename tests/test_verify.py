@@ -214,6 +214,8 @@ def test_an_unfinished_cache_is_a_finding(copied: Path) -> None:
     status = ["pending" if n == 9 else status for n, status in enumerate(samples["status"].to_pylist())]
     samples = samples.set_column(samples.column_names.index("status"), "status", [status])
     write_state(copied, cache.manifest, samples)
+    manifest = copied / "manifest.json"
+    write_record(manifest, read_record(manifest) | {"counts": cache.manifest["counts"]})
     lines = named(copied)
     assert "samples.parquet: 1 samples are not encoded yet: run the same ip2p-encode again" in lines
     assert any(line.startswith("manifest.json: counts") for line in lines)

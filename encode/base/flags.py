@@ -42,8 +42,8 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     """
     import tyro  # here, because nothing else in a worker process needs it
 
-    arguments = _expand(list(argv))
-    _check(config, arguments, prog, refused or {})
+    arguments = expand(list(argv))
+    check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
     return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
 
@@ -114,7 +114,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
 
 
-def _expand(arguments: list[str]) -> list[str]:
+def expand(arguments: list[str]) -> list[str]:
     """Replace each `--config FILE` by the flags that the YAML file holds, where it stands."""
     expanded: list[str] = []
     rest = iter(arguments)
@@ -140,7 +140,7 @@ def _flags_in(path: str) -> Iterator[str]:
             yield from value if isinstance(value, list) else [value]
 
 
-def _check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
+def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
     """Answer wrong and missing flags in one line, before tyro would in ten."""
     flags = flags_of(config)
     switches = {name: f"no_{name}" for name, hint in flags.items() if hint is bool}

@@ -17,7 +17,7 @@ records alone say what is cached; `samples.parquet` says which samples the datas
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,18 @@ class Unit:
     @property
     def name(self) -> str:
         return f"text-{self.shard:06d}" if self.kind == "text" else f"images-v{self.view}-{self.shard:06d}"
+
+
+Record = Mapping[str, Any]
+"""What a commit record says of its unit: key, sizes, and reason of each row, and the checksums of the files."""
+RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""The shape of one row of each array, by kind and name."""
+
+
+def row_shapes(channels: int, side: int, tokens: int, width: int, pooled: int | None) -> RowShapes:
+    """Shapes of latents (channels, side, side), and of instructions (tokens, width) with, for SDXL, (pooled,)."""
+    images = {"original": (channels, side, side), "edited": (2 * channels, side, side)}
+    return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
 
 
 def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
@@ -119,7 +131,7 @@ class Cache:
         return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
 
     def samples(self) -> pa.Table:
-        """The table of samples, after a look at its checksum."""
+        """The table of samples as it lies on the disk; `check_files` says whether that is what was written."""
         return pq.read_table(self.folder / "samples.parquet", schema=SAMPLES)
 
     def shard_path(self, array: str, unit: Unit, dimensions: int) -> str:
@@ -148,6 +160,18 @@ class Cache:
                 raise CacheError(f"{file} is missing: run the same ip2p-encode again, it restores what can be restored")
             if file_record(file) != expected:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str], names: tuple[str, str]
+) -> list[str]:
+    """Field by field, where two manifests differ in `parts`; `names` say whose value is whose."""
+    fields = [(part, field) for part in parts for field in old[part] | new[part]]
+    return [
+        f"  {field}: {old[part].get(field)} {names[0]}, {new[part].get(field)} {names[1]}"
+        for part, field in fields
+        if old[part].get(field) != new[part].get(field)
+    ]
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import fcntl
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,9 +15,8 @@ from zarr.core.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
-from ..manifest import RowShapes
-from ..planner import Commits, Rows
-from .format import Cache, Unit, shard_rows, write_table
+from .format import Cache, RowShapes, Unit, shard_rows, write_table
+from .samples import Ledger, counts
 
 
 @contextlib.contextmanager
@@ -63,8 +62,8 @@ def share(lock: TextIO) -> None:
     fcntl.lockf(lock, fcntl.LOCK_SH)
 
 
-def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Commits, views: int) -> None:
-    """Make the metadata of Zarr arrays that hold all rows of `samples` and `commits`, and put it in place.
+def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, ledger: Ledger) -> None:
+    """Make the metadata of Zarr arrays that hold all rows of `samples` and `ledger`, and put it in place.
 
     float16, chunks inside shards, no compression, NaN where nothing is written: so a shard's data is one plain
     C-order array, which can be mapped into memory. Metadata that is there already is not trusted, but compared.
@@ -77,11 +76,11 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Com
     for kind, shapes in row_shapes.items():
         shard, chunk = shard_rows(kind, shapes.values())
         used = [0, *samples["row" if kind == "images" else "text_row"].to_pylist()]
-        for unit, record in commits.items():
+        for unit, record in ledger.commits.items():
             if unit.kind == kind:
                 used += [unit.shard * shard + n for n, key in enumerate(record["keys"]) if key]
         for name, shape in shapes.items():
-            lead = (max(used) + 1, views) if kind == "images" else (max(used) + 1,)
+            lead = (max(used) + 1, ledger.views) if kind == "images" else (max(used) + 1,)
             one = (1,) * (len(lead) - 1)
             group.create_array(
                 name,
@@ -99,24 +98,12 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, commits: Com
                 unfinished.write_bytes(content.to_bytes())
 
 
-def needed_bytes(work: Iterable[tuple[list[Unit], Rows]], row_shapes: RowShapes) -> int:
-    """Bytes that units with these rows take on the disk; a unit reaches to the chunk of its last row."""
-    size = {kind: sum(2 * math.prod(shape) for shape in shapes.values()) for kind, shapes in row_shapes.items()}
-    rows = {kind: shard_rows(kind, shapes.values()) for kind, shapes in row_shapes.items()}
-    needed = 0
-    for units, content in work:
-        kind = units[0].kind
-        shard, chunk = rows[kind]
-        needed += len(units) * (max(content) % shard // chunk + 1) * chunk * size[kind]
-    return needed
-
-
 def write_state(folder: Path, manifest: dict[str, Any], samples: pa.Table) -> None:
-    """Write the samples table, and the manifest with the checksums of all small files."""
+    """Write the samples table, and the manifest with their counts and the checksums of all small files."""
     write_table(folder / "samples.parquet", samples)
     small = [folder / "samples.parquet", *sorted((folder / "data.zarr").glob("**/zarr.json"))]
     files = {str(path.relative_to(folder)): file_record(path) for path in small}
-    write_record(folder / "manifest.json", manifest | {"files": files})
+    write_record(folder / "manifest.json", manifest | {"counts": counts(samples), "files": files})
 
 
 class UnitWriter:
@@ -158,7 +145,8 @@ class UnitWriter:
 
     def commit(self) -> None:
         """Write all arrays, wait for the disk, then write the record."""
-        files = {path: self._write(name, path) for name, path in self._paths().items()}
+        paths = {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
+        files = {path: self._write(name, path) for name, path in paths.items()}
         record = {
             "kind": self.unit.kind,
             "shard": self.unit.shard,
@@ -169,9 +157,6 @@ class UnitWriter:
             "files": files,
         }
         write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
-
-    def _paths(self) -> dict[str, str]:
-        return {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
 
     def _write(self, name: str, path: str) -> dict[str, Any]:
         values, array = self.buffers[name], self.arrays[name]

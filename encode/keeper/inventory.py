@@ -1,10 +1,10 @@
 """What a cache holds, and how two caches differ, as plain values."""
 
-from collections import Counter
 from typing import Any
 
 from ..base.files import folder_bytes
 from ..cache.format import Cache
+from ..cache.samples import counts
 
 COMPARED = ("model", "identity", "encoding", "dataset", "counts")
 
@@ -22,7 +22,7 @@ def describe(cache: Cache) -> dict[str, Any]:
         for name, array in cache.arrays(kind).items()
     }
     return {
-        "samples": dict(Counter(cache.samples()["status"].to_pylist())),
+        "samples": counts(cache.samples()),
         "views": cache.views,
         "bytes": folder_bytes(cache.folder),
         "arrays": arrays,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..base.errors import CacheError
 from ..cache.format import Cache
 from ..config import EncodeConfig
-from ..origin import named_checkpoint
+from ..models.checkpoint import Model, find_checkpoint
 
 SIDE = 256  # pixels of a picture on the sheet, at least
 LINE = 16  # pixels of a line of text
@@ -36,7 +36,8 @@ def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
     if not samples:
         raise CacheError(f"{cache.folder} holds no encoded sample to show: run the same ip2p-encode again")
     chosen = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
-    checkpoint = named_checkpoint(config, without=("unet", "text_encoder", "text_encoder_2"))
+    others = ("unet", "text_encoder", "text_encoder_2")
+    checkpoint = find_checkpoint(Model.of(config), config.cache_dir, without=others)
     folder = checkpoint.vae_folder
     vae = AutoencoderKL.from_pretrained(folder, variant=checkpoint.variant_in(folder))
     vae.eval().to(torch.device(PartialState().device or "cpu"))  # type: ignore[call-overload]

@@ -6,18 +6,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
+from ..base.console import bar
 from ..base.errors import CacheMismatch, SourceError
 from ..base.files import content_key
-from ..cache.format import Cache
+from ..cache.format import Cache, differences
 from ..config import EncodeConfig
 from ..data.sources import Source, open_source
 from ..images import Geometry, ImageError, View
-from ..manifest import differences
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint, Model, find_checkpoint
 from ..models.encoders import DTYPES, Encoders
-from ..origin import named_checkpoint
 
 TOLERANCE = 16
 """Rounding errors of half precision (or of the encoders', if coarser) by which two encodings of a sample may differ."""
@@ -46,15 +44,15 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         CacheMismatch: the model is another one.
         SourceError: the dataset is another one.
     """
-    checkpoint = named_checkpoint(config)
-    _check_identity(cache, checkpoint, config.model.pretrained_model_name_or_path)
+    checkpoint = find_checkpoint(Model.of(config), config.cache_dir, without=("unet",))
+    _check_identity(cache, checkpoint, config.pretrained_model_name_or_path)
     source = open_source(config)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
     encoders = Encoders(checkpoint, torch.device(PartialState().device or "cpu"), text_dtype, vae_dtype)
     samples = [sample for sample in cache.samples().to_pylist() if sample["status"] == "ok"]
     worst: dict[str, Deviation] = {}
-    for sample in tqdm(random.Random(0).sample(samples, min(count, len(samples))), desc="re-encode", leave=False):
+    for sample in bar(random.Random(0).sample(samples, min(count, len(samples))), "re-encode", "sample"):
         cached, fresh = _cached(cache, sample), _fresh(cache, encoders, source, sample)
         for name, values in fresh.items():
             dtype = text_dtype if name in ("text", "pooled") else encoders.vae_dtype

@@ -1,13 +1,12 @@
 """Drops what is torn in a cache, so that `ip2p-encode` makes it again."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..base.errors import CacheError
 from ..cache.format import Cache
+from ..cache.samples import Ledger
 from ..cache.writer import write_state
-from ..planner import settle
 from .verify import Finding, unit_of
 
 
@@ -36,8 +35,7 @@ def _settle(folder: Path) -> None:
     try:
         cache = Cache.open(folder)
         cache.check_files()
-        records = cache.commits()
+        ledger = Ledger.of(cache)
     except CacheError:
         return  # ip2p-encode builds the samples anew; until then no training opens this cache
-    samples = settle(cache.samples(), records, cache.shard_rows, len(cache.views))
-    write_state(folder, cache.manifest | {"counts": dict(Counter(samples["status"].to_pylist()))}, samples)
+    write_state(folder, cache.manifest, ledger.settle(cache.samples()))

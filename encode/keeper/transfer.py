@@ -1,19 +1,14 @@
 """Copies a cache between folders and object stores, file by file with its checksum, the manifest last."""
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import google_crc32c
-from fsspec import AbstractFileSystem, url_to_fs
-from fsspec.asyn import AsyncFileSystem
-from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
-
+from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch
-from ..base.files import unseal, whole
+from ..base.files import unseal
+from ..cache.format import differences
+from ..cache.store import Place, checksum
 
 T = TypeVar("T")
 THREADS = 8  # files in flight, each at most a shard (32 MiB) in memory
@@ -26,78 +21,9 @@ class Copied(NamedTuple):
     bytes: int
     skipped: int  # files that were there already
 
-
-class Place:
-    """A folder on any file system that fsspec knows.
-
-    Raises:
-        CacheError: the store cannot be reached or refuses, in its own words; from all methods.
-    """
-
-    def __init__(self, url: str):
-        self.url = url
-        with self._errors():
-            fs, root = url_to_fs(url)
-            self.fs: AbstractFileSystem = fs
-            self.root = root.rstrip("/")
-
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of each file, by path."""
-        with self._errors():
-            self.fs.invalidate_cache()
-            found: dict[str, Any] = self.fs.find(self.root, detail=True)  # type: ignore[assignment]
-            return {name[len(self.root) + 1 :]: info["size"] for name, info in found.items()}
-
-    def read(self, path: str) -> bytes:
-        """The content of a file."""
-        with self._errors():
-            return bytes(self.fs.cat_file(f"{self.root}/{path}"))  # type: ignore[arg-type]
-
-    def write(self, path: str, content: bytes) -> None:
-        """Write a whole file, over an older one; on the disk when this returns if the place is a local folder."""
-        target = f"{self.root}/{path}"
-        with self._errors():
-            if isinstance(self.fs, LocalFileSystem):
-                with whole(Path(target)) as unfinished:
-                    unfinished.write_bytes(content)
-                return
-            if not isinstance(self.fs, AsyncFileSystem):  # object stores have no folders, and would make a bucket
-                self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.fs.pipe_file(target, content)
-
-    def delete(self, path: str) -> None:
-        """Delete a file."""
-        with self._errors():
-            self.fs.rm_file(f"{self.root}/{path}")
-
-    def holds(self, path: str, expected: Mapping[str, Any]) -> bool:
-        """Whether a file has this size and crc32c, by reading it."""
-        return checksum(self.read(path)) == expected
-
-    def manifest(self) -> bytes:
-        """The manifest as it is written.
-
-        Raises:
-            CacheError: there is none.
-        """
-        with self._errors():
-            is_cache = self.fs.exists(f"{self.root}/manifest.json")
-        if not is_cache:
-            raise CacheError(f"{self.url} is not a cache: it has no manifest.json")
-        return self.read("manifest.json")
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # each store has exceptions of its own, all of them about what the user named
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise CacheError(f"{self.url}: {reason}") from None
-
-
-def checksum(content: bytes) -> dict[str, Any]:
-    """Size and crc32c of the content of a file, as commit records hold them."""
-    return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
+    def __str__(self) -> str:
+        there = f", {self.skipped:,} were there already" if self.skipped else ""
+        return f"copied {self.files:,} files, {self.bytes / 2**20:,.1f} MiB{there}"
 
 
 def copy(source: Place, target: Place) -> Copied:
@@ -160,8 +86,6 @@ def _check_target(
         CacheError: another cache, a cache that has grown since, or other files.
     """
     if "manifest.json" in found:
-        from ..manifest import differences  # imports torch
-
         other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
         if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
             raise CacheMismatch(f"{target.url} holds another cache: name an empty place\n" + "\n".join(lines))
@@ -190,11 +114,11 @@ def _each(
     futures = {pool.submit(work, path): path for path in paths}
     total = sum(sizes.values()) if sizes else len(futures)
     try:
-        with tqdm(total=total, desc=label, unit="B" if sizes else "file", unit_scale=bool(sizes), leave=False) as bar:
+        with bar(None, label, "B" if sizes else "file", total=total) as progress:
             for future in as_completed(futures):
                 path = futures[future]
                 results[path] = future.result()
-                bar.update(sizes[path] if sizes else 1)
+                progress.update(sizes[path] if sizes else 1)
     finally:
         pool.shutdown(cancel_futures=True)
     return results

@@ -1,43 +1,75 @@
-"""What each verb of `ip2p-cache` does and prints; returns the exit status."""
+"""The verbs of `ip2p-cache`: each prints what it finds, and returns the exit status."""
 
-import json
+import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..base.errors import SettingsError
+from ..base.flags import build
+from ..config import EncodeConfig
 
 # The rest is imported by the verb that needs it: `info` shall not wait for torch, nor `push` for diffusers.
-if TYPE_CHECKING:
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the model of a cache is now; by default where it was when the cache was made."""
+
+    pretrained_model_name_or_path: str | None = None
+    """The model that made the cache. Default: as recorded."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """The other VAE that made it, if there was one. Default: as recorded."""
+    cache_dir: Path | None = None
+    """Where the datasets and huggingface_hub libraries keep downloads. Default: as recorded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeOrigin(Origin):
+    """Where model and dataset of a cache are now; by default where they were when the cache was made."""
+
+    dataset_name: str | None = None
+    """The dataset that was encoded. Default: as recorded."""
+    train_data_dir: Path | None = None
+    """The folder of images that was encoded. Default: as recorded."""
+
+    def __post_init__(self) -> None:
+        if self.dataset_name and self.train_data_dir:
+            raise SettingsError("give either --dataset_name or --train_data_dir: what was encoded")
+
+
+def recorded_config(manifest: dict[str, Any], origin: Origin) -> EncodeConfig:
+    """The flags of the encode that made a cache, with those of `origin` that are given in their place."""
+    given = {name: value for name, value in vars(origin).items() if value is not None}
+    if given.keys() & {"dataset_name", "train_data_dir"}:  # one takes the place of the other
+        given = {"dataset_name": None, "train_data_dir": None} | given
+    return build(EncodeConfig, manifest["settings"] | given)
+
+
+def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> int:
+    """Show what a cache holds: samples, shapes, sizes on disk, model, dataset, encoding.
+
+    Args:
+        quarantined: List the samples that stand aside, with their reasons.
+        json: Print JSON.
+    """
     from ..cache.format import Cache
-    from .__main__ import (
-        Diff,
-        Info,
-        Preview,
-        Pull,
-        Push,
-        Verify,
-    )
-    from .reencode import Deviation
-    from .transfer import Copied
+    from .inventory import describe
+    from .inventory import quarantined as those_aside
 
-
-def info(flags: "Info", folder: str) -> int:
-    """Print what a cache holds."""
-    from ..cache.format import Cache
-    from .inventory import describe, quarantined
-
-    cache = Cache.open(Path(folder))
-    found = describe(cache)
-    if flags.quarantined:
-        found["quarantined"] = quarantined(cache)
-    if flags.json:
-        print(json.dumps(found, indent=1))
+    opened = Cache.open(cache)
+    found = describe(opened)
+    if quarantined:
+        found["quarantined"] = those_aside(opened)
+    if json:
+        print(dumps(found, indent=1))
         return 0
     samples = ", ".join(f"{count:,} {status}" for status, count in found["samples"].items())
-    print(f"{folder}: {samples}; views: {', '.join(found['views'])}; {mebibytes(found['bytes'])}")
+    print(f"{cache}: {samples}; views: {', '.join(found['views'])}; {found['bytes'] / 2**20:,.1f} MiB")
     for name, array in found["arrays"].items():
-        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {mebibytes(array['bytes'])}")
+        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {array['bytes'] / 2**20:,.1f} MiB")
     for part in ("model", "identity", "dataset", "encoding"):
         print(part)
         for field, value in found[part].items():
@@ -48,77 +80,93 @@ def info(flags: "Info", folder: str) -> int:
     return 0
 
 
-def verify(flags: "Verify", folder: str) -> int:
-    """Print what is wrong in a cache, and drop what is torn if asked to; the status is 1 if anything is wrong."""
+def verify(
+    cache: Path,
+    /,
+    *,
+    repair: bool = False,
+    reencode: int = 0,
+    json: bool = False,
+    origin: WholeOrigin = WholeOrigin(),
+) -> int:
+    """Check every file of a cache against its checksum, the numbers, and the samples against the shards.
+
+    Args:
+        repair: Delete torn shards and damaged tables, so that the same ip2p-encode makes them again.
+        reencode: If all is well, encode this many random samples afresh and compare them with the cache.
+        json: Print JSON.
+    """
+    if reencode < 0:
+        raise SettingsError(f"--reencode {reencode}: expected a number of samples")
     from ..cache.format import Cache
     from ..cache.writer import exclusive
-    from .repair import repair
+    from .repair import repair as drop
     from .verify import verify as find_damage
 
-    path = Path(folder)
-    if not path.is_dir():
-        Cache.open(path)  # says that there is none
-    with exclusive(path) if flags.repair else nullcontext():
-        findings = find_damage(path)
-        dropped = repair(path, findings) if flags.repair else []
-    lines = [f"{path / finding.path}: {finding.problem}" for finding in findings]
-    worst = reencoded(flags, Cache.open(path)) if flags.reencode and not findings else {}
-    lines += [f"{path}: {name} differs from a fresh encoding" for name, found in worst.items() if found.is_wrong]
-    if flags.json:
+    if not cache.is_dir():
+        Cache.open(cache)  # says that there is none
+    with exclusive(cache) if repair else nullcontext():
+        findings = find_damage(cache)
+        dropped = drop(cache, findings) if repair else []
+    deviations = {}
+    if reencode and not findings:
+        from .reencode import reencode as compare
+
+        opened = Cache.open(cache)
+        deviations = compare(opened, recorded_config(opened.manifest, origin), reencode)
+    lines = [f"{cache / finding.path}: {finding.problem}" for finding in findings]
+    lines += [f"{cache}: {name} differs from a fresh encoding" for name, found in deviations.items() if found.is_wrong]
+    if json:
         wrong = [{"path": finding.path, "problem": finding.problem} for finding in findings]
-        deviations = {name: found._asdict() for name, found in worst.items()}
-        print(json.dumps({"wrong": wrong, "dropped": dropped, "reencoded": deviations}, indent=1))
+        reencoded = {name: found._asdict() for name, found in deviations.items()}
+        print(dumps({"wrong": wrong, "dropped": dropped, "reencoded": reencoded}, indent=1))
         return int(bool(lines))
-    for name, found in worst.items():
-        print(
-            f"{name}: at most {found.absolute:.2g} from a fresh encoding, relative {found.relative:.2g} "
-            f"(tolerated {found.tolerated:.2g})"
-        )
-    print("\n".join([*lines, *(f"dropped {name}" for name in dropped)] or [f"{path} is sound"]))
+    for name, found in deviations.items():
+        distance = f"at most {found.absolute:.2g} from a fresh encoding, relative {found.relative:.2g}"
+        print(f"{name}: {distance} (tolerated {found.tolerated:.2g})")
+    print("\n".join([*lines, *(f"dropped {name}" for name in dropped)] or [f"{cache} is sound"]))
     if findings:
-        mend = (
-            "run the same ip2p-encode again"
-            if flags.repair
-            else f"`ip2p-cache verify {path} --repair` drops what is torn"
-        )
-        print(f"{len(findings):,} findings: {mend}")
+        drops = f"`ip2p-cache verify {cache} --repair` drops what is torn"
+        print(f"{len(findings):,} findings: {'run the same ip2p-encode again' if repair else drops}")
     return int(bool(lines))
 
 
-def reencoded(flags: "Verify", cache: "Cache") -> "dict[str, Deviation]":
-    """The deviation of each array from a fresh encoding."""
-    from ..origin import recorded_config
-    from .reencode import reencode
+def preview(cache: Path, /, *, output: Path = Path("preview.png"), samples: int = 8, origin: Origin = Origin()) -> int:
+    """Decode samples to a contact sheet: original and edited with the instruction, in every view.
 
-    return reencode(cache, recorded_config(cache.manifest, flags), flags.reencode)
-
-
-def preview(flags: "Preview", folder: str) -> int:
-    """Write a contact sheet."""
+    Args:
+        output: The picture to write.
+        samples: How many samples, spread evenly over the dataset.
+    """
+    if samples < 1:
+        raise SettingsError(f"--samples {samples}: expected a number above 0")
     from ..cache.format import Cache
-    from ..origin import recorded_config
     from .preview import preview as draw
 
-    cache = Cache.open(Path(folder))
-    cache.check_files()
-    sheet = draw(cache, recorded_config(cache.manifest, flags), flags.samples)
+    opened = Cache.open(cache)
+    opened.check_files()
+    sheet = draw(opened, recorded_config(opened.manifest, origin), samples)
     try:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(flags.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(output)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--output {flags.output} cannot be written: {error}") from None
-    print(f"{flags.output}: {sheet.width} x {sheet.height} pixels")
+        raise SettingsError(f"--output {output} cannot be written: {error}") from None
+    print(f"{output}: {sheet.width} x {sheet.height} pixels")
     return 0
 
 
-def diff(flags: "Diff", a: str, b: str) -> int:
-    """Print how two caches differ; the status is 1 if they do."""
+def diff(a: Path, b: Path, /, *, json: bool = False) -> int:
+    """Show field by field how two caches differ, and how many samples they share.
+
+    Args:
+        json: Print JSON.
+    """
     from ..cache.format import Cache
     from .inventory import compare
 
-    found = compare(Cache.open(Path(a)), Cache.open(Path(b)))
-    if flags.json:
-        print(json.dumps(found, indent=1))
+    found = compare(Cache.open(a), Cache.open(b))
+    if json:
+        print(dumps(found, indent=1))
     else:
         for field, (left, right) in found["fields"].items():
             print(f"{field}\n  {a}: {left}\n  {b}: {right}")
@@ -127,32 +175,26 @@ def diff(flags: "Diff", a: str, b: str) -> int:
     return int(bool(found["fields"] or found["samples"]["only in a"] or found["samples"]["only in b"]))
 
 
-def push(_: "Push", folder: str, url: str) -> int:
-    """Copy a cache to a URL."""
-    from .transfer import Place, copy
+def push(cache: str, url: str, /) -> int:
+    """Copy a cache to any place that fsspec knows, with checksums; what is there already is skipped."""
+    from ..cache.store import Place
+    from .transfer import copy
 
-    report(copy(Place(folder), Place(url)), url)
+    print(f"{url}: {copy(Place(cache), Place(url))}")
     return 0
 
 
-def pull(_: "Pull", url: str, folder: str) -> int:
-    """Copy a cache from a URL."""
+def pull(url: str, cache: Path, /) -> int:
+    """Copy a cache from any place that fsspec knows, with checksums; what is there already is skipped."""
+    from ..cache.store import Place
     from ..cache.writer import exclusive
-    from .transfer import Place, copy
+    from .transfer import copy
 
     source = Place(url)
     source.manifest()  # before a folder is made
-    with exclusive(Path(folder)):
-        report(copy(source, Place(folder)), folder)
+    with exclusive(cache):
+        print(f"{cache}: {copy(source, Place(str(cache)))}")
     return 0
 
 
-def report(copied: "Copied", target: str) -> None:
-    """Say what a copy came to."""
-    there = f", {copied.skipped:,} were there already" if copied.skipped else ""
-    print(f"{target}: copied {copied.files:,} files, {mebibytes(copied.bytes)}{there}")
-
-
-def mebibytes(size: int) -> str:
-    """A size for people."""
-    return f"{size / 2**20:,.1f} MiB"
+VERBS: dict[str, Callable[..., int]] = {verb.__name__: verb for verb in (info, verify, preview, diff, push, pull)}

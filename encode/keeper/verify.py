@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import zarr
-from tqdm import tqdm
 
+from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
-from ..cache.format import Cache, Unit
+from ..cache.format import Cache, Record, Unit
+from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 
 RECORD = re.compile(r"(?:images-v(\d+)|text)-(\d{6,})\.json")
 SMALL = re.compile(r"samples\.parquet|data\.zarr/(.*/)?zarr\.json")
-Records = Mapping[Unit, Mapping[str, Any]]
+Records = Mapping[Unit, Record]
 
 
 class Finding(NamedTuple):
@@ -121,15 +122,15 @@ def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding
     total = sum(file["bytes"] for record in records.values() for file in record["files"].values())
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        tqdm(total=total, desc="verify", unit="B", unit_scale=True, leave=False) as bar,
+        bar(None, "verify", "B", total=total) as progress,
     ):
         for size, found in pool.map(check, sorted(records)):
             findings += found
-            bar.update(size)
+            progress.update(size)
     return findings
 
 
-def _scan(cache: Cache, unit: Unit, record: Mapping[str, Any], arrays: Mapping[str, zarr.Array]) -> Iterator[Finding]:
+def _scan(cache: Cache, unit: Unit, record: Record, arrays: Mapping[str, zarr.Array]) -> Iterator[Finding]:
     """Rows that were encoded must be finite, all others NaN."""
     paths = {name: cache.shard_path(name, unit, array.ndim) for name, array in arrays.items()}
     if set(paths.values()) != record["files"].keys():
@@ -153,23 +154,18 @@ def _samples(
     samples: pa.Table, manifest: Mapping[str, Any], records: Records, known: set[Unit | None]
 ) -> Iterator[Finding]:
     """Compare the table of samples with the records; `known` units were named already."""
-    from ..planner import NULL_PROMPT, settle, text_key  # imports torch
-
-    rows, views = manifest["shard_rows"], len(manifest["views"])
-    before, after = samples.to_pylist(), settle(samples, records, rows, views).to_pylist()
-    status = Counter(sample["status"] for sample in before)
+    ledger = Ledger(records, manifest["shard_rows"], len(manifest["views"]))
+    before, after, status = samples.to_pylist(), ledger.settle(samples).to_pylist(), counts(samples)
     if status != manifest["counts"]:
-        yield Finding("manifest.json", f"counts {manifest['counts']}, samples.parquet holds {dict(status)}")
-    if pending := status["pending"]:
+        yield Finding("manifest.json", f"counts {manifest['counts']}, samples.parquet holds {status}")
+    if pending := status.get("pending", 0):
         yield Finding("samples.parquet", f"{pending:,} samples are not encoded yet: run the same ip2p-encode again")
     missing: Counter[Unit] = Counter()
     different: list[str] = []
     for old, new in zip(before, after, strict=True):
         if old["status"] == "pending":
             continue
-        units = [Unit("images", old["row"] // rows["images"], view) for view in range(views)]
-        units.append(Unit("text", old["text_row"] // rows["text"]))
-        absent = [unit for unit in units if unit not in records]
+        absent = [unit for unit in ledger.units(old["row"], old["text_row"]) if unit not in records]
         if old["status"] == "ok" and absent:
             missing.update(absent)
         elif old != new and not absent:

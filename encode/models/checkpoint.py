@@ -1,17 +1,15 @@
-"""A Stable Diffusion checkpoint on the disk: where its parts are, and what identifies its frozen encoders."""
+"""A Stable Diffusion checkpoint on the disk, found or fetched: where its parts are."""
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 
 from ..base.errors import ModelError, reason
+from .identity import hash_tokenizer, hash_weights
 from .single_file import converted
 
 
@@ -84,53 +82,43 @@ class Checkpoint:
 
     def identity(self) -> dict[str, Any]:
         """What the encoders are, whatever their names, places and file formats: hashes of weights and vocabulary."""
-        identity: dict[str, Any] = {"vae": hash_weights(self.vae_folder, self.variant)}
+        identity: dict[str, Any] = {"vae": hash_weights(weight_files(self.vae_folder, self.variant))}
         identity |= {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
-            identity[encoder] = hash_weights(self.folder / encoder, self.variant)
+            identity[encoder] = hash_weights(weight_files(self.folder / encoder, self.variant))
             identity[tokenizer] = hash_tokenizer(self.folder / tokenizer)
         return identity
 
 
-def find_checkpoint(
-    model: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    vae: str | None = None,
-    single_file_config: str | None = None,
-    cache_dir: Path | None = None,
-    without: Sequence[str] = (),
-) -> Checkpoint:
+def find_checkpoint(model: Model, cache_dir: Path | None = None, without: Sequence[str] = ()) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
 
     Raises:
         ModelError: neither a folder, nor a single file, nor a model that the Hub answers for.
     """
-    folder = Path(model)
+    name, variant, vae = model.pretrained_model_name_or_path, model.variant, model.pretrained_vae_model_name_or_path
+    folder = Path(name)
     if folder.suffix == ".safetensors" and folder.is_file():
         if variant:
-            raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {model} is a single file")
-        folder = converted(folder, single_file_config, cache_dir)
+            raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file")
+        folder = converted(folder, model.single_file_config, cache_dir)
     elif not folder.is_dir():
-        folder = _download(model, revision, variant, cache_dir, without)
+        folder = _download(model, cache_dir, without)
     return Checkpoint(folder, variant, _find_vae(vae, cache_dir) if vae else None)
 
 
-def _download(
-    model: str, revision: str | None, variant: str | None, cache_dir: Path | None, without: Sequence[str]
-) -> Path:
+def _download(model: Model, cache_dir: Path | None, without: Sequence[str]) -> Path:
     from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
 
-    skipped = dict.fromkeys((*without, "safety_checker", "feature_extractor"))
+    name, skipped = model.pretrained_model_name_or_path, (*without, "safety_checker", "feature_extractor")
+    which = {"revision": model.revision, "variant": model.variant, "cache_dir": cache_dir}
     try:
-        folder = DiffusionPipeline.download(model, revision=revision, variant=variant, cache_dir=cache_dir, **skipped)
+        return Path(DiffusionPipeline.download(name, **which, **dict.fromkeys(skipped)))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{model} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for: "
+            f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for: "
             f"{reason(error)} (--pretrained_model_name_or_path)"
         ) from None
-    return Path(folder)
 
 
 def _find_vae(vae: str, cache_dir: Path | None) -> Path:
@@ -149,7 +137,7 @@ def _find_vae(vae: str, cache_dir: Path | None) -> Path:
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The weight files of one part as diffusers would choose them: the variant if there is one, safetensors first."""
     for infix in ([rf"\.{re.escape(variant)}"] if variant else []) + [""]:
         for suffix in ("safetensors", "bin"):
@@ -157,51 +145,3 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
             if files := sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name)):
                 return files
     raise ModelError(f"{folder} holds no weights: expected *.safetensors or *.bin there")
-
-
-def tensors(files: Sequence[Path]) -> Iterator[torch.Tensor]:
-    """All parameters in `files`, one after the other, without building a model."""
-    for file in files:
-        if file.suffix == ".bin":
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            yield from (tensor for name, tensor in state.items() if _is_parameter(name))
-            continue
-        with safe_open(file, framework="pt") as opened:
-            yield from (opened.get_tensor(name) for name in opened.keys() if _is_parameter(name))  # noqa: SIM118
-
-
-def _is_parameter(name: str) -> bool:
-    return not name.endswith("position_ids")  # a constant that only old checkpoints store
-
-
-def hash_weights(folder: Path, variant: str | None = None) -> str:
-    """Hash of all parameters in a part of a checkpoint, changed by any single value.
-
-    Names do not enter it: libraries rename parameters when they save a checkpoint anew, and the numbers stay.
-    """
-    digests = []
-    for tensor in tensors(weight_files(folder, variant)):
-        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        digests.append(digest.digest())
-    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
-
-
-def hash_tokenizer(folder: Path) -> str:
-    """Hash of what a tokenizer does: vocabulary, merges, special tokens, length; not of how its files are laid out."""
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if (folder / "vocab.json").is_file():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        else:
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            vocabulary = model["vocab"]
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} holds no CLIP tokenizer: {error}") from None
-    special = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
-    content = [vocabulary, merges, special, config.get("model_max_length")]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
+from ..base.console import say
 from ..base.errors import ModelError, reason
 
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
@@ -31,7 +32,7 @@ def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
     """
     folder = Path(cache_dir or constants.HF_HOME) / "ip2p-single-file" / _identity(file, config)
     if not folder.is_dir():
-        print(f"converting {file} to diffusers' layout in {folder}")
+        say(f"converting {file} to diffusers' layout in {folder}")
         try:
             pipeline = _load(file, config, cache_dir)
         except Exception as error:  # whatever a file of another kind leads the libraries to
@@ -71,7 +72,7 @@ def _load(file: Path, config: str | None, cache_dir: Path | None) -> Any:
     if any(name.startswith("conditioner.") for name in names):
         return StableDiffusionXLPipeline.from_single_file(str(file), **options)
     if config is None and any(name.startswith("cond_stage_model.model.") for name in names):
-        print(
+        say(
             f"{file} looks like Stable Diffusion 2.x and is taken to predict v_prediction; the base models at 512 px "
             "predict epsilon: for one of them give --single_file_config"
         )

@@ -17,7 +17,7 @@ import torch
 
 from ...encode.base.errors import CacheError
 from ...encode.cache.reader import Reader
-from ...encode.planner import NULL_PROMPT, text_key
+from ...encode.cache.samples import NULL_PROMPT, text_key
 from ..objective import Batch, Null
 from .order import Order
 from .samples import Samples

@@ -1,0 +1,213 @@
+"""Which sample goes where: what the cache holds stays, what the dataset has beyond that gets free rows."""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from .base.console import say
+from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .base.flags import dump
+from .cache.format import CONVENTION, FORMAT, Cache, RowShapes, differences, row_shapes, shard_rows
+from .cache.samples import Ledger, counts
+from .cache.writer import prepare, write_state
+from .config import EncodeConfig
+from .data.identify import identify
+from .data.sources import Source
+from .images import joined_views, view_names
+from .models.checkpoint import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a cache shall hold.
+
+    Attributes:
+        manifest: what is encoded, with what, how.
+        shapes: of one row of each array.
+        samples: all samples with their rows; those that the ledger lacks are pending.
+        ledger: what is committed already.
+    """
+
+    manifest: dict[str, Any]
+    shapes: RowShapes
+    samples: pa.Table
+    ledger: Ledger
+
+    def needed_bytes(self) -> int:
+        """Bytes that the missing units take on the disk; each reaches to the chunk of its last row."""
+        needed = 0
+        for units, rows in self.ledger.missing(self.samples):
+            shapes = self.shapes[units[0].kind].values()
+            shard, chunk = shard_rows(units[0].kind, shapes)
+            chunks = max(rows) % shard // chunk + 1
+            needed += len(units) * chunks * chunk * sum(2 * math.prod(shape) for shape in shapes)
+        return needed
+
+    def announce(self, config: EncodeConfig) -> None:
+        """Say how much is to be done and what it takes on the disk.
+
+        Raises:
+            CacheError: less is free than needed.
+        """
+        pending, needed = counts(self.samples).get("pending", 0), self.needed_bytes()
+        if not pending:
+            return
+        free = shutil.disk_usage(config.cache).free
+        size = f"{needed / 2**20:,.0f} MiB ({needed / pending / 2**10:,.0f} KiB each)"
+        work = f"{pending:,} of {len(self.samples):,} samples to encode"
+        say(f"{work}: {size} in {config.cache}, {free / 2**30:,.1f} GiB free")
+        if needed > free:
+            raise CacheError(
+                f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: make space or move --cache"
+            )
+        if self.manifest["encoding"]["vae_precision"] != (config.vae_precision or config.mixed_precision):
+            say(
+                "the VAE runs in float32, since this one overflows in half precision "
+                "(--vae_precision decides otherwise)"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Write manifest and samples, and make room in the arrays."""
+        prepare(folder, self.shapes, self.samples, self.ledger)
+        write_state(folder, self.manifest, self.samples)
+
+
+def make_plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes: int) -> Plan:
+    """Join a dataset with what the cache holds.
+
+    Raises:
+        CacheError: the folder holds something else, or is damaged.
+        CacheMismatch: it was encoded by another model or with other settings.
+        SourceError: a sample cannot be encoded, and `on_error` is fail.
+    """
+    side = config.resolution // checkpoint.vae_scale_factor
+    shapes = row_shapes(checkpoint.latent_channels, side, *checkpoint.text_shape())
+    old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
+    if old:
+        check_same(old, manifest)
+        manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
+    ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
+    samples = known_samples(old, manifest, config.retry_quarantined) if old else None
+    if samples is None:
+        samples = identify(source, workers(config))
+    samples = ledger.assign(samples, retry=config.retry_quarantined)
+    samples = ledger.settle(mark_flips(samples, config.no_flip_regex))
+    if config.on_error == "fail":
+        stop_at_quarantined(samples)
+    return Plan(manifest, shapes, samples, ledger)
+
+
+def describe(
+    config: EncodeConfig, source: Source, checkpoint: Checkpoint, shapes: RowShapes, processes: int
+) -> dict[str, Any]:
+    """The manifest: what is encoded, with what, how."""
+    return {
+        "format": FORMAT,
+        "ip2p": version("ip2p"),
+        "model": {
+            "name": config.pretrained_model_name_or_path,
+            "revision": config.revision,
+            "variant": config.variant,
+            "vae": config.pretrained_vae_model_name_or_path,
+            "single_file_config": config.single_file_config,
+            "prediction_type": checkpoint.prediction_type(),
+        },
+        "identity": checkpoint.identity(),
+        "encoding": {
+            "convention": CONVENTION,
+            "resolution": config.resolution,
+            "resize_mode": config.resize_mode,
+            "background": config.background,
+            "mixed_precision": config.mixed_precision,
+            "vae_precision": checkpoint.vae_precision(config.vae_precision, config.mixed_precision),
+        },
+        "views": view_names(config.crops if config.resize_mode == "random_crop" else None, config.random_flip),
+        "dataset": {
+            "name": source.name,
+            "split": config.split,
+            "columns": list(source.columns),
+            "samples": len(source),
+            "fingerprint": source.fingerprint(),
+        },
+        "settings": dump(config) | {"processes": processes},  # how this run was started; decides nothing
+        "shard_rows": {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()},
+    }
+
+
+def open_existing(folder: Path) -> Cache | None:
+    """The cache as it is, or None where there is none yet.
+
+    Raises:
+        CacheError: a folder of something else, or a cache without its manifest.
+    """
+    if (folder / "manifest.json").is_file():
+        return Cache.open(folder)
+    if any((folder / "commits").glob("*.json")):
+        raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
+    own = ("commits", "data.zarr", "samples.parquet")  # of an encode that was killed before it wrote its manifest
+    if stray := [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(".")]:
+        raise CacheError(f"--cache {folder} holds other files ({stray[0]}, …): name a new or an empty folder")
+    return None
+
+
+def check_same(old: Cache, manifest: dict[str, Any]) -> None:
+    """Refuse to mix two encodings in one cache, and say where they differ.
+
+    Raises:
+        CacheMismatch: the cache was made by another model or with other settings.
+    """
+    if different := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
+        raise CacheMismatch(
+            f"{old.folder} was encoded differently: name another folder with --cache, or encode as it was made\n"
+            + "\n".join(different)
+        )
+
+
+def known_samples(old: Cache, manifest: dict[str, Any], retry: bool) -> pa.Table | None:
+    """The samples table of an earlier run over the very same dataset, if it is sound.
+
+    To `retry` what was out of reach when it was read (row -1), it must be read again.
+    """
+    if old.manifest["dataset"] != manifest["dataset"]:
+        return None
+    try:
+        old.check_files()
+    except CacheError:
+        return None
+    samples = old.samples()
+    return None if retry and -1 in samples["row"].to_pylist() else samples
+
+
+def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
+    """Note which samples may be shown flipped: those whose instruction does not match `pattern`, if it is not none."""
+    never = re.compile(pattern, re.IGNORECASE) if pattern not in ("none", "") else None
+    flip = [not (never and never.search(instruction)) for instruction in samples["instruction"].to_pylist()]
+    return samples.set_column(samples.column_names.index("flip"), "flip", pa.array(flip, pa.bool_()))
+
+
+def stop_at_quarantined(samples: pa.Table) -> None:
+    """For --on_error fail: stop at the first sample that stands aside before anything is encoded."""
+    for key, reason in zip(samples["key"].to_pylist(), samples["reason"].to_pylist(), strict=True):
+        if reason:
+            raise SourceError(f"sample {key}: {reason} (--on_error quarantine would go on without it)")
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse a resolution that the VAE cannot divide."""
+    if resolution % factor:
+        lower = resolution // factor * factor
+        near = f"{lower} or {lower + factor}" if lower else str(factor)
+        raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {factor}, such as {near}")
+
+
+def workers(config: EncodeConfig) -> int:
+    """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(16, max(0, cores - 1)) if config.dataloader_num_workers is None else config.dataloader_num_workers
