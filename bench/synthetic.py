@@ -13,7 +13,8 @@ from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, Unit, shard_rows
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.sources import Source
+from ip2p.encode.data.columns import Role, preset
+from ip2p.encode.data.pairs import Pairs, Rows
 from ip2p.encode.manifest import RowShapes, describe
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.planner import NULL_PROMPT, SIZES, text_key
@@ -36,7 +37,7 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
     if model:
         config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
-        manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), 1)
+        manifest = describe(config, Pairs(_Numbers(samples), "synthetic"), Checkpoint(model), 1)
         manifest["counts"] = {"ok": samples}
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
@@ -68,10 +69,10 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     return cache
 
 
-class _Numbers:
+class _Numbers(Rows):
     """A dataset of which no more is read than its size."""
 
-    columns: tuple[str, ...] = ("original", "edited", "instruction")
+    columns = preset("original", "edited", "instruction")
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -79,14 +80,11 @@ class _Numbers:
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, row: int, /) -> tuple[Any, ...]:
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
         raise NotImplementedError
 
-    def instructions(self) -> Iterable[tuple[Any, ...]]:
+    def texts(self, role: Role) -> Iterable[Any]:
         raise NotImplementedError
-
-    def group(self, row: int, /) -> str | None:
-        return None
 
     def fingerprint(self) -> str:
         return "synthetic"

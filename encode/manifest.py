@@ -7,14 +7,14 @@ from typing import Any
 from .base.flags import dump
 from .cache.format import CONVENTION, FORMAT
 from .config import EncodeConfig
-from .data.sources import Source
+from .data.pairs import Pairs
 from .images import view_names
 from .models.checkpoint import Checkpoint
 
 RowShapes = dict[str, dict[str, tuple[int, ...]]]
 
 
-def describe(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes: int) -> dict[str, Any]:
+def describe(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes: int) -> dict[str, Any]:
     """The manifest: what is encoded, with what, how."""
     return {
         "format": FORMAT,

@@ -14,7 +14,7 @@ from .base.errors import SourceError
 from .base.files import content_key
 from .cache.format import Cache, Unit
 from .cache.writer import UnitWriter
-from .data.sources import Source
+from .data.pairs import Pairs
 from .images import Geometry, ImageError, View
 from .models.encoders import Encoders
 from .planner import Item, Rows, text_key
@@ -36,7 +36,7 @@ class Read(NamedTuple):
 class _Images(Dataset):
     """The images of rows, read and resized in worker processes."""
 
-    def __init__(self, source: Source, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
+    def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
         self.source, self.rows, self.geometry = source, rows, geometry
 
     def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
@@ -78,7 +78,7 @@ class Pipeline:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def run(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
+    def run(self, work: Sequence[Work], source: Pairs, bar: tqdm) -> None:
         """Encode and commit all of `work`; counts text rows and pairs on `bar`."""
         with self._writer:
             self._encode_texts([item for item in work if item[0][0].kind == "text"], bar)
@@ -103,7 +103,7 @@ class Pipeline:
                 bar.update(len(batch))
             self._commit([writer])
 
-    def _encode_images(self, work: Sequence[Work], source: Source, bar: tqdm) -> None:
+    def _encode_images(self, work: Sequence[Work], source: Pairs, bar: tqdm) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
         batches: list[list[int]] = []
         for units, rows in work:  # a batch never crosses a unit

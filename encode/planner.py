@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .base.files import content_key
 from .cache.format import SAMPLES, Unit
-from .data.sources import Pair, Source
+from .data.pairs import Pair, Pairs
 
 Commits = Mapping[Unit, Mapping[str, Any]]
 Rows = dict[int, Any]
@@ -42,7 +42,7 @@ def text_key(instruction: str) -> str:
 class _Keys(Dataset):
     """The identity of each sample, computed in worker processes."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Pairs):
         self.source = source
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ def unusable(pair: Pair) -> str | None:
     return None if pair.instruction.strip() else "the instruction is empty"
 
 
-def index(source: Source, workers: int, batch_size: int = 64) -> pa.Table:
+def index(source: Pairs, workers: int, batch_size: int = 64) -> pa.Table:
     """Identify every sample of a dataset by reading it once; returns the samples table without rows."""
     loader = DataLoader(_Keys(source), batch_size=batch_size, num_workers=workers, collate_fn=list)
     rows: list[dict[str, Any]] = []

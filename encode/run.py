@@ -18,7 +18,8 @@ from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
 from .cache.format import Cache, Unit, shard_rows
 from .cache.writer import exclusive, needed_bytes, prepare, share, write_state
 from .config import EncodeConfig
-from .data.sources import Source, open_source
+from .data.open import open_pairs
+from .data.pairs import Pairs
 from .images import View, joined_views
 from .manifest import describe, differences, row_shapes
 from .models.checkpoint import Checkpoint
@@ -38,7 +39,7 @@ def encode(config: EncodeConfig) -> None:
     with state.main_process_first():
         checkpoint = named_checkpoint(config)
         check_resolution(config.resolution, checkpoint.vae_scale_factor)
-        source = open_source(config)
+        source = open_pairs(config, config.cache_dir)
     main = state.is_main_process
     with exclusive(config.cache) if main else nullcontext() as lock:
         if lock:
@@ -61,7 +62,7 @@ def check_resolution(resolution: int, factor: int) -> None:
         raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {factor}, such as {near}")
 
 
-def plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes: int) -> None:
+def plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes: int) -> None:
     """Write which sample goes where: the manifest, and a samples table of which a part is pending."""
     old = open_existing(config)
     manifest = describe(config, source, checkpoint, processes)
@@ -154,7 +155,7 @@ def announce(config: EncodeConfig, samples: pa.Table, needed: int) -> None:
         raise CacheError(f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: make space or move --cache")
 
 
-def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint, state: PartialState) -> None:
+def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, state: PartialState) -> None:
     """Encode this process's share of the missing units."""
     cache = Cache.open(config.cache)
     null = cache.folder / "commits" / f"{Unit('text', 0).name}.json"  # with the empty instruction, which is no sample's

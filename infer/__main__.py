@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..encode.base.errors import EditError
+from ..encode.base.errors import EditError, Ip2pError
 from .config import InferConfig, parse, parse_evaluate
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .inputs import Job
+    from .jobs import Job
 
 SHEET_ROWS = 100
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return evaluate(parse_evaluate(arguments[1:]))
         return run(parse(arguments))
-    except EditError as error:
+    except Ip2pError as error:
         print(f"ip2p-infer: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -44,7 +44,7 @@ def run(config: InferConfig) -> int:
         return serve(config)
 
     from .batch import edit_all, load_editor
-    from .inputs import find_jobs
+    from .jobs import find_jobs
     from .outputs import output_paths
 
     jobs = find_jobs(config)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..encode.base.errors import EditError
 from .config import InferConfig
-from .inputs import Job
+from .jobs import Job
 from .outputs import is_there, model_stamp, save, settings_of
 from .pictures import open_picture
 

@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..encode.base.errors import EditError
 from ..encode.base.files import whole
 from .config import InferConfig
-from .inputs import Job
+from .jobs import Job
 
 # The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
 CHUNK = "ip2p"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fakes import Source
 from ip2p.encode.cache.format import SAMPLES, Unit
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 from ip2p.encode.planner import NULL_PROMPT, assign, index, missing, settle, text_key
 
 ROWS = {"images": 4, "text": 3}

@@ -12,7 +12,8 @@ from ..base.errors import CacheMismatch, SourceError
 from ..base.files import content_key
 from ..cache.format import Cache
 from ..config import EncodeConfig
-from ..data.sources import Source, open_source
+from ..data.open import open_pairs
+from ..data.pairs import Pairs
 from ..images import Geometry, ImageError, View
 from ..manifest import differences
 from ..models.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
     """
     checkpoint = named_checkpoint(config)
     _check_identity(cache, checkpoint, config.pretrained_model_name_or_path)
-    source = open_source(config)
+    source = open_pairs(config, config.cache_dir)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
     encoders = Encoders(checkpoint, torch.device(PartialState().device or "cpu"), text_dtype, vae_dtype)
@@ -80,7 +81,7 @@ def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     return _split(images) | texts
 
 
-def _fresh(cache: Cache, encoders: Encoders, source: Source, sample: dict[str, Any]) -> dict[str, np.ndarray]:
+def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """The same, encoded now.
 
     Raises:

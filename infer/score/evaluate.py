@@ -13,7 +13,7 @@ from typing import Any
 from ...encode.base.errors import EditError
 from ..batch import edit_all, load_editor
 from ..config import EvaluateConfig
-from ..inputs import Job, find_jobs
+from ..jobs import Job, find_jobs
 from ..models import check_model
 from ..outputs import output_paths
 from .curve import draw_curve

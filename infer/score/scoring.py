@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ...encode.base.errors import EditError
 from ...encode.base.files import whole
 from ..config import EvaluateConfig
-from ..inputs import Job
+from ..jobs import Job
 from ..outputs import CHUNK, model_stamp
 from ..pictures import open_picture
 from .metrics import Edit, measure

@@ -13,7 +13,7 @@ from PIL import Image
 from ...encode.base.errors import EditError
 from ..batch import edit, load_editor
 from ..config import InferConfig
-from ..inputs import find_jobs
+from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
 from ..pictures import open_picture
 from .layout import ORIGINAL, Layout
