@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..encode.base.errors import EditError
+from ..encode.base.errors import EditError, reason
 from ..encode.config import EncodeConfig
 from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role
 from ..encode.data.open import open_rows
@@ -132,7 +132,7 @@ def _read_cell(rows: Rows, row: int, role: Role) -> bytes:
     try:
         (content,) = rows.read(row, role)
     except OSError as error:
-        raise EditError(f"{error.filename} cannot be read: {error.strerror}") from None
+        raise EditError(f"the picture in column {rows.columns[role]} cannot be read: {reason(error)}") from None
     if content is None:
         name = rows.name(row) if role == ORIGINAL else None
         raise EditError(f"no picture in column {rows.columns[role]}" + (f": {name} is not there" if name else ""))

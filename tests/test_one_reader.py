@@ -86,6 +86,17 @@ def test_a_missing_picture_costs_its_job_alone(tmp_path: Path) -> None:
         pair_of(third)
 
 
+def test_a_picture_that_cannot_be_read_costs_its_job_alone(tmp_path: Path) -> None:
+    """Whatever the file system says of its name is the reason."""
+    rows = image_files(tmp_path / "data", PAIRS[:2])
+    rows[1]["input_image"] = "a" * 300 + ".jpg"
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = jobs_of({"dataset_name": tmp_path / "data"})
+    assert pair_of(first) == PAIRS[0]
+    with pytest.raises(EditError, match="column input_image cannot be read: .*File name too long"):
+        second.image()
+
+
 def sparse(folder: Path) -> Flags:
     """Columns of images of which every second is empty, and captions."""
     rows = image_files(folder, PAIRS[:2])

@@ -122,29 +122,24 @@ def _keep_stream(name: str, builder: Any, where: dict[str, Any], pick: Pick, fol
     names, images = tuple(columns.values()), tuple(image_columns(columns))
     types = datasets.Features.from_arrow_schema(sample.select(names).schema)
     # What these are decides whether the stream was kept before; the hash changes with the data.
-    parts = {"where": where, "columns": names, "images": images, "folder": folder, "limit": limit}
+    parts = {"where": where, "names": names, "images": images, "folder": folder, "limit": limit}
     with _explained(name):
         kept = datasets.Dataset.from_generator(
             _stream,
             features=datasets.Features(types | dict.fromkeys(images, datasets.Value("binary"))),
             cache_dir=where["cache_dir"],
-            gen_kwargs=parts | {"version": builder.hash},
+            gen_kwargs=parts | {"state": builder.hash},
             writer_batch_size=100,  # rows in memory
         )
     return Table(kept, columns, folder)
 
 
 def _stream(
-    where: dict[str, Any],
-    columns: tuple[str, ...],
-    images: tuple[str, ...],
-    folder: Path,
-    limit: int | None,
-    version: str,
+    where: dict[str, Any], names: tuple[str, ...], images: tuple[str, ...], folder: Path, limit: int | None, state: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of a stream with the bytes of their images, read once from start to end."""
     stream: Any = datasets.load_dataset(**where, streaming=True)
-    batches = stream.select_columns(list(columns)).with_format("arrow").iter(1)
+    batches = stream.select_columns(list(names)).with_format("arrow").iter(1)
     for batch in itertools.islice(batches, limit):
         row = batch.to_pylist()[0]
         yield row | {column: file_bytes(row[column], folder) for column in images}
