@@ -93,7 +93,7 @@ def test_a_picture_that_cannot_be_read_costs_its_job_alone(tmp_path: Path) -> No
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = jobs_of({"dataset_name": tmp_path / "data"})
     assert pair_of(first) == PAIRS[0]
-    with pytest.raises(EditError, match="column input_image cannot be read: .*File name too long"):
+    with pytest.raises(EditError, match=r"column input_image cannot be read: .*File name too long"):
         second.image()
 
 
