@@ -16,7 +16,8 @@ from common import DEVICE, GPU, take_turns
 from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.sources import Source, open_source
+from ip2p.encode.data.open import open_pairs
+from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.images import Geometry, View
 from ip2p.encode.models import encoders as models
 from ip2p.encode.models.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ class TimedPipeline(pipeline.Pipeline):
 
     clock = Clock()
 
-    def run(self, work: Sequence[pipeline.Work], source: Source, done: pipeline.Done) -> None:
+    def run(self, work: Sequence[pipeline.Work], source: Pairs, bar: tqdm) -> None:
         with self.clock():
             super().run(work, source, done)
 
@@ -126,8 +127,8 @@ def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, li
 
 def decode_rate(config: EncodeConfig, count: int) -> float:
     """Pairs/s that one process reads, checks, decodes and resizes."""
-    source = open_source(config)
-    geometry = Geometry(config.pictures.resolution, config.pictures.resizing, config.pictures.background)
+    source = open_pairs(config, config.cache_dir)
+    geometry = Geometry(config.resolution, config.resize_mode, config.background)
     began = time.perf_counter()
     for position in range(count):
         files = source[position][:2]

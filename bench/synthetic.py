@@ -14,7 +14,9 @@ from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, sh
 from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.sources import Source
+from ip2p.encode.data.columns import Role, preset
+from ip2p.encode.data.pairs import Pairs, Rows
+from ip2p.encode.manifest import RowShapes, describe
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.plan import describe
 
@@ -30,7 +32,8 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
     if model:
         config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
-        manifest = describe(config, Source(_Numbers(samples), "synthetic", config), Checkpoint(model), shapes, 1)
+        manifest = describe(config, Pairs(_Numbers(samples), "synthetic"), Checkpoint(model), 1)
+        manifest["counts"] = {"ok": samples}
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
     columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}
@@ -61,10 +64,10 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     return cache
 
 
-class _Numbers:
+class _Numbers(Rows):
     """A dataset of which no more is read than its size."""
 
-    columns: tuple[str, ...] = ("original", "edited", "instruction")
+    columns = preset("original", "edited", "instruction")
 
     def __init__(self, samples: int):
         self.samples = samples
@@ -72,14 +75,11 @@ class _Numbers:
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, row: int, /) -> tuple[Any, ...]:
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
         raise NotImplementedError
 
-    def instructions(self) -> Iterable[tuple[Any, ...]]:
+    def texts(self, role: Role) -> Iterable[Any]:
         raise NotImplementedError
-
-    def group(self, row: int, /) -> str | None:
-        return None
 
     def fingerprint(self) -> str:
         return "synthetic"

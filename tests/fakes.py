@@ -14,7 +14,8 @@ import tiny
 from configs import encode_config
 from ip2p.encode import run
 from ip2p.encode.cache import format as cache
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.config import EncodeConfig
+from ip2p.encode.data.pairs import Pair
 from ip2p.encode.images import Geometry, View
 from ip2p.encode.models import encoders as models
 
@@ -123,8 +124,8 @@ def seen(pair: Pair, flip: bool) -> tuple[bytes, bytes]:
 
 def install(monkeypatch: pytest.MonkeyPatch, source: Source, rows: int) -> None:
     """Let `run.encode` take `source` and the fakes, and write `rows` rows into a shard."""
-    monkeypatch.setattr(run, "open_source", lambda config: source)
-    monkeypatch.setattr(run, "find_checkpoint", lambda *_, **__: Checkpoint())
+    monkeypatch.setattr(run, "open_pairs", lambda *_: source)
+    monkeypatch.setattr(run, "named_checkpoint", lambda *_, **__: Checkpoint())
     monkeypatch.setattr(models, "Encoders", Encoders)
     monkeypatch.setattr(cache, "SHARD_ROWS", rows)
     Encoders.log.clear()

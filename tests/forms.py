@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import tiny
-from configs import encode_config
-from ip2p.encode.data.sources import Pair, Source, open_source
+from ip2p.encode.config import EncodeConfig
+from ip2p.encode.data.open import open_pairs
+from ip2p.encode.data.pairs import Pair, Pairs
 
 Flags = dict[str, object]
 Kind = Callable[[Path, list[Pair]], Flags]
@@ -106,6 +107,19 @@ def metadata_jsonl(folder: Path, pairs: list[Pair]) -> Flags:
     return {"train_data_dir": folder}
 
 
+def prompt_lists(folder: Path, pairs: list[Pair]) -> Flags:
+    """A file of lines of JSON beside the images, each with a list of instructions, of which the first counts."""
+    rows = [row | {"edit_prompt": [row["edit_prompt"], "unused"]} for row in image_files(folder, pairs)]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"dataset_name": folder / "pairs.jsonl"}
+
+
+def csv_file(folder: Path, pairs: list[Pair]) -> Flags:
+    """A table of text beside the images, under any name."""
+    metadata_csv(folder, pairs)
+    return {"dataset_name": (folder / "metadata.csv").rename(folder / "Pairs.CSV")}
+
+
 def metadata_csv(folder: Path, pairs: list[Pair]) -> Flags:
     """A folder of images with a table of text."""
     rows = image_files(folder, pairs)
@@ -175,21 +189,24 @@ KINDS = [
     parquet,
     stream,
     image_lists,
+    prompt_lists,
     raw_bytes,
     paths,
     metadata_jsonl,
     metadata_csv,
     metadata_parquet,
+    csv_file,
     shards,
     shards_by_url,
     seeds,
 ]
 
 
-def opened(flags: Flags, **more: object) -> Source:
+def opened(flags: Flags, **more: object) -> Pairs:
     """The source that flags mean."""
     values = {name: str(v) if name == "dataset_name" else v for name, v in (flags | more).items()}
-    return open_source(encode_config(**values))  # type: ignore[arg-type]
+    config = EncodeConfig("model", Path("cache"), **values)  # type: ignore[arg-type]
+    return open_pairs(config, config.cache_dir)
 
 
 @contextlib.contextmanager

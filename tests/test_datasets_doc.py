@@ -16,7 +16,7 @@ import test_presets
 from forms import PAIRS
 from ip2p.encode.__main__ import main
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.data import presets
+from ip2p.encode.data import columns
 
 TEXT = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
 SECTIONS = {section.splitlines()[0]: section for section in TEXT.split("\n## ")[1:]}
@@ -87,6 +87,6 @@ def test_every_section_about_a_source_has_an_example() -> None:
 def test_the_table_of_known_datasets_is_the_presets() -> None:
     """The page names each with its columns, and those that are refused."""
     rows = re.findall(r"^\| (\S+/\S+) \| (\S+) \| (\S+) \| (\S+)(?: \(back: (\S+)\))? \|$", TEXT, re.MULTILINE)
-    table = {name: presets.Preset(a, b, text, back or None) for name, a, b, text, back in rows}
-    assert table == presets.PRESETS
-    assert all(name in TEXT for name in presets.EVALUATION_ONLY)
+    table = {name: columns.preset(a, b, text, *filter(None, [back])) for name, a, b, text, back in rows}
+    assert table == columns.PRESETS
+    assert all(name in TEXT for name in columns.EVALUATION_ONLY)

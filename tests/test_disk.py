@@ -16,7 +16,7 @@ import fakes
 from ip2p.encode import plan
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 from ranks import FORKS, hold
 
 Encode = Callable[..., None]

@@ -19,7 +19,7 @@ import fakes
 import tiny
 from ip2p.encode import plan
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]

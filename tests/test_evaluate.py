@@ -307,8 +307,8 @@ def test_a_config_stands_for_the_flags_of_an_evaluation(tmp_path: Path) -> None:
         ({"model": ("{model}", "/nowhere")}, "/nowhere is no model: expected a folder as ip2p-train saves it"),
         ({"clip_model": "/nowhere"}, "--clip_model /nowhere is no model"),
         ({"dino_model": "{model}"}, "--dino_model {model} cannot be loaded"),
-        ({"edited_caption_column": "words"}, "--edited_caption_column words: no such column"),
-        ({"split": "train"}, "cannot be read"),
+        ({"edited_caption_column": "words"}, "no column words; it has"),
+        ({"split": "train"}, "cannot be opened"),
     ],
 )
 def test_wrong_use_is_answered_in_one_line_before_anything_is_edited(

@@ -13,7 +13,7 @@ from ip2p.encode.base.errors import CacheMismatch, SettingsError
 from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 from ip2p.encode.images import Geometry, View
 from ip2p.train.data.batches import Order, Samples
 

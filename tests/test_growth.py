@@ -21,8 +21,7 @@ from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import content_key
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
-from ip2p.encode.cache.samples import text_key
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 from ip2p.encode.keeper.repair import repair
 from ip2p.encode.keeper.verify import Finding
 

@@ -104,7 +104,7 @@ def test_a_split_is_chosen_and_sliced(model: str, tmp_path: Path, capsys: pytest
     tiny.dataset(folder, tiny.pairs(1, first=9))
     arguments = ["--model", model, "--table", str(folder), "--output", str(tmp_path / "out"), *STEPS]
     assert main(arguments) == 2
-    assert "splits train, test: choose one with --split" in capsys.readouterr().err
+    assert "has several splits: choose one of train, test with --split" in capsys.readouterr().err
     assert main([*arguments, "--split", "test[:2]"]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
 

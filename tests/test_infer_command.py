@@ -141,10 +141,19 @@ def test_a_revision_on_the_hub_is_chosen(
         ("--model {photos}/no/where --image {a} --prompt red --output o", "expected a folder as ip2p-train saves"),
         ("--model {base} --image {a} --prompt red --output o", "conv_in takes 4 channels, 8 expected; train one"),
         ("--model {hollow} --image {a} --prompt red --output o", "cannot be loaded: .*diffusion_pytorch_model"),
-        ("--model {model} --table {photos}/notes.txt --output o", "expected .jsonl, .json, .csv, .parquet"),
-        ("--model {model} --table {bad} --output o", "bad.jsonl cannot be read"),
-        ("--model {model} --table {odd} --output o", "none is known among the columns input, output, words"),
-        ("--model {model} --table {odd} --edit_prompt_column word --output o", "there are input, output, words"),
+        (
+            "--model {model} --table {photos}/notes.txt --output o",
+            "is a file of no known kind: expected .arrow, .csv",
+        ),
+        ("--model {model} --table {bad} --output o", "bad.jsonl cannot be opened"),
+        (
+            "--model {model} --table {odd} --output o",
+            "it has input, output, words: choose with --edit_prompt_",
+        ),
+        (
+            "--model {model} --table {odd} --edit_prompt_column word --output o",
+            "no column word; .* mean words",
+        ),
         ("--config {photos}/gone.yaml", "gone.yaml cannot be read"),
         ("--config {photos}/notes.txt", "holds no `flag: value` lines"),
     ],

@@ -42,10 +42,16 @@ def training(sd: Path, cache: Path, tmp_path: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"dataset_name": "no/such/folder"}, ["dataset no/such/folder cannot be opened", "--dataset_name"]),
+        (
+            {"dataset_name": "no/such/folder"},
+            ["dataset no/such/folder cannot be opened", "expected a Hub id, a folder or a file"],
+        ),
         ({"split": "test"}, ["cannot be opened", "--split"]),
         ({"dataset_name": None}, ["--dataset_name or --train_data_dir"]),
-        ({"original_image_column": "input_imag"}, ["no column input_imag (did you mean input_image?)", "edit_prompt"]),
+        (
+            {"original_image_column": "input_imag"},
+            ["no column input_imag;", "edit_prompt", "did you mean input_image?"],
+        ),
         ({"edited_image_column": "edit_prompt"}, ["holds string, expected images", "input_image, edited_image"]),
         ({"resolution": 17}, ["--resolution 17", "multiple of 2", "16 or 18"]),
         ({"resolution": 0}, ["--resolution 0: expected 1 or more"]),

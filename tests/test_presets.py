@@ -10,8 +10,7 @@ import pytest
 
 from forms import PAIRS, Flags, jpeg, opened
 from ip2p.encode.base.errors import SourceError
-from ip2p.encode.data import presets
-from ip2p.encode.data.columns import IMAGES, TEXT, kinds_of
+from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, kinds_of, known_columns
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 
@@ -107,8 +106,8 @@ def test_a_known_dataset_needs_no_flags(
 
 def test_every_preset_but_one_has_a_schema_here() -> None:
     """A preset is checked with the schema it is for; that of UltraEdit is its half million's."""
-    assert presets.PRESETS.keys() - SCHEMAS.keys() == {"BleachNick/UltraEdit"}
-    assert presets.find("BleachNick/UltraEdit") == presets.find("BleachNick/UltraEdit_500k")
+    assert PRESETS.keys() - SCHEMAS.keys() == {"BleachNick/UltraEdit"}
+    assert known_columns("BleachNick/UltraEdit") == known_columns("BleachNick/UltraEdit_500k")
 
 
 @pytest.mark.parametrize("folder", ["magicbrush", "copies/MAGICBRUSH", "MagicBrush"])

@@ -21,8 +21,8 @@ import tiny
 from ip2p.encode.cache import format as layout
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
-from ip2p.encode.data.sources import Pair
-from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.encode.data.pairs import Pair
+from ip2p.encode.models.checkpoint import find_checkpoint
 from ip2p.encode.models.encoders import Encoders
 from ip2p.train.data.batches import Samples
 

@@ -36,7 +36,7 @@ from forms import (
 from ip2p.encode.__main__ import main
 from ip2p.encode.cache import format as cache
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.data.sources import Pair
+from ip2p.encode.data.pairs import Pair
 
 Run = Callable[..., None]
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

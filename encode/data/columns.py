@@ -1,65 +1,109 @@
-"""Which columns hold original images, edited images and instructions: by flag, by preset, else by their names."""
+"""Which column plays which role: by flag, as known of the dataset, by its usual name, else by what its name says."""
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import pyarrow as pa
-from accelerate import PartialState
 from PIL import Image
 
-from ..base.errors import SourceError
-from ..config import EncodeConfig
-from . import presets
-from .presets import Preset
+from ..base.console import say
+from ..base.errors import SourceError, did_you_mean
 
 IMAGES, TEXT = "images", "string"
 ENDING = re.compile(r"[._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json)$")
 
 
 class Role(NamedTuple):
-    """What a column may be needed for, and how it is recognized where neither flag nor preset names it."""
+    """What a column may be needed for, and how it is recognized where nothing else names it."""
 
     flag: str
     what: str
     holds: str
-    usual: str  # the default of diffusers' script
-    names: frozenset[str]  # in lower case, without endings such as _image or .jpg
+    usual: str  # the default of diffusers' script; of captions, the name in the original project's dataset
+    names: str  # in lower case, without endings such as _image or .jpg
 
 
-def _role(flag: str, what: str, holds: str, usual: str, names: str) -> Role:
-    return Role(flag, what, holds, usual, frozenset(names.split()))
+ORIGINAL = Role(
+    "original_image_column", "original images", IMAGES,
+    "input_image", "image file_name original input source src before",
+)  # fmt: skip
+EDITED = Role(
+    "edited_image_column", "edited images", IMAGES,
+    "edited_image", "edited output target tgt after cartoonized",
+)  # fmt: skip
+PROMPT = Role(
+    "edit_prompt_column", "edit instructions", TEXT,
+    "edit_prompt", "edit_prompt edit_instruction instruction prompt edit text txt",
+)  # fmt: skip
+INVERSE = Role(
+    "inverse_prompt_column", "instructions that lead back", TEXT,
+    "inverse_edit", "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse",
+)  # fmt: skip
+BEFORE = Role(
+    "original_caption_column", "captions of the originals", TEXT,
+    "original_prompt", "original_prompt original_caption source_caption input_caption",
+)  # fmt: skip
+AFTER = Role(
+    "edited_caption_column", "captions of the edited images", TEXT,
+    "edited_prompt", "edited_prompt edited_caption target_caption output_caption",
+)  # fmt: skip
+
+Columns = Mapping[Role, str]
+Pick = Callable[..., dict[Role, str]]
+"""`choose` for one dataset: takes what the columns hold, and maybe what is known of them."""
 
 
-ROLES = (
-    _role("original_image_column", "original images", IMAGES, "input_image", "original input source src before"),
-    _role("edited_image_column", "edited images", IMAGES, "edited_image", "edited output target tgt after"),
-    _role(
-        "edit_prompt_column",
-        "edit instructions",
-        TEXT,
-        "edit_prompt",
-        "edit_prompt edit_instruction instruction prompt edit text txt",
-    ),
-    _role(
-        "inverse_prompt_column",
-        "instructions that lead back",
-        TEXT,
-        "inverse_edit",
-        "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse",
-    ),
-)
+def preset(*names: str) -> Columns:
+    """The columns of a dataset: original, edited image, instruction, and maybe the one that leads back."""
+    return dict(zip((ORIGINAL, EDITED, PROMPT, INVERSE), names, strict=False))
 
 
-def choose(config: EncodeConfig, name: str, kinds: Mapping[str, str], preset: Preset | None = None) -> tuple[str, ...]:
-    """The columns of originals, edited images, instructions, and with --reverse_pairs of the inverse ones.
+PRESETS = {
+    "fusing/instructpix2pix-1000-samples": preset("input_image", "edited_image", "edit_prompt"),
+    "timbrooks/instructpix2pix-clip-filtered": preset("original_image", "edited_image", "edit_prompt"),
+    "osunlp/MagicBrush": preset("source_img", "target_img", "instruction"),
+    "BleachNick/UltraEdit": preset("source_image", "edited_image", "edit_prompt"),
+    "BleachNick/UltraEdit_500k": preset("source_image", "edited_image", "edit_prompt"),
+    "BleachNick/UltraEdit_Region_Based_100k": preset("source_image", "edited_image", "edit_prompt"),
+    "UCSC-VLAA/HQ-Edit": preset("input_image", "output_image", "edit", "inverse_edit"),
+    "McGill-NLP/AURORA": preset("input", "output", "instruction"),
+    "TIGER-Lab/OmniEdit-Filtered-1.2M": preset("src_img", "edited_img", "edited_prompt_list"),
+    "Bin1117/AnyEdit": preset("image_file", "edited_file", "edit_instruction"),
+    "instruction-tuning-sd/cartoonization": preset("original_image", "cartoonized_image", "edit_prompt"),
+}
+"""Columns of the datasets that people bring."""
 
-    A flag wins, then the preset (of the name, unless one is given), then diffusers' default, then the only column
-    that is called like that; what was guessed so is said.
+EVALUATION_ONLY = ("sayakpaul/instructpix2pix-demo", "facebook/emu_edit_test_set", "stepfun-ai/GEdit-Bench")
+"""Sets of original images and instructions without any edited image."""
+
+
+def known_columns(name: str) -> Columns:
+    """What is known of a dataset: a Hub id, or a folder that is called like the repository."""
+    return {_repository(known): columns for known, columns in PRESETS.items()}.get(_repository(name), {})
+
+
+def evaluation_only(name: str) -> bool:
+    """Whether a dataset is known to hold no edited images."""
+    return _repository(name) in map(_repository, EVALUATION_ONLY)
+
+
+def choose(
+    flags: Mapping[Role, str | None],
+    name: str,
+    kinds: Mapping[str, str],
+    needed: Collection[Role],
+    wanted: Collection[Role] = (),
+    known: Columns | None = None,
+) -> dict[Role, str]:
+    """A column for each role, in their order; a role that is merely wanted goes without where no column fits.
+
+    A flag wins, then what is known (of the name, unless it is given), then the usual name, then the only column that
+    is called like that; what was guessed so is said.
 
     Args:
+        flags: the columns that the user names.
         name: the dataset.
         kinds: for each column what it holds: `IMAGES`, `TEXT` or anything else.
 
@@ -68,19 +112,24 @@ def choose(config: EncodeConfig, name: str, kinds: Mapping[str, str], preset: Pr
     """
     if not kinds:
         raise SourceError(f"{name} holds no samples")
-    chosen, guessed = [], []
-    roles = ROLES if config.dataset.reverse_pairs else ROLES[:3]
-    known = preset or presets.find(name) or (None,) * len(ROLES)
-    for role, usual in zip(roles, known, strict=False):
-        column = getattr(config.dataset, role.flag) or next((c for c in (usual, role.usual) if c in kinds), None)
+    known = known_columns(name) if known is None else known
+    chosen: dict[Role, str] = {}
+    guessed: list[str] = []
+    for role in (*needed, *wanted):
+        fitting = [column for column, kind in kinds.items() if kind == role.holds]
+        there = kinds if role in needed else fitting
+        column = flags.get(role) or next((c for c in (known.get(role), role.usual) if c in there), None)
         if column is None:
-            column = _guess(role, name, kinds)
+            found = [column for column in fitting if _stem(column) in role.names.split()]
+            if not found and role not in needed:
+                continue
+            column = _only(role, found, name, kinds)
             guessed.append(f"{role.what} in {column} (--{role.flag})")
         _check(role, column, name, kinds)
-        chosen.append(column)
+        chosen[role] = column
     if guessed:
-        PartialState().print(f"{name}: found {', '.join(guessed)}")
-    return tuple(chosen)
+        say(f"{name}: found {', '.join(guessed)}")
+    return chosen
 
 
 def kinds_of(sample: pa.Table, folder: Path) -> dict[str, str]:
@@ -93,26 +142,33 @@ def kinds_of(sample: pa.Table, folder: Path) -> dict[str, str]:
     return {column: _kind(sample[column].type, sample[column].to_pylist(), folder) for column in sample.column_names}
 
 
+def image_columns(columns: Columns) -> list[str]:
+    """Those that hold images."""
+    return [column for role, column in columns.items() if role.holds == IMAGES]
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file name ends as those of images do."""
     return Path(name).suffix.lower() in Image.registered_extensions()
 
 
-def _guess(role: Role, name: str, kinds: Mapping[str, str]) -> str:
-    found = [column for column, kind in kinds.items() if kind == role.holds and _stem(column) in role.names]
+def _repository(name: str) -> str:
+    return PurePath(name).name.lower()
+
+
+def _only(role: Role, found: list[str], name: str, kinds: Mapping[str, str]) -> str:
     if len(found) == 1:
         return found[0]
-    how = f"may be in {_list(found)}" if found else "are in no column that is known by its name"
-    raise SourceError(f"{name}: the {role.what} {how}; it has {_list(kinds)}: choose with --{role.flag}")
+    how = f"may be in {', '.join(found)}" if found else "are in no column that is known by its name"
+    raise SourceError(f"{name}: the {role.what} {how}; it has {', '.join(kinds)}: choose with --{role.flag}")
 
 
 def _check(role: Role, column: str, name: str, kinds: Mapping[str, str]) -> None:
     if column not in kinds:
-        near = difflib.get_close_matches(column, kinds, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SourceError(f"{name} has no column {column}{hint}; it has {_list(kinds)}: choose with --{role.flag}")
+        there = f"it has {', '.join(kinds)}: choose with --{role.flag}"
+        raise SourceError(f"{name} has no column {column}; {there}{did_you_mean(column, kinds)}")
     if kinds[column] != role.holds:
-        fitting = _list(c for c, kind in kinds.items() if kind == role.holds)
+        fitting = ", ".join(c for c, kind in kinds.items() if kind == role.holds)
         choice = f"choose from {fitting} with --{role.flag}" if fitting else "no column does"
         raise SourceError(f"column {column} of {name} holds {kinds[column]}, expected {role.holds}: {choice}")
 
@@ -137,7 +193,3 @@ def _kind(type_: pa.DataType, values: list, folder: Path) -> str:
     if is_image_name(value) or (folder / value).is_file():
         return "urls" if "://" in value else IMAGES if folder.is_dir() else "paths"
     return TEXT
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

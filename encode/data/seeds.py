@@ -1,4 +1,4 @@
-"""Pairs in the layout of timothybrooks/instruct-pix2pix: a folder for each prompt, in it images named by seed."""
+"""Rows in the layout of timothybrooks/instruct-pix2pix: a folder for each prompt, in it images named by seed."""
 
 import hashlib
 import json
@@ -9,31 +9,35 @@ from typing import Any
 
 from ..base.errors import SourceError
 from ..base.files import file_state
-from ..config import EncodeConfig
-from .columns import IMAGES, TEXT, choose
-from .presets import Preset
+from .columns import IMAGES, ORIGINAL, TEXT, Columns, Pick, Role, image_columns, preset
+from .pairs import Rows
 
-ORIGINAL, EDITED = "{seed}_0.jpg", "{seed}_1.jpg"
+FILES = "{seed}_0.jpg", "{seed}_1.jpg"  # original, edited
 
 
-class Seeds:
+class Seeds(Rows):
     """Rows of `seeds.json`, in its order: `DIR/{seed}_0.jpg`, `DIR/{seed}_1.jpg` and a value of `DIR/prompt.json`."""
 
-    def __init__(self, folder: Path, samples: list[tuple[str, str]], columns: tuple[str, ...]):
+    def __init__(self, folder: Path, samples: list[tuple[str, str]], columns: Columns):
         self.columns = columns
         self._folder, self._samples = folder, samples
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, row: int) -> tuple[Any, ...]:
-        directory, seed = self._samples[row]
-        images = (self._folder / directory / column.format(seed=seed) for column in self.columns[:2])
-        return (*map(_read, images), *self._prompts(directory))
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
+        directory = self._samples[row][0]
+        values = _prompt_file(self._folder / directory)
+        return tuple(
+            _read(self._folder / self._path(row, role)) if role.holds == IMAGES else values.get(self.columns[role])
+            for role in roles
+        )
 
-    def instructions(self) -> Iterator[tuple[Any, ...]]:
-        """The instructions of all rows."""
-        return (self._prompts(directory) for directory, _ in self._samples)
+    def texts(self, role: Role) -> Iterator[Any]:
+        return (_prompt_file(self._folder / directory).get(self.columns[role]) for directory, _ in self._samples)
+
+    def name(self, row: int) -> str:
+        return self._path(row, ORIGINAL)
 
     def group(self, row: int) -> str:
         """The directory: a prompt with all its seeds."""
@@ -41,19 +45,19 @@ class Seeds:
 
     def fingerprint(self) -> str:
         """Changes with size or time of any file."""
-        digest = hashlib.blake2b(repr(self.columns).encode(), digest_size=16)
+        digest = hashlib.blake2b(repr(tuple(self.columns.values())).encode(), digest_size=16)
         for directory, seed in self._samples:
-            for name in (*self.columns[:2], "prompt.json"):
+            for name in (*image_columns(self.columns), "prompt.json"):
                 path = os.path.join(self._folder, directory, name.format(seed=seed))
                 digest.update(file_state(path).encode())
         return digest.hexdigest()
 
-    def _prompts(self, directory: str) -> tuple[Any, ...]:
-        values = _prompt_file(self._folder / directory)
-        return tuple(values.get(column) for column in self.columns[2:])
+    def _path(self, row: int, role: Role) -> str:
+        directory, seed = self._samples[row]
+        return f"{directory}/{self.columns[role].format(seed=seed)}"
 
 
-def open_seeds(config: EncodeConfig, folder: Path) -> Seeds:
+def open_seeds(folder: Path, pick: Pick) -> Seeds:
     """Open a folder that has a `seeds.json`: `[[dir, [seed, ...]], ...]`.
 
     Raises:
@@ -65,8 +69,8 @@ def open_seeds(config: EncodeConfig, folder: Path) -> Seeds:
     except (OSError, ValueError, TypeError) as error:
         raise SourceError(f"{folder}/seeds.json: {error}; expected [[dir, [seed, ...]], ...]") from None
     values = _prompt_file(folder / samples[0][0]) if samples else {}
-    kinds = {ORIGINAL: IMAGES, EDITED: IMAGES} | dict.fromkeys(values or ["edit"], TEXT)
-    return Seeds(folder, samples, choose(config, str(folder), kinds, Preset(ORIGINAL, EDITED, "edit")))
+    kinds = dict.fromkeys(FILES, IMAGES) | dict.fromkeys(values or ["edit"], TEXT)
+    return Seeds(folder, samples, pick(kinds, known=preset(*FILES, "edit")))
 
 
 def _prompt_file(folder: Path) -> dict[str, Any]:

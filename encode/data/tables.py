@@ -1,4 +1,4 @@
-"""Pairs that the `datasets` library opens: on the Hub, in local files, as a stream, or saved by `save_to_disk`."""
+"""Rows that the `datasets` library opens: on the Hub, in local files, as a stream, or saved by `save_to_disk`."""
 
 import contextlib
 import hashlib
@@ -13,10 +13,11 @@ import fsspec
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from ..base.errors import SourceError
+from ..base.errors import SourceError, reason
 from ..base.files import file_state
 from ..config import EncodeConfig
-from .columns import choose, kinds_of
+from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, image_columns, kinds_of
+from .pairs import Rows
 
 READERS: dict[str, dict[str, Any]] = {
     ".arrow": {"path": "arrow"},
@@ -29,43 +30,44 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 GLANCE = 16  # rows that show what the columns hold
 
 
-class Table:
+class Table(Rows):
     """Rows of a `datasets.Dataset`. Image files stay as they are, inside the table or beside it.
 
     Args:
         table: the dataset.
-        columns: of originals, edited images, instructions, and maybe inverse instructions.
+        columns: the column of each role.
         folder: what the paths of images are relative to.
     """
 
-    def __init__(self, table: datasets.Dataset, columns: tuple[str, ...], folder: Path):
+    def __init__(self, table: datasets.Dataset, columns: Columns, folder: Path):
         self.columns = columns
         self._folder = folder
         # As Arrow nothing is decoded: an Image is a struct of the file's bytes and its path.
-        self._table: Any = table.select_columns(list(columns)).with_format("arrow")
+        self._table: Any = table.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
 
-    def __getitem__(self, row: int) -> tuple[Any, ...]:
-        values = self._table[row].to_pylist()[0]
-        original, edited, *instructions = (values[column] for column in self.columns)
-        return file_bytes(original, self._folder), file_bytes(edited, self._folder), *instructions
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
+        values = self._table[row]
+        cells = [(role, values[self.columns[role]][0].as_py()) for role in roles]
+        return tuple(file_bytes(cell, self._folder) if role.holds == IMAGES else cell for role, cell in cells)
 
-    def instructions(self) -> Iterator[tuple[Any, ...]]:
-        """The instructions of all rows."""
-        texts = list(self.columns[2:])
-        for batch in self._table.select_columns(texts).iter(1000):
-            yield from zip(*(batch[column].to_pylist() for column in texts), strict=True)
+    def texts(self, role: Role) -> Iterator[Any]:
+        for batch in self._table.select_columns(self.columns[role]).iter(1000):
+            yield from batch[self.columns[role]].to_pylist()
 
-    def group(self, _row: int) -> None:
-        """Every instruction is a prompt of its own."""
+    def name(self, row: int) -> str | None:
+        cell = self._table[row][self.columns[ORIGINAL]][0]
+        cell = cell[0] if isinstance(cell, pa.ListScalar) and len(cell) else cell
+        name = cell["path"].as_py() if isinstance(cell, pa.StructScalar) else cell.as_py()
+        return name if isinstance(name, str) else None
 
     def fingerprint(self) -> str:
         """`datasets` derives its own from the data; images that lie outside of that add size and time."""
         digest = hashlib.blake2b(self._table._fingerprint.encode(), digest_size=16)
         files = [file["filename"] for file in self._table.cache_files]
-        for column in self.columns[:2]:
+        for column in image_columns(self.columns):
             for chunk in self._table.data.column(column).chunks:
                 files += (os.path.join(self._folder, path) for path in _outside(chunk))
         for file in files:
@@ -73,74 +75,74 @@ class Table:
         return digest.hexdigest()
 
 
-def open_table(config: EncodeConfig, name: str) -> Table:
+def open_table(
+    dataset: EncodeConfig, name: str, pick: Pick, cache_dir: Path | None, default_split: str | None
+) -> Table:
     """Open a Hub id, a local file or folder, or a folder with a file of metadata that names the images.
 
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    path = _data_file(config, Path(name))
+    path = _data_file(dataset, Path(name))
     if any((path / state).is_file() for state in ("state.json", "dataset_dict.json")):
-        return _table(config, name, _load_from_disk(config, name), path)
-    where: dict[str, Any] = {
-        "path": name,
-        "name": config.dataset.dataset_config_name,
-        "revision": config.dataset.dataset_revision,
-    }
+        saved = _load_from_disk(name, dataset.split, default_split)
+        return _table(saved, pick, path)
+    where: dict[str, Any] = {"path": name, "name": dataset.dataset_config_name, "revision": dataset.dataset_revision}
     if path.is_file():
-        where = {**READERS[path.suffix], "data_files": str(path)}
-    where["cache_dir"] = str(config.model.cache_dir) if config.model.cache_dir else None
+        where = {**READERS[path.suffix.lower()], "data_files": str(path)}
+    where["cache_dir"] = str(cache_dir) if cache_dir else None
     folder = path.parent if path.is_file() else path
     with _explained(name):
         builder = datasets.load_dataset_builder(**where)
-        split = config.dataset.split or _only_split(name, map(str, builder.as_streaming_dataset()))
-    if config.dataset.streaming:
-        return _keep_stream(config, name, where | {"split": split}, folder, builder)
+        where["split"] = dataset.split or _only_split(name, map(str, builder.as_streaming_dataset()), default_split)
+    if dataset.streaming:
+        return _keep_stream(name, builder, where, pick, folder, dataset.max_train_samples)
     with _explained(name):
-        loaded = datasets.load_dataset(**where, split=split)
-    return _table(config, name, loaded, folder)
+        loaded = datasets.load_dataset(**where)
+    return _table(loaded, pick, folder)
 
 
-def _load_from_disk(config: EncodeConfig, name: str) -> Any:
+def _load_from_disk(name: str, split: str | None, default_split: str | None) -> Any:
     with _explained(name):
         saved = datasets.load_from_disk(name)
     if not isinstance(saved, datasets.DatasetDict):
         return saved
-    split = config.dataset.split or _only_split(name, map(str, saved))
+    split = split or _only_split(name, map(str, saved), default_split)
     if split not in saved:
         raise SourceError(f"{name} has no split {split}: choose one of {', '.join(map(str, saved))} with --split")
     return saved[split]
 
 
-def _keep_stream(config: EncodeConfig, name: str, where: dict[str, Any], folder: Path, builder: Any) -> Table:
+def _keep_stream(name: str, builder: Any, where: dict[str, Any], pick: Pick, folder: Path, limit: int | None) -> Table:
     """Read a stream into a local table, or open the table that an earlier run made of it."""
     with _explained(name):
         stream: Any = builder.as_streaming_dataset(split=where["split"])
         sample = next(stream.with_format("arrow").iter(GLANCE), pa.table({}))
-    columns = choose(config, name, kinds_of(sample, folder))
-    types = datasets.Features.from_arrow_schema(sample.select(columns).schema)
+    columns = pick(kinds_of(sample, folder))
+    names, images = tuple(columns.values()), tuple(image_columns(columns))
+    types = datasets.Features.from_arrow_schema(sample.select(names).schema)
     # What these are decides whether the stream was kept before; the hash changes with the data.
-    parts = {"where": where, "columns": columns, "folder": folder, "limit": config.dataset.max_train_samples}
+    parts = {"where": where, "names": names, "images": images, "folder": folder, "limit": limit}
     with _explained(name):
         kept = datasets.Dataset.from_generator(
             _stream,
-            features=datasets.Features(types | dict.fromkeys(columns[:2], datasets.Value("binary"))),
+            features=datasets.Features(types | dict.fromkeys(images, datasets.Value("binary"))),
             cache_dir=where["cache_dir"],
-            gen_kwargs=parts | {"version": builder.hash},
+            gen_kwargs=parts | {"state": builder.hash},
             writer_batch_size=100,  # rows in memory
         )
     return Table(kept, columns, folder)
 
 
 def _stream(
-    where: dict[str, Any], columns: tuple[str, ...], folder: Path, limit: int | None, version: str
+    where: dict[str, Any], names: tuple[str, ...], images: tuple[str, ...], folder: Path, limit: int | None, state: str
 ) -> Iterator[dict[str, Any]]:
     """The rows of a stream with the bytes of their images, read once from start to end."""
     stream: Any = datasets.load_dataset(**where, streaming=True)
-    batches = stream.select_columns(list(columns)).with_format("arrow").iter(1)
+    batches = stream.select_columns(list(names)).with_format("arrow").iter(1)
     for batch in itertools.islice(batches, limit):
         row = batch.to_pylist()[0]
-        yield row | {column: file_bytes(row[column], folder) for column in columns[:2]}
+        yield row | {column: file_bytes(row[column], folder) for column in images}
 
 
 def file_bytes(image: Any, folder: Path) -> bytes | None:
@@ -160,12 +162,11 @@ def file_bytes(image: Any, folder: Path) -> bytes | None:
         return None
 
 
-def _table(config: EncodeConfig, name: str, table: Any, folder: Path) -> Table:
-    sample = table.with_format("arrow")[:GLANCE]
-    return Table(table, choose(config, name, kinds_of(sample, folder)), folder)
+def _table(table: Any, pick: Pick, folder: Path) -> Table:
+    return Table(table, pick(kinds_of(table.with_format("arrow")[:GLANCE], folder)), folder)
 
 
-def _data_file(config: EncodeConfig, path: Path) -> Path:
+def _data_file(dataset: EncodeConfig, path: Path) -> Path:
     """The file that lists the pairs of a folder, if it has one; else the path itself."""
     found = [path / name for name in METADATA if (path / name).is_file()]
     if len(found) > 1:
@@ -174,23 +175,24 @@ def _data_file(config: EncodeConfig, path: Path) -> Path:
         raise SourceError(f"{found[0]} is empty: expected a line for each pair, with both files and the instruction")
     if found:
         return found[0]
-    if config.dataset.train_data_dir and not path.is_dir():
+    if dataset.train_data_dir and not path.is_dir():
         raise SourceError(f"--train_data_dir {path} is not a folder")
-    if config.dataset.train_data_dir:
+    if dataset.train_data_dir:
         below = next((file.parent for name in METADATA for file in path.glob(f"*/{name}")), None)
         hint = f"give --train_data_dir {below}" if below else "a dataset's own folder goes to --dataset_name"
         raise SourceError(f"--train_data_dir {path} has no {', '.join(METADATA)} or seeds.json: {hint}")
-    if path.is_file() and path.suffix not in READERS:
-        raise SourceError(f"--dataset_name {path} is a file of no known kind: expected {', '.join(READERS)} or .tar")
+    if path.is_file() and path.suffix.lower() not in READERS:
+        raise SourceError(f"{path} is a file of no known kind: expected {', '.join(READERS)} or .tar")
     return path
 
 
-def _only_split(name: str, splits: Iterable[str]) -> str:
-    """The split that is meant without --split: train, or the only one there is."""
+def _only_split(name: str, splits: Iterable[str], default: str | None) -> str:
+    """The split that is meant without --split: the default, or the only one there is."""
     names = list(splits)
-    if "train" not in names and len(names) != 1:
-        raise SourceError(f"{name} has no split train: choose one of {', '.join(names)} with --split")
-    return "train" if "train" in names else names[0]
+    if default in names or len(names) == 1:
+        return default if default in names else names[0]
+    lack = f"no split {default}" if default else "several splits"
+    raise SourceError(f"{name} has {lack}: choose one of {', '.join(names)} with --split")
 
 
 def _outside(images: pa.Array) -> list[str]:
@@ -212,8 +214,7 @@ def _explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        reason = str(cause).strip().split("\n")[0] or type(cause).__name__
         raise SourceError(
-            f"dataset {name} cannot be opened: {reason} "
-            "(--dataset_name takes a Hub id, a folder or a file, --split one of its splits)"
+            f"dataset {name} cannot be opened: {reason(cause)} "
+            "(expected a Hub id, a folder or a file; --split takes one of its splits)"
         ) from None

@@ -1,114 +1,98 @@
-"""Pairs in WebDataset tar files, local or by url: members are found through an index and read by seeking."""
+"""Rows in WebDataset tar files, local or by url: members are found through an index and read by seeking."""
 
 import json
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import datasets.config
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
 
+from ..base.console import bar
 from ..base.errors import SourceError, reason
 from ..base.files import content_key, file_state, whole
 from ..cache.format import write_table
-from ..config import EncodeConfig
-from .columns import IMAGES, TEXT, choose, is_image_name
+from .columns import IMAGES, TEXT, Columns, Pick, Role, is_image_name
+from .pairs import Rows
 
-# The rules of the webdataset package: the key of a sample ends at the first dot of the file name, neighbors with the
-# same key are one sample, and names like __this__ are metadata.
-NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-METADATA = re.compile(r"__[^/]*__($|/)")
+METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's `tar_file_iterator` passes over
 MEMBERS = pa.schema([("sample", pa.int32()), ("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
 GLANCE = 16  # samples that show what there is
 DOWNLOADS = 8  # at once
 
 
-class Tars:
+class Tars(Rows):
     """Rows of tar files, in order.
 
     Args:
         shards: the files.
         indexes: for each the members of its samples, as `index` finds them.
-        columns: for originals, edited images and instructions a suffix, or for the latter a key in a JSON member.
+        columns: for each role a suffix, or for texts a key in a JSON member.
         members: the suffix of the member that holds each column.
     """
 
     def __init__(
-        self, shards: Sequence[Path], indexes: Sequence[pa.Table], columns: tuple[str, ...], members: Sequence[str]
+        self, shards: Sequence[Path], indexes: Sequence[pa.Table], columns: Columns, members: Mapping[str, str]
     ):
         self.columns = columns
-        self._shards, self._members = shards, members
-        counts = [_samples(index) for index in indexes]
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        # Where each member lies: offset and size, the size -1 where a sample lacks it. (rows, columns, 2)
-        self._places = np.full((sum(counts), len(columns), 2), -1, np.int64)
-        for first, index in zip(self._ends - counts, indexes, strict=True):
-            suffixes = index["suffix"].to_numpy()
-            places = np.stack([index["offset"].to_numpy(), index["size"].to_numpy()], 1)
-            for column, member in enumerate(members):
-                found = suffixes == member
-                self._places[first + index["sample"].to_numpy()[found], column] = places[found]
+        self._shards = shards
+        self._members = {role: members[column] for role, column in columns.items()}
+        self._ends = np.cumsum([_samples(index) for index in indexes])
+        self._places = {
+            role: np.concatenate([_places(index, member) for index in indexes])  # (rows, 2)
+            for role, member in self._members.items()
+        }
 
     def __len__(self) -> int:
-        return len(self._places)
+        return int(self._ends[-1])
 
-    def __getitem__(self, row: int) -> tuple[Any, ...]:
-        original, edited, *texts = self._read(row, range(len(self.columns)))
-        return original, edited, *self._values(texts)
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
+        values: list[Any] = []
+        with self._shards[int(np.searchsorted(self._ends, row, side="right"))].open("rb") as file:
+            for role in roles:
+                offset, size = self._places[role][row]
+                file.seek(max(offset, 0))
+                content = file.read(size) if size >= 0 else None
+                values.append(content if role.holds == IMAGES else self._text(role, content))
+        return tuple(values)
 
-    def instructions(self) -> Iterator[tuple[Any, ...]]:
-        """The instructions of all rows."""
-        texts = range(2, len(self.columns))
-        return (tuple(self._values(self._read(row, texts))) for row in range(len(self)))
-
-    def group(self, _row: int) -> None:
-        """Every instruction is a prompt of its own."""
+    def texts(self, role: Role) -> Iterator[Any]:
+        return (self.read(row, role)[0] for row in range(len(self)))
 
     def fingerprint(self) -> str:
         """Changes with name, size or time of any file."""
         return content_key(*(file_state(shard).encode() for shard in self._shards))
 
-    def _read(self, row: int, columns: Iterable[int]) -> list[bytes | None]:
-        contents: list[bytes | None] = []
-        shard = self._shards[int(np.searchsorted(self._ends, row, side="right"))]
-        with shard.open("rb") as file:
-            for offset, size in self._places[row, list(columns)]:
-                file.seek(max(offset, 0))
-                contents.append(file.read(size) if size >= 0 else None)
-        return contents
-
-    def _values(self, texts: Iterable[bytes | None]) -> Iterator[Any]:
-        for text, member, column in zip(texts, self._members[2:], self.columns[2:], strict=True):
-            value = None if text is None else _content(text, member)
-            yield value.get(column) if isinstance(value, dict) else value
+    def _text(self, role: Role, content: bytes | None) -> Any:
+        value = None if content is None else _content(content, self._members[role])
+        return value.get(self.columns[role]) if isinstance(value, dict) else value
 
 
-def open_tars(config: EncodeConfig, name: str) -> Tars:
+def open_tars(name: str, pick: Pick, cache_dir: Path | None) -> Tars:
     """Open the tar files that a name with braces, stars or neither stands for; urls are copied first.
 
     Raises:
         SourceError: a file that is missing or no tar file, or another column than there is.
     """
-    cache = Path(config.model.cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
     cache.mkdir(parents=True, exist_ok=True)
     files = _files(name)
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         copies = pool.map(lambda file: _local(file, cache), files)
-        shards = list(tqdm(copies, desc="fetch shards", total=len(files), disable="://" not in name))
-    indexes = [_kept_index(shard, cache) for shard in tqdm(shards, desc="index shards", leave=False)]
+        shards = list(bar(copies, "fetch shards", "file", total=len(files)) if "://" in name else copies)
+    indexes = [_kept_index(shard, cache) for shard in bar(shards, "index shards", "file")]
     kinds, members = _glance(shards[0], indexes[0])
-    columns = choose(config, name, kinds)
-    return Tars(shards, indexes, columns, [members[column] for column in columns])
+    return Tars(shards, indexes, pick(kinds), members)
 
 
 def index(shard: Path) -> pa.Table:
@@ -117,25 +101,27 @@ def index(shard: Path) -> pa.Table:
     Raises:
         SourceError: no tar file, a compressed or a truncated one, or one that holds a member of a sample twice.
     """
-    rows: list[dict[str, Any]] = []
-    sample, key, seen = -1, None, set()
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # or it would keep them all in memory
-                match = NAME.fullmatch(member.name)
-                if not member.isreg() or METADATA.match(member.name) or not match:
-                    continue
-                if match[1] != key:
-                    sample, key, seen = sample + 1, match[1], set()
-                if (suffix := match[2].lower()) in seen:
-                    raise SourceError(f"{shard} holds {member.name} twice")
-                seen.add(suffix)
-                values = (sample, suffix, member.offset_data, member.size)
-                rows.append(dict(zip(MEMBERS.names, values, strict=True)))
+            rows = [
+                dict(zip(MEMBERS.names, (number, suffix, *place), strict=True))
+                for number, sample in enumerate(group_by_keys(_members(tar)))
+                for suffix, place in sample.items()
+                if suffix not in ("__key__", "__url__")
+            ]
     except (OSError, tarfile.TarError) as error:
         raise SourceError(f"{shard} cannot be read as an uncompressed tar file: {error}") from None
+    except ValueError as error:  # of webdataset
+        raise SourceError(f"{shard} holds a member twice: {error.args[0]}") from None
     return pa.Table.from_pylist(rows, schema=MEMBERS)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
+    """The members as webdataset groups them, with offset and size in the place of the content."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # or it would keep them all in memory
+        if member.isreg() and not METADATA.match(member.name):
+            yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": tar.name}
 
 
 def _kept_index(shard: Path, cache: Path) -> pa.Table:
@@ -171,16 +157,27 @@ def _content(content: bytes, member: str) -> Any:
         return None
 
 
+def _places(index: pa.Table, member: str) -> np.ndarray:
+    """Offset and size of a member in each sample, (samples, 2); the size is -1 where a sample lacks it."""
+    places = np.full((_samples(index), 2), -1, np.int64)
+    found = index.filter(pc.field("suffix") == member)
+    places[found["sample"].to_numpy()] = np.stack([found["offset"].to_numpy(), found["size"].to_numpy()], 1)
+    return places
+
+
 def _samples(index: pa.Table) -> int:
     return index["sample"][-1].as_py() + 1 if len(index) else 0
 
 
 def _files(name: str) -> list[str]:
     """What a name with braces or stars stands for."""
-    names = list(braceexpand.braceexpand(name))
+    try:
+        names = expand_urls(name)
+    except (AssertionError, ValueError) as error:  # a variable that is not set, braces without an end
+        raise SourceError(f"{name} stands for no files: {reason(error)}") from None
     files = [file for part in names for file in ([part] if "://" in part else sorted(glob(part)) or [part])]
     if missing := [file for file in files if "://" not in file and not Path(file).is_file()]:
-        raise SourceError(f"{missing[0]} is not there; --dataset_name {name} stands for {len(files):,} tar files")
+        raise SourceError(f"{missing[0]} is not there; {name} stands for {len(files):,} tar files")
     return files
 
 
