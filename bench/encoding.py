@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
+from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Source, open_source
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders

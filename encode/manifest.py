@@ -6,9 +6,9 @@ from typing import Any
 
 from .base.flags import dump
 from .cache.format import CONVENTION, FORMAT
+from .cache.views import view_names
 from .config import EncodeConfig
 from .data.sources import Source
-from .images import view_names
 from .models.checkpoint import Checkpoint
 
 RowShapes = dict[str, dict[str, tuple[int, ...]]]

@@ -10,12 +10,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .base.errors import SourceError
+from .base.errors import ImageError, SourceError
 from .base.files import content_key
 from .cache.format import Cache, Unit
+from .cache.views import View
 from .cache.writer import UnitWriter
 from .data.sources import Source
-from .images import Geometry, ImageError, View
+from .geometry import Geometry
 from .models.encoders import Encoders
 from .planner import Item, Rows, text_key
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
 from .cache.format import Cache, Unit, shard_rows
+from .cache.views import View, joined_views
 from .cache.writer import exclusive, needed_bytes, prepare, share, write_state
 from .config import EncodeConfig
 from .data.sources import Source, open_source
-from .images import View, joined_views
 from .manifest import describe, differences, row_shapes
 from .models.checkpoint import Checkpoint
 from .origin import named_checkpoint

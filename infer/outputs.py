@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -16,12 +17,6 @@ from .inputs import Job
 
 # The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
 CHUNK = "ip2p"
-
-# What a picture depends on, beside its input, prompt and seed. Batch size and device are not among them.
-SETTINGS = (
-    "model", "revision", "variant", "dtype", "scheduler", "num_inference_steps", "image_guidance_scale",
-    "guidance_scale", "guidance_rescale", "negative_prompt", "resolution",
-)  # fmt: skip
 
 
 def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
@@ -48,14 +43,42 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     return paths
 
 
-def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
-    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture."""
-    common = {name: getattr(config, name) for name in SETTINGS}
+def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str, **changes: Any) -> list[str]:
+    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture.
+
+    Args:
+        model: the `model_stamp` of `config.model`.
+        changes: arguments of `Editor.edit` that take the place of those of `config`.
+    """
+    made = {
+        "model": config.model,
+        "revision": config.revision,
+        "variant": config.variant,
+        "dtype": config.dtype,
+        "scheduler": config.scheduler,
+    }
+    made |= editing_of(config) | changes
     if config.sweep:
-        common["image_guidance_scale"] = config.sweep_image_guidance_scale
-        common["guidance_scale"] = config.sweep_guidance_scale
-    common |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
-    return [json.dumps(common | {"seed": config.seed + k}, ensure_ascii=False) for k in range(config.num_images)]
+        made["image_guidance_scale"] = config.sweep_image_guidance_scale
+        made["guidance_scale"] = config.sweep_guidance_scale
+    seed, count, _ = (made.pop(name) for name in ("seed", "num_images", "batch_size"))
+    made |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
+    return [json.dumps(made | {"seed": seed + k}, ensure_ascii=False) for k in range(count)]
+
+
+def editing_of(config: InferConfig) -> dict[str, Any]:
+    """The arguments of `Editor.edit` that flags give."""
+    return {
+        "num_inference_steps": config.num_inference_steps,
+        "image_guidance_scale": config.image_guidance_scale,
+        "guidance_scale": config.guidance_scale,
+        "guidance_rescale": config.guidance_rescale,
+        "negative_prompt": config.negative_prompt,
+        "resolution": config.resolution,
+        "seed": config.seed,
+        "num_images": config.num_images,
+        "batch_size": config.batch_size,
+    }
 
 
 def model_stamp(model: str) -> str | None:
@@ -74,13 +97,13 @@ def model_stamp(model: str) -> str | None:
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
-def is_there(path: Path, settings: str) -> bool:
-    """Whether `path` is a picture that was made with these very settings."""
+def settings_in(path: Path) -> str | None:
+    """The settings that the picture at `path` was made with; None where there is no such picture."""
     try:
         with Image.open(path) as image:
-            return image.info.get(CHUNK) == settings
+            return image.info.get(CHUNK)
     except OSError:
-        return False
+        return None
 
 
 def save(picture: Image.Image, path: Path, settings: str) -> None:

@@ -13,9 +13,10 @@ import torch
 import tiny
 from ip2p.encode import run
 from ip2p.encode.cache import format as cache
+from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 
 RESOLUTION = 8

@@ -11,9 +11,10 @@ import fakes
 import tiny
 from ip2p.encode.base.errors import CacheMismatch, SettingsError
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.sources import Pair
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.train.data.batches import Order, Samples
 
 CROPS = {"resize_mode": "random_crop", "crops": 3}

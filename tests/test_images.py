@@ -1,4 +1,4 @@
-"""Tests of encode/images.py: what the VAE sees of an image file, and of which part of it."""
+"""Tests of encode/geometry.py: what the VAE sees of an image file, and of which part of it."""
 
 import io
 import itertools
@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from ip2p.encode.images import Geometry, ImageError, View, decode, joined_views, view_names
+from ip2p.encode.base.errors import ImageError
+from ip2p.encode.cache.views import View, joined_views, view_names
+from ip2p.encode.data.pictures import decode
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models.checkpoint import find_checkpoint
 from ip2p.encode.models.encoders import Encoders
 

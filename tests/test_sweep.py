@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 import tiny
+from ip2p.encode.data.sheet import TILE, grid
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import parse
-from ip2p.infer.sheet import TILE, grid
 from test_infer import apart, picture
 
 ROWS, COLUMNS = (0.5, 1.5), (1.0, 4.0, 9.0)
@@ -103,7 +103,8 @@ def test_a_sweep_that_makes_no_sense_is_refused(
     """One line says what is wrong, and no grid is written."""
     picture(1).save(tmp_path / "in.png")
     arguments = ["--model", model, "--image", str(tmp_path / "in.png"), "--prompt", "red", *STEPS, "--sweep"]
-    assert main([*arguments, "--output", str(tmp_path / "out.png"), *flags.split()]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--output", str(tmp_path / "out.png"), *flags.split()])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
 

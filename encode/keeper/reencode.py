@@ -5,17 +5,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
-from ..base.errors import CacheMismatch, SourceError
+from ..base.errors import CacheMismatch, ImageError, SourceError
 from ..base.files import content_key
 from ..cache.format import Cache
+from ..cache.views import View
 from ..config import EncodeConfig
 from ..data.sources import Source, open_source
-from ..images import Geometry, ImageError, View
+from ..geometry import Geometry
 from ..manifest import differences
 from ..models.checkpoint import Checkpoint
+from ..models.device import find_device
 from ..models.encoders import DTYPES, Encoders
 from ..origin import named_checkpoint
 
@@ -51,7 +52,7 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
     source = open_source(config)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
-    encoders = Encoders(checkpoint, torch.device(PartialState().device or "cpu"), text_dtype, vae_dtype)
+    encoders = Encoders(checkpoint, find_device(), text_dtype, vae_dtype)
     samples = [sample for sample in cache.samples().to_pylist() if sample["status"] == "ok"]
     worst: dict[str, Deviation] = {}
     for sample in tqdm(random.Random(0).sample(samples, min(count, len(samples))), desc="re-encode", leave=False):

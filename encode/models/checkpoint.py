@@ -117,6 +117,12 @@ def find_checkpoint(
     return Checkpoint(folder, variant, _find_vae(vae, cache_dir) if vae else None)
 
 
+def is_place(name: str) -> bool:
+    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists()
+    return bool(hub_id) or Path(name).is_dir()
+
+
 def _download(
     model: str, revision: str | None, variant: str | None, cache_dir: Path | None, without: Sequence[str]
 ) -> Path:

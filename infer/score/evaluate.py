@@ -5,11 +5,11 @@ import functools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...encode.base.console import warn
 from ...encode.base.errors import EditError
 from ..batch import edit_all, load_editor
 from ..config import EvaluateConfig
@@ -52,15 +52,15 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
 
+    from ...encode.models.judge import Judge
     from .scoring import score_all
-    from .similarity import Judge
 
     judge = Judge(config.clip_model, config.dino_model, config.device, config.published_clip_range)
     results: list[dict[str, Any]] = []
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.editing(model, scales[0], folder)))
         for scale in scales:
-            print(f"{model}, image guidance {scale:g}, text guidance {config.guidance_scale:g}", file=sys.stderr)
+            warn(f"{model}, image guidance {scale:g}, text guidance {config.guidance_scale:g}")
             place = folder_of(folder, model, scale, config.guidance_scale)
             run = config.editing(model, scale, place)
             work = list(zip(jobs, output_paths(run, jobs), strict=True))
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> int:
             edits = [(job, path) for job, (path,) in work if job.stem not in failed]
             records = score_all(config, judge, edits, place / "scores.jsonl")
             if not records:
-                print("ip2p-infer: no pair could be scored", file=sys.stderr)
+                warn("ip2p-infer: no pair could be scored")
                 return 1
             jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
             means = {

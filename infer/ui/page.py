@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...encode.base.errors import EditError
-from ..batch import edit, load_editor
+from ...encode.base.errors import EditError, Ip2pError
+from ...encode.data.pictures import open_picture
+from ..batch import edit_with, load_editor
 from ..config import InferConfig
 from ..inputs import find_jobs
 from ..outputs import model_stamp, save, settings_of
-from ..pictures import open_picture
 from .layout import ORIGINAL, Layout
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Page:
     """
 
     def __init__(self, config: InferConfig, editor: "Editor", folder: Path) -> None:
-        self.config = dataclasses.replace(config, num_images=1, batch_size=1)
+        self.config = config
         self.folder = folder
         self.names = list(dict.fromkeys([config.model, *config.compare]))
         self.editors = {config.model: editor}
@@ -67,7 +67,7 @@ class Page:
     def editor(self, model: str) -> "Editor":
         """The editor of a model, loaded when it is first asked for, and kept."""
         if model not in self.editors:
-            self.editors[model] = load_editor(dataclasses.replace(self.config, model=model))
+            self.editors[model] = load_editor(self._config_of(model))
         return self.editors[model]
 
     def check(self, path: str | None) -> Any:
@@ -76,11 +76,9 @@ class Page:
         try:
             if path is not None:
                 picture = open_picture(path)
-                with Image.open(path) as file:
-                    shown = file.format in SHOWN
-                path = path if shown else self._save(picture, Path(path).stem)
+                path = path if picture.format in SHOWN else self._save(picture, Path(path).stem)
             return {at.picture: path, at.note: ""}
-        except EditError as error:
+        except Ip2pError as error:
             return {at.picture: None, at.note: _problem(error)}
 
     def edit(self, shelf: list[Edit], models: list[str], fresh: bool, *controls: Any) -> Any:
@@ -89,11 +87,11 @@ class Page:
         *settings, seed = controls
         seed = secrets.randbelow(2**31) if fresh or seed is None else seed
         made: list[Edit] = []
-        problems = [] if models else [EditError("choose a model")]
+        problems: list[Ip2pError] = [] if models else [EditError("choose a model")]
         for model in models:
             try:
                 made.append(self._edit(model, (*settings, seed)))
-            except EditError as error:
+            except Ip2pError as error:
                 problems.append(error)
         note = "<br>".join(dict.fromkeys(map(_problem, problems)))  # what all models say is said once
         shown = self._show([*made, *shelf], made[0]) | {at.seed: seed} if made else {}
@@ -127,11 +125,14 @@ class Page:
         if not prompt.strip():
             raise EditError('say what to change, such as "make it snowy"')
         scales = {"image_guidance_scale": image, "guidance_scale": text}
-        config = dataclasses.replace(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
-        picture = open_picture(path)
-        (edited,) = edit(self.editor(model), config, [picture], [prompt])
-        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
+        chosen = {"num_inference_steps": steps, "seed": seed, "num_images": 1, "batch_size": 1} | scales
+        picture, config = open_picture(path), self._config_of(model)
+        (edited,) = edit_with(self.editor(model), config, [picture], [prompt], **chosen)
+        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt, **chosen)
         return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
+
+    def _config_of(self, model: str) -> InferConfig:
+        return dataclasses.replace(self.config, model=model)
 
     def _show(self, shelf: list[Edit], chosen: Edit) -> dict[Any, Any]:
         """Fill the places for results: the chosen edit beside its original, the other models' within reach."""
@@ -186,5 +187,5 @@ class Page:
         at.reset.click(self.start, None, at.everything)
 
 
-def _problem(error: EditError) -> str:
+def _problem(error: Ip2pError) -> str:
     return f'<span role="alert">{html.escape(str(error))}</span>'
