@@ -2,14 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import tiny
-from ip2p.encode.data.sheet import TILE, grid
+from ip2p.encode.data.sheet import TILE
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import parse
@@ -107,15 +105,3 @@ def test_a_sweep_that_makes_no_sense_is_refused(
         main([*arguments, "--output", str(tmp_path / "out.png"), *flags.split()])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
-
-
-def test_a_grid_has_room_for_its_labels() -> None:
-    """Narrow pictures stand apart as far as their labels need; caption, original and labels are drawn."""
-    narrow = picture(2, (4, 64))
-    edits: list[Any] = [picture(n, (4, 64)) for n in range(3, 7)]
-    sheet = grid(narrow, "make it red", edits, ["image guidance 1", "image guidance 2"], ["text guidance 3", "x"])
-    pixels = np.asarray(sheet.convert("L"))
-    lowest = pixels[-8 - TILE : -8]  # the last row of edits, with white between them
-    edges = np.flatnonzero(np.diff((lowest.min(axis=0) < 250).astype(int)))  # (…, start, end, start, end)
-    assert edges[-2] - edges[-4] > 90, "the labels of the columns would overlap"
-    assert (pixels[:20] < 100).any(), "no caption"
