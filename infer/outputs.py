@@ -43,27 +43,21 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     return paths
 
 
-def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str, **changes: Any) -> list[str]:
+def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
     """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture.
 
     Args:
         model: the `model_stamp` of `config.model`.
-        changes: arguments of `Editor.edit` that take the place of those of `config`.
     """
-    made = {
-        "model": config.model,
-        "revision": config.revision,
-        "variant": config.variant,
-        "dtype": config.dtype,
-        "scheduler": config.scheduler,
-    }
-    made |= editing_of(config) | changes
+    made = {"model": config.model, "revision": config.revision, "variant": config.variant}
+    made |= {"dtype": config.dtype, "scheduler": config.scheduler} | editing_of(config)
     if config.sweep:
         made["image_guidance_scale"] = config.sweep_image_guidance_scale
         made["guidance_scale"] = config.sweep_guidance_scale
-    seed, count, _ = (made.pop(name) for name in ("seed", "num_images", "batch_size"))
+    for name in ("seed", "num_images", "batch_size"):  # a picture has a seed of its own, whatever is made beside it
+        del made[name]
     made |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
-    return [json.dumps(made | {"seed": seed + k}, ensure_ascii=False) for k in range(count)]
+    return [json.dumps(made | {"seed": config.seed + k}, ensure_ascii=False) for k in range(config.num_images)]
 
 
 def editing_of(config: InferConfig) -> dict[str, Any]:

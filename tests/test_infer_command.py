@@ -37,6 +37,9 @@ def test_one_picture_and_one_prompt_give_one_file_with_its_settings(
     assert apart(Image.open(out), edit(editor, photos / "a.png", "make it red")[0]) == 0
     with Image.open(out) as edited:
         settings = json.loads(edited.info["ip2p"])
+    names = "model revision variant dtype scheduler num_inference_steps image_guidance_scale guidance_scale "
+    names += "guidance_rescale negative_prompt resolution model_files input prompt seed"
+    assert list(settings) == names.split(), "pictures made before would be made again"
     assert settings["prompt"] == "make it red"
     assert (settings["seed"], settings["num_inference_steps"], settings["guidance_scale"]) == (0, 2, 10.0)
 

@@ -1,7 +1,7 @@
 """Compares edits with their originals and targets: on a contact sheet, and by PSNR."""
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -21,15 +21,13 @@ def save_sheet(config: InferConfig, done: Done) -> None:
     """Draw the first `SHEET_ROWS` of the pictures that are there, whichever run made them."""
     edits = [f"edited, seed {config.seed + k}" for k in range(config.num_images)]
     targets = ["target"] if any(job.target for job, _ in done) else []
-
-    def rows() -> Iterator[tuple[str, list[Image.Image | None]]]:
-        for job, paths in done[:SHEET_ROWS]:
-            pictures = [open_picture(job.image()), *map(open_picture, paths)]
-            yield job.prompt, [*pictures, *(target_of(job) for _ in targets)]
-
+    rows = (
+        (job.prompt, [open_picture(job.image()), *map(open_picture, paths), *(target_of(job) for _ in targets)])
+        for job, paths in done[:SHEET_ROWS]
+    )
     sheet = Path(str(config.sheet))
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows(), ["original", *edits, *targets]).save(sheet)
+    contact_sheet(rows, ["original", *edits, *targets]).save(sheet)
     say(f"contact sheet of {min(len(done), SHEET_ROWS)} of {len(done)} inputs: {sheet}")
 
 

@@ -56,7 +56,7 @@ class Page:
     """
 
     def __init__(self, config: InferConfig, editor: "Editor", folder: Path) -> None:
-        self.config = config
+        self.config = dataclasses.replace(config, num_images=1, batch_size=1)
         self.folder = folder
         self.names = list(dict.fromkeys([config.model, *config.compare]))
         self.editors = {config.model: editor}
@@ -67,7 +67,7 @@ class Page:
     def editor(self, model: str) -> "Editor":
         """The editor of a model, loaded when it is first asked for, and kept."""
         if model not in self.editors:
-            self.editors[model] = load_editor(self._config_of(model))
+            self.editors[model] = load_editor(dataclasses.replace(self.config, model=model))
         return self.editors[model]
 
     def check(self, path: str | None) -> Any:
@@ -125,14 +125,10 @@ class Page:
         if not prompt.strip():
             raise EditError('say what to change, such as "make it snowy"')
         scales = {"image_guidance_scale": image, "guidance_scale": text}
-        chosen = {"num_inference_steps": steps, "seed": seed, "num_images": 1, "batch_size": 1} | scales
-        picture, config = open_picture(path), self._config_of(model)
-        (edited,) = edit_with(self.editor(model), config, [picture], [prompt], **chosen)
-        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt, **chosen)
+        config = dataclasses.replace(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
+        (edited,) = edit_with(self.editor(model), config, [open_picture(path)], [prompt])
+        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
         return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
-
-    def _config_of(self, model: str) -> InferConfig:
-        return dataclasses.replace(self.config, model=model)
 
     def _show(self, shelf: list[Edit], chosen: Edit) -> dict[Any, Any]:
         """Fill the places for results: the chosen edit beside its original, the other models' within reach."""
