@@ -14,6 +14,7 @@ from encoding import decode_rate, measure
 from pictures import write_pairs
 from shapes import SIZES, save
 
+from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.plan import workers
 from tiny import unet

@@ -15,10 +15,11 @@ from common import DEVICE, GPU, take_turns
 
 from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
+from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.open import open_pairs
 from ip2p.encode.data.pairs import Pairs
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
@@ -91,7 +92,7 @@ class TimedPipeline(pipeline.Pipeline):
 
     clock = Clock()
 
-    def run(self, work: Sequence[pipeline.Work], source: Pairs, bar: tqdm) -> None:
+    def run(self, work: Sequence[pipeline.Work], source: Pairs, done: pipeline.Done) -> None:
         with self.clock():
             super().run(work, source, done)
 
@@ -127,8 +128,8 @@ def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, li
 
 def decode_rate(config: EncodeConfig, count: int) -> float:
     """Pairs/s that one process reads, checks, decodes and resizes."""
-    source = open_pairs(config, config.cache_dir)
-    geometry = Geometry(config.resolution, config.resize_mode, config.background)
+    source = open_pairs(config.dataset, config.model.cache_dir)
+    geometry = Geometry(config.pictures.resolution, config.pictures.resizing, config.pictures.background)
     began = time.perf_counter()
     for position in range(count):
         files = source[position][:2]

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.base.flags import build as flags_into
 from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, shard_rows
 from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.columns import Role, preset
 from ip2p.encode.data.pairs import Pairs, Rows
-from ip2p.encode.manifest import RowShapes, describe
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.plan import describe
 
@@ -31,9 +31,9 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     resolution = 8 * shapes["images"]["original"][-1]
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
     if model:
-        config = EncodeConfig(str(model), folder, dataset_name="synthetic", resolution=resolution)
-        manifest = describe(config, Pairs(_Numbers(samples), "synthetic"), Checkpoint(model), 1)
-        manifest["counts"] = {"ok": samples}
+        flags = {"pretrained_model_name_or_path": str(model), "cache": folder, "resolution": resolution}
+        config = flags_into(EncodeConfig, flags | {"dataset_name": "synthetic"})
+        manifest = describe(config, Pairs(_Numbers(samples), "synthetic"), Checkpoint(model), shapes, 1)
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
     columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}

@@ -52,23 +52,15 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """The pairs: original image, edited image, edit instruction."""
+class Columns:
+    """Where a dataset holds what."""
 
-    dataset_name: str | None = None
-    """Dataset: a Hub id, a local file or folder that `datasets` reads, or WebDataset tar files: paths or urls, with
-    {000..099} or * for several."""
     dataset_config_name: str | None = None
     """Configuration of the dataset, if it has several."""
     dataset_revision: str | None = None
     """Revision of the dataset on the Hub."""
     split: str | None = None
-    """Split of the dataset. Default: train, or the only one there is."""
-    streaming: bool = False
-    """Read the dataset as a stream, once, and keep only what is needed of it; with --max_train_samples, only these."""
-    train_data_dir: Path | None = None
-    """Folder whose metadata.jsonl, .csv or .parquet names both images and the instruction of each pair, or one with
-    the seeds.json of the InstructPix2Pix repository."""
+    """Split of the dataset, such as test or "test[:64]". Default: the only one there is; ip2p-encode takes train."""
     original_image_column: str | None = None
     """Column of the original images; in tar files, how their names end. Default: that of a known dataset, else
     input_image, else the only one with a name that says so."""
@@ -76,6 +68,20 @@ class Dataset:
     """Column of the edited images. Default: likewise, edited_image."""
     edit_prompt_column: str | None = None
     """Column of the edit instructions. Default: likewise, edit_prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(Columns):
+    """The pairs: original image, edited image, edit instruction."""
+
+    dataset_name: str | None = None
+    """Dataset: a Hub id, a local file or folder that `datasets` reads, or WebDataset tar files: paths or urls, with
+    {000..099} or * for several."""
+    streaming: bool = False
+    """Read the dataset as a stream, once, and keep only what is needed of it; with --max_train_samples, only these."""
+    train_data_dir: Path | None = None
+    """Folder whose metadata.jsonl, .csv or .parquet names both images and the instruction of each pair, or one with
+    the seeds.json of the InstructPix2Pix repository."""
     prompt_choice: Literal["first", "all"] = "first"
     """Which instruction of a list is taken; with `all`, each makes a sample of its own."""
     reverse_pairs: bool = False

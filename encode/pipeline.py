@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .base.errors import SourceError
+from .base.errors import ImageError, SourceError
 from .base.files import content_key
 from .cache.format import Cache
 from .cache.samples import Item, Work, text_key
+from .cache.views import View
 from .cache.writer import UnitWriter
-from .data.sources import Source
-from .images import Geometry, ImageError, View
+from .data.pairs import Pairs
+from .geometry import Geometry
 from .models.encoders import Encoders
 
 Begun = TypeVar("Begun")
@@ -35,7 +36,7 @@ class Read(NamedTuple):
 class _Images(Dataset):
     """The images of rows, read and resized in worker processes."""
 
-    def __init__(self, source: Source, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
+    def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
         self.source, self.rows, self.geometry = source, rows, geometry
 
     def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
@@ -77,7 +78,7 @@ class Pipeline:
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
-    def run(self, work: Sequence[Work], source: Source, done: Done) -> None:
+    def run(self, work: Sequence[Work], source: Pairs, done: Done) -> None:
         """Encode and commit all of `work`; tells `done` how many more texts or pairs are."""
         with self._writer:
             self._encode_texts([item for item in work if item[0][0].kind == "text"], done)
@@ -102,7 +103,7 @@ class Pipeline:
                 done(len(batch))
             self._commit([writer])
 
-    def _encode_images(self, work: Sequence[Work], source: Source, done: Done) -> None:
+    def _encode_images(self, work: Sequence[Work], source: Pairs, done: Done) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
         batches: list[list[int]] = []
         for units, rows in work:  # a batch never crosses a unit

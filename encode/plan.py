@@ -16,11 +16,11 @@ from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
 from .base.flags import dump
 from .cache.format import CONVENTION, FORMAT, Cache, RowShapes, differences, row_shapes, shard_rows
 from .cache.samples import Ledger, counts
+from .cache.views import joined_views, view_names
 from .cache.writer import prepare, write_state
 from .config import EncodeConfig
 from .data.identify import identify
-from .data.sources import Source
-from .images import joined_views, view_names
+from .data.pairs import Pairs
 from .models.checkpoint import Checkpoint
 
 
@@ -67,7 +67,7 @@ class Plan:
             raise CacheError(
                 f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: make space or move --cache"
             )
-        if self.manifest["encoding"]["vae_precision"] != (config.vae_precision or config.mixed_precision):
+        if self.manifest["encoding"]["vae_precision"] != (config.run.vae_precision or config.run.mixed_precision):
             say(
                 "the VAE runs in float32, since this one overflows in half precision "
                 "(--vae_precision decides otherwise)"
@@ -79,7 +79,7 @@ class Plan:
         write_state(folder, self.manifest, self.samples)
 
 
-def make_plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, processes: int) -> Plan:
+def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes: int) -> Plan:
     """Join a dataset with what the cache holds.
 
     Raises:
@@ -87,51 +87,52 @@ def make_plan(config: EncodeConfig, source: Source, checkpoint: Checkpoint, proc
         CacheMismatch: it was encoded by another model or with other settings.
         SourceError: a sample cannot be encoded, and `on_error` is fail.
     """
-    side = config.resolution // checkpoint.vae_scale_factor
+    side = config.pictures.resolution // checkpoint.vae_scale_factor
     shapes = row_shapes(checkpoint.latent_channels, side, *checkpoint.text_shape())
     old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
     if old:
         check_same(old, manifest)
         manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
-    samples = known_samples(old, manifest, config.retry_quarantined) if old else None
+    samples = known_samples(old, manifest, config.run.retry_quarantined) if old else None
     if samples is None:
         samples = identify(source, workers(config))
-    samples = ledger.assign(samples, retry=config.retry_quarantined)
-    samples = ledger.settle(mark_flips(samples, config.no_flip_regex))
-    if config.on_error == "fail":
+    samples = ledger.assign(samples, retry=config.run.retry_quarantined)
+    samples = ledger.settle(mark_flips(samples, config.pictures.no_flip_regex))
+    if config.run.on_error == "fail":
         stop_at_quarantined(samples)
     return Plan(manifest, shapes, samples, ledger)
 
 
 def describe(
-    config: EncodeConfig, source: Source, checkpoint: Checkpoint, shapes: RowShapes, processes: int
+    config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, shapes: RowShapes, processes: int
 ) -> dict[str, Any]:
     """The manifest: what is encoded, with what, how."""
+    model, pictures, run = config.model, config.pictures, config.run
     return {
         "format": FORMAT,
         "ip2p": version("ip2p"),
         "model": {
-            "name": config.pretrained_model_name_or_path,
-            "revision": config.revision,
-            "variant": config.variant,
-            "vae": config.pretrained_vae_model_name_or_path,
-            "single_file_config": config.single_file_config,
+            "name": model.pretrained_model_name_or_path,
+            "revision": model.revision,
+            "variant": model.variant,
+            "vae": model.pretrained_vae_model_name_or_path,
+            "single_file_config": model.single_file_config,
             "prediction_type": checkpoint.prediction_type(),
         },
         "identity": checkpoint.identity(),
         "encoding": {
             "convention": CONVENTION,
-            "resolution": config.resolution,
-            "resize_mode": config.resize_mode,
-            "background": config.background,
-            "mixed_precision": config.mixed_precision,
-            "vae_precision": checkpoint.vae_precision(config.vae_precision, config.mixed_precision),
+            "resolution": pictures.resolution,
+            "resize_mode": pictures.resizing,
+            "background": pictures.background,
+            "mixed_precision": run.mixed_precision,
+            "vae_precision": checkpoint.vae_precision(run.vae_precision, run.mixed_precision),
         },
-        "views": view_names(config.crops if config.resize_mode == "random_crop" else None, config.random_flip),
+        "views": view_names(pictures.crops if pictures.resizing == "random_crop" else None, pictures.random_flip),
         "dataset": {
             "name": source.name,
-            "split": config.split,
+            "split": config.dataset.split,
             "columns": list(source.columns),
             "samples": len(source),
             "fingerprint": source.fingerprint(),
@@ -210,4 +211,5 @@ def check_resolution(resolution: int, factor: int) -> None:
 def workers(config: EncodeConfig) -> int:
     """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(16, max(0, cores - 1)) if config.dataloader_num_workers is None else config.dataloader_num_workers
+    given = config.run.dataloader_num_workers
+    return min(16, max(0, cores - 1)) if given is None else given

@@ -14,11 +14,12 @@ from .base.console import bar, say
 from .base.errors import CacheError
 from .cache.format import Cache, Unit
 from .cache.samples import Ledger, counts
+from .cache.views import View
 from .cache.writer import exclusive, share, write_state
 from .config import EncodeConfig
-from .data.sources import Source, open_source
-from .images import View
-from .models.checkpoint import Checkpoint, Model, find_checkpoint
+from .data.open import open_pairs
+from .data.pairs import Pairs
+from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import check_resolution, make_plan, workers
 
 
@@ -32,9 +33,9 @@ def encode(config: EncodeConfig) -> None:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
     with state.main_process_first():
-        checkpoint = find_checkpoint(Model.of(config), config.cache_dir, without=("unet",))
-        check_resolution(config.resolution, checkpoint.vae_scale_factor)
-        source = open_source(config)
+        checkpoint = find_checkpoint(config.model, without=("unet",))
+        check_resolution(config.pictures.resolution, checkpoint.vae_scale_factor)
+        source = open_pairs(config.dataset, config.model.cache_dir)
     main = state.is_main_process
     with exclusive(config.cache) if main else nullcontext() as lock:
         if lock:
@@ -51,7 +52,7 @@ def encode(config: EncodeConfig) -> None:
             finish(Cache.open(config.cache))
 
 
-def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint, state: PartialState) -> None:
+def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, state: PartialState) -> None:
     """Encode this process's share of the missing units."""
     cache = Cache.open(config.cache)
     null = cache.folder / "commits" / f"{Unit('text', 0).name}.json"  # with the empty instruction, which is no sample's
@@ -66,8 +67,8 @@ def encode_missing(config: EncodeConfig, source: Source, checkpoint: Checkpoint,
 
     precisions = [cache.manifest["encoding"][name] for name in ("mixed_precision", "vae_precision")]
     encoders = Encoders(checkpoint, torch.device(state.device or "cpu"), *(DTYPES[name] for name in precisions))
-    fail = config.on_error == "fail"
-    pipeline = Pipeline(cache, encoders, batch_size=config.encode_batch_size, workers=workers(config), fail=fail)
+    fail = config.run.on_error == "fail"
+    pipeline = Pipeline(cache, encoders, batch_size=config.run.encode_batch_size, workers=workers(config), fail=fail)
     with bar(None, "encode", "row", total=sum(len(rows) for _, rows in mine), leave=True) as progress:
         pipeline.run(mine, source, progress.update)
 

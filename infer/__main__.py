@@ -1,53 +1,43 @@
-"""ip2p-infer: finds pictures and prompts, has them edited, draws the contact sheet; or scores models."""
+"""`ip2p-infer`: a trained pipeline and pictures in, edited pictures out; or scores of models."""
 
-import contextlib
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
 from .config import EvaluateConfig, InferConfig
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from .inputs import Job
-
+# The rest is imported once flags are read: torch takes seconds to import, and --help shall not.
 PROG = "ip2p-infer"
-SHEET_ROWS = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv`, or the process's own arguments; return its exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    try:
+    """Run the command and return its exit status, 0 or 1; `argv` defaults to the command line.
+
+    Wrong flags, models and datasets end it through SystemExit with status 2, and Ctrl-C with 130.
+    """
+    with user_errors(PROG):
+        arguments = sys.argv[1:] if argv is None else argv
         if arguments and arguments[0] == "evaluate":
+            scoring = parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate")
             from .score.evaluate import evaluate
 
-            return evaluate(parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate"))
-        return run(parse(InferConfig, arguments, PROG))
-    except Ip2pError as error:
-        print(f"ip2p-infer: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nip2p-infer: stopped; the same command continues with what is missing", file=sys.stderr)
-        return 130
+            return evaluate(scoring)
+        config = parse(InferConfig, arguments, PROG)
+        if config.page.ui:
+            from .ui.serve import serve
+
+            return serve(config)
+        return edit(config)
 
 
-def run(config: InferConfig) -> int:
-    """Edit everything that `config` names, and report."""
-    if config.page.ui:
-        from .ui.serve import serve
-
-        return serve(config)
-
+def edit(config: InferConfig) -> int:
+    """Edit everything that `config` names, and report; the status is 1 if there is no edited picture."""
     from .batch import edit_all, load_editor
-    from .inputs import find_jobs
+    from .jobs import find_jobs
     from .outputs import output_paths
+    from .score.compare import print_psnr, save_sheet
 
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
@@ -56,55 +46,10 @@ def run(config: InferConfig) -> int:
     if config.outputs.sheet and done:
         save_sheet(config, done)
     if not config.outputs.sweep:
-        for line in compare_with_targets(done):
-            print(line)
+        print_psnr(done)
     counts = {"edited": edited, "already there": kept, "skipped": len(failed)}
     print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.outputs.output)
     return 0 if done else 1
-
-
-def save_sheet(config: InferConfig, done: Sequence[tuple["Job", list[Path]]]) -> None:
-    """Draw the first `SHEET_ROWS` of the pictures that are there, whichever run made them."""
-    from .pictures import open_picture
-    from .sheet import contact_sheet
-
-    edits = [f"edited, seed {config.editing.seed + k}" for k in range(config.outputs.num_images)]
-    targets = ["target"] if any(job.target for job, _ in done) else []
-
-    def rows() -> Iterator[tuple[str, list["Image.Image | None"]]]:
-        for job, paths in done[:SHEET_ROWS]:
-            pictures: list[Image.Image | None] = [open_picture(job.image()), *map(open_picture, paths)]
-            yield job.prompt, pictures + ([target_of(job)] if targets else [])
-
-    sheet = Path(str(config.outputs.sheet))
-    sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(rows(), ["original", *edits, *targets]).save(sheet)
-    print(f"contact sheet of {min(len(done), SHEET_ROWS)} of {len(done)} inputs: {sheet}")
-
-
-def target_of(job: "Job") -> "Image.Image | None":
-    """The picture that the edit should have become, where there is one that can be read."""
-    from .pictures import open_picture
-
-    with contextlib.suppress(EditError):
-        return open_picture(job.target()) if job.target else None
-    return None
-
-
-def compare_with_targets(done: Sequence[tuple["Job", list[Path]]]) -> Iterator[str]:
-    """Say how near the edits came to their targets, beside how near the originals were."""
-    from .pictures import open_picture
-    from .score.scores import psnr
-
-    before: list[float] = []
-    after: list[float] = []
-    for job, paths in done:
-        if (target := target_of(job)) is not None:
-            before.append(psnr(open_picture(job.image()), target))
-            after += [psnr(open_picture(path), target) for path in paths]
-    if before:
-        edited, original = statistics.fmean(after), statistics.fmean(before)
-        yield f"PSNR to the target, {len(before)} pairs: edited {edited:.2f} dB, original {original:.2f} dB"
 
 
 if __name__ == "__main__":

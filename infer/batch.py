@@ -1,19 +1,17 @@
 """Edits pictures batch by batch, and keeps those that are there already."""
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from ..encode.base.errors import EditError
-from ..encode.base.flags import changed
+from ..encode.base.console import bar, warn
+from ..encode.base.errors import EditError, Ip2pError
+from ..encode.data.pictures import open_picture
+from ..encode.data.sheet import grid
 from .config import InferConfig
-from .inputs import Job
-from .outputs import is_there, model_stamp, save, settings_of
-from .pictures import open_picture
+from .jobs import Job
+from .outputs import model_stamp, save, settings_in, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +35,8 @@ def edit_all(
     stamp = model_stamp(config.model)
     edited = kept = 0
     failed: set[str] = set()
-    with tqdm(total=len(work), unit="picture", desc="editing") as bar:
+    make = sweep if config.outputs.sweep else edit_with
+    with bar(None, "editing", "picture", total=len(work)) as shown:
         for start in range(0, len(work), config.editing.batch_size):
             batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
             for job, paths in work[start : start + config.editing.batch_size]:
@@ -45,22 +44,23 @@ def edit_all(
                     if not job.prompt.strip():
                         raise EditError("the prompt is empty")
                     content = job.image()
-                    files = list(zip(paths, settings_of(config, stamp, content, job.prompt), strict=True))
-                    if all(itertools.starmap(is_there, files)):
+                    settings = settings_of(config, stamp, content, job.prompt)
+                    if [settings_in(path) for path in paths] == settings:
                         kept += 1
                     else:
+                        files = list(zip(paths, settings, strict=True))
                         batch.append((open_picture(content), job.prompt, files))
-                except EditError as error:
+                except Ip2pError as error:
                     failed.add(job.stem)
-                    tqdm.write(f"skipped {job.label}: {error}", file=sys.stderr)
+                    warn(f"skipped {job.label}: {error}")
             if batch:
                 editor = editor or load()
-                images, prompts, _ = zip(*batch, strict=True)
-                pictures = iter((sweep if config.outputs.sweep else edit)(editor, config, images, prompts))
-                for path, settings in (file for _, _, files in batch for file in files):
-                    save(next(pictures), path, settings)
+                images, prompts, files = zip(*batch, strict=True)
+                pictures = make(editor, config, images, prompts)
+                for picture, (path, settings) in zip(pictures, itertools.chain(*files), strict=True):
+                    save(picture, path, settings)
                 edited += len(batch)
-            bar.update(min(config.editing.batch_size, len(work) - start))
+            shown.update(min(config.editing.batch_size, len(work) - start))
     return edited, kept, failed
 
 
@@ -73,23 +73,21 @@ def load_editor(config: InferConfig) -> "Editor":
     return editor
 
 
-def edit(
-    editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str]
+def edit_with(
+    editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str], **changes: Any
 ) -> list["Image.Image"]:
-    """Edit pictures with the settings of `config`."""
-    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing))
+    """Edit pictures with the settings of `config`, and some of them changed."""
+    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing) | changes)
 
 
 def sweep(
     editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str]
 ) -> list["Image.Image"]:
-    """As `edit`, with a labeled grid of edits over both scales in the place of each picture."""
-    from .sheet import grid
-
+    """As `edit_with`, with a labeled grid of edits over both scales in the place of each picture."""
     rows, columns = config.outputs.sweep_image_guidance_scale, config.outputs.sweep_guidance_scale
     cells = [
-        edit(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
-        for row, column in tqdm(list(itertools.product(rows, columns)), desc="sweep", position=2, leave=False)
+        edit_with(editor, config, images, prompts, image_guidance_scale=row, guidance_scale=column)
+        for row, column in bar(list(itertools.product(rows, columns)), "sweep", "scale", position=2)
     ]
     labels = [f"image guidance {row:g}" for row in rows], [f"text guidance {column:g}" for column in columns]
     each = config.outputs.num_images

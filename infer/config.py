@@ -6,24 +6,7 @@ from typing import Literal
 
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Where a dataset holds what."""
-
-    dataset_config_name: str | None = None
-    """Configuration of the dataset, if it has several."""
-    dataset_revision: str | None = None
-    """Revision of the dataset on the Hub."""
-    split: str | None = None
-    """Split of the dataset, such as "test" or "test[:64]"; default: the only one there is."""
-    original_image_column: str | None = None
-    """Column with the pictures; default: image, or the name used for training, such as input_image."""
-    edit_prompt_column: str | None = None
-    """Column with the prompts; default: prompt, or the name used for training, such as edit_prompt."""
-    edited_image_column: str | None = None
-    """Column with pictures to compare with, if there are any; default: target, or like edited_image."""
+from ..encode.config import Columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +119,7 @@ class InferConfig:
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()
     editing: Editing = Editing()
-    columns: Columns = Columns()
+    columns: Columns = Columns()  # noqa: RUF009 (frozen)
     loading: Loading = Loading()
     page: Page = Page()
 
@@ -197,7 +180,7 @@ class EvaluateConfig:
     """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens."""
     scoring: Scoring
     editing: Editing = Editing(num_inference_steps=100, guidance_scale=7.5)
-    columns: Columns = Columns()
+    columns: Columns = Columns()  # noqa: RUF009 (frozen)
     loading: Loading = Loading()
 
     def infer(self, model: str, image_guidance_scale: float, folder: Path) -> InferConfig:

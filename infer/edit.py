@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ..encode.base.errors import EditError
+from ..encode.data.pictures import Picture, open_picture
 from .guidance import Guidance
 from .models import SDXL, check_kind, load, scheduler_like
-from .pictures import Picture, open_picture
 
 # torch and diffusers are imported where work begins: they take seconds, and `--help` must not wait for them.
 if TYPE_CHECKING:
@@ -128,44 +128,41 @@ class Editor:
         Raises:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
         """
-        import torch
-
         pairs = _pair(images, prompts)
         guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale)
         self._check(seed, num_images, num_inference_steps, batch_size)
         inputs = [open_picture(image) for image, _ in pairs]
         sizes = [self.working_size(image.size, resolution) for image in inputs]
-        # One entry for each picture to make; those of one size side by side, since a batch is one tensor.
-        order = [(index, k) for index in sorted(range(len(pairs)), key=sizes.__getitem__) for k in range(num_images)]
         edited: dict[tuple[int, int], Image.Image] = {}
-        for size, group in itertools.groupby(order, key=lambda entry: sizes[entry[0]]):
-            entries = list(group)
-            for batch in (entries[i : i + batch_size] for i in range(0, len(entries), batch_size)):
-                # Each picture is passed once for each of its outputs: with `num_images_per_prompt` the
-                # pipelines repeat prompts and pictures in different orders, and pair them wrongly.
-                pictures = self._denoise(
-                    image=[inputs[index].resize(size, Image.Resampling.LANCZOS) for index, _ in batch],
-                    prompt=[pairs[index][1] for index, _ in batch],
-                    negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
-                    generator=[torch.Generator().manual_seed(seed + k) for _, k in batch],
-                    num_inference_steps=num_inference_steps,
-                    guidance=guidance,
-                )
-                for (index, k), picture in zip(batch, pictures, strict=True):
-                    edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
+        for batch in _batches(sizes, num_images, batch_size):
+            pictures = self._denoise(
+                image=[inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
+                prompt=[pairs[index][1] for index, _ in batch],
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
+                seeds=[seed + k for _, k in batch],
+                num_inference_steps=num_inference_steps,
+                guidance=guidance,
+            )
+            for (index, k), picture in zip(batch, pictures, strict=True):
+                edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
         return [edited[index, k] for index in range(len(pairs)) for k in range(num_images)]
 
-    def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
-        """Run the pipeline once, on pictures of one size."""
+    def _denoise(
+        self, image: list[Image.Image], seeds: Sequence[int], guidance: Guidance, **arguments: Any
+    ) -> list[Image.Image]:
+        """Run the pipeline once, on pictures of one size.
+
+        Each picture is passed once for each of its outputs: with `num_images_per_prompt` the pipelines repeat
+        prompts and pictures in different orders, and pair them wrongly.
+        """
         import torch
 
         pipeline: Any = self.pipeline
+        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
             arguments |= {"width": image[0].width, "height": image[0].height}
             if arguments["negative_prompt"] is None and not pipeline.config.force_zeros_for_empty_prompt:
-                arguments["negative_prompt"] = [""] * len(
-                    image
-                )  # else it pairs a list of prompts with a mere "", and fails
+                arguments["negative_prompt"] = [""] * len(image)  # else it pairs a list of prompts with a mere ""
         # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
         arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
         try:
@@ -191,6 +188,13 @@ class Editor:
             raise EditError(f"num_images is {num_images} and batch_size {batch_size}, expected at least 1")
         if not 0 <= seed <= 2**63 - num_images:
             raise EditError(f"seed is {seed}, expected 0 to 2**63 - num_images")
+
+
+def _batches(sizes: Sequence[tuple[int, int]], num_images: int, batch_size: int) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (index, k), for the k-th picture of an input; each of one size, since a batch is one tensor."""
+    for _, group in itertools.groupby(sorted(range(len(sizes)), key=sizes.__getitem__), key=sizes.__getitem__):
+        entries = [(index, k) for index in group for k in range(num_images)]
+        yield from (entries[i : i + batch_size] for i in range(0, len(entries), batch_size))
 
 
 def _pair(images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> list[tuple[Picture, str]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..encode.base.errors import EditError, reason
-from ..encode.config import EncodeConfig
+from ..encode.config import Dataset
 from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role
 from ..encode.data.open import open_rows
 from ..encode.data.pairs import Rows, texts_of
@@ -49,12 +49,12 @@ def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] | Non
         EditError: nothing is there.
         SourceError: the table cannot be opened, or its columns are not told apart.
     """
-    if config.table:
-        return _jobs_of_table(config, config.table, captions)
-    paths = [path for pattern in config.image for path in _pictures(pattern)]
+    if config.inputs.table:
+        return _jobs_of_table(config, config.inputs.table, captions)
+    paths = [path for pattern in config.inputs.image for path in _pictures(pattern)]
     stems = _unique(path.stem for path in paths)
     return [
-        Job(str(path), stem, config.prompt or "", partial(_read_file, path), path=path)
+        Job(str(path), stem, config.inputs.prompt or "", partial(_read_file, path), path=path)
         for path, stem in zip(paths, stems, strict=True)
     ]
 
@@ -73,16 +73,8 @@ def _pictures(pattern: str) -> list[Path]:
 
 
 def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, str | None] | None) -> list[Job]:
-    dataset = EncodeConfig(
-        "",
-        Path(),
-        dataset_name=table,
-        split=config.split,
-        original_image_column=config.original_image_column,
-        edited_image_column=config.edited_image_column,
-        edit_prompt_column=config.edit_prompt_column,
-    )
-    needed = [ORIGINAL] if config.prompt is not None else [ORIGINAL, PROMPT]
+    dataset = Dataset(dataset_name=table, **vars(config.columns))
+    needed = [ORIGINAL] if config.inputs.prompt is not None else [ORIGINAL, PROMPT]
     wanted = [EDITED] if captions is None else [EDITED, BEFORE, AFTER]
     named = dict(zip((BEFORE, AFTER), captions or (), strict=False))
     # Without a default split: scores over pairs that were trained on would say nothing.
@@ -92,7 +84,7 @@ def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, 
         Job(
             label=f"row {row}",
             stem=stem,
-            prompt=config.prompt or "" if prompt is None else prompt,
+            prompt=config.inputs.prompt or "" if prompt is None else prompt,
             image=partial(_read_cell, rows, row, ORIGINAL),
             target=partial(_read_cell, rows, row, EDITED) if EDITED in rows.columns else None,
             captions=(before, after),

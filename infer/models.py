@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..encode.base.errors import EditError, reason
 
@@ -35,44 +33,37 @@ def load(
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..encode.models.device import find_device
+
     with _readable(name):
-        device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if dtype is None:
-            dtype = torch.float16 if device.type == "cuda" else torch.float32
-        elif isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        options = {"dtype": dtype, "variant": variant, "revision": revision}
-        return DiffusionPipeline.from_pretrained(name, **options).to(device)
+        device = find_device(device)
+        dtype = dtype or ("float16" if device.type == "cuda" else "float32")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, revision=revision)
+        return pipeline.to(device)
 
 
 def check_model(name: str, revision: str | None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
-    if not is_place(name):
-        raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
-
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+    from ..encode.models.checkpoint import is_place
+
+    if not is_place(name):
+        raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
     with _readable(name):
-        index = cast("dict[str, Any]", DiffusionPipeline.load_config(name, revision=revision))
-        unet: dict[str, Any] = {}
+        index: Any = DiffusionPipeline.load_config(name, revision=revision)
+        unet: Any = {}
         if "unet" in index:
-            of_unet = {"subfolder": "unet", "revision": revision}
-            unet = cast("dict[str, Any]", UNet2DConditionModel.load_config(name, **of_unet))
-        check_kind(name, index.get("_class_name"), unet.get("in_channels"))
-
-
-def is_place(name: str) -> bool:
-    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
-    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
-    return bool(hub_id) or os.path.isdir(name)
+            unet = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
+        kind, channels = index.get("_class_name"), unet.get("in_channels")
+    check_kind(name, kind, channels)
 
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except EditError:
-        raise
     except Exception as error:  # whatever a damaged or foreign folder leads the libraries to
         raise EditError(f"the model {name} cannot be loaded: {reason(error)}") from error
 

@@ -13,7 +13,7 @@ from ..encode.base.errors import EditError
 from ..encode.base.files import whole
 from ..encode.base.flags import dump
 from .config import InferConfig
-from .inputs import Job
+from .jobs import Job
 
 # The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
 CHUNK = "ip2p"
@@ -50,17 +50,19 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
 
 
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
-    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture."""
+    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture.
+
+    Args:
+        model: the `model_stamp` of `config.model`.
+    """
     flags = dump(config)
-    common = {name: flags[name] for name in SETTINGS}
+    made = {name: flags[name] for name in SETTINGS}
     if config.outputs.sweep:
-        common["image_guidance_scale"] = config.outputs.sweep_image_guidance_scale
-        common["guidance_scale"] = config.outputs.sweep_guidance_scale
-    common |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
-    return [
-        json.dumps(common | {"seed": config.editing.seed + k}, ensure_ascii=False)
-        for k in range(config.outputs.num_images)
-    ]
+        made["image_guidance_scale"] = config.outputs.sweep_image_guidance_scale
+        made["guidance_scale"] = config.outputs.sweep_guidance_scale
+    made |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
+    seeds = range(config.editing.seed, config.editing.seed + config.outputs.num_images)
+    return [json.dumps(made | {"seed": seed}, ensure_ascii=False) for seed in seeds]
 
 
 def model_stamp(model: str) -> str | None:
@@ -79,13 +81,13 @@ def model_stamp(model: str) -> str | None:
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 
-def is_there(path: Path, settings: str) -> bool:
-    """Whether `path` is a picture that was made with these very settings."""
+def settings_in(path: Path) -> str | None:
+    """The settings that the picture at `path` was made with; None where there is no such picture."""
     try:
         with Image.open(path) as image:
-            return image.info.get(CHUNK) == settings
+            return image.info.get(CHUNK)
     except OSError:
-        return False
+        return None
 
 
 def save(picture: Image.Image, path: Path, settings: str) -> None:

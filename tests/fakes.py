@@ -14,9 +14,9 @@ import tiny
 from configs import encode_config
 from ip2p.encode import run
 from ip2p.encode.cache import format as cache
-from ip2p.encode.config import EncodeConfig
+from ip2p.encode.cache.views import View
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 
 RESOLUTION = 8
@@ -30,7 +30,7 @@ def png(number: int) -> bytes:
     return file.getvalue()
 
 
-class Source(list[Pair]):
+class Pairs(list[Pair]):
     """A dataset in memory."""
 
     name, columns = "fake", ("input_image", "edited_image", "edit_prompt")
@@ -122,7 +122,7 @@ def seen(pair: Pair, flip: bool) -> tuple[bytes, bytes]:
     return content(view(pair.original or b"", flip)), content(view(pair.edited or b"", flip))
 
 
-def install(monkeypatch: pytest.MonkeyPatch, source: Source, rows: int) -> None:
+def install(monkeypatch: pytest.MonkeyPatch, source: Pairs, rows: int) -> None:
     """Let `run.encode` take `source` and the fakes, and write `rows` rows into a shard."""
     monkeypatch.setattr(run, "open_pairs", lambda *_: source)
     monkeypatch.setattr(run, "named_checkpoint", lambda *_, **__: Checkpoint())

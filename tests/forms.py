@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import tiny
-from ip2p.encode.config import EncodeConfig
+from configs import encode_config
 from ip2p.encode.data.open import open_pairs
 from ip2p.encode.data.pairs import Pair, Pairs
 
@@ -204,9 +204,9 @@ KINDS = [
 
 def opened(flags: Flags, **more: object) -> Pairs:
     """The source that flags mean."""
-    values = {name: str(v) if name == "dataset_name" else v for name, v in (flags | more).items()}
-    config = EncodeConfig("model", Path("cache"), **values)  # type: ignore[arg-type]
-    return open_pairs(config, config.cache_dir)
+    values: dict[str, Any] = {name: str(v) if name == "dataset_name" else v for name, v in (flags | more).items()}
+    config = encode_config(**values)
+    return open_pairs(config.dataset, config.model.cache_dir)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ import original_layout
 import tiny
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.config import Model
 from ip2p.encode.models import single_file
-from ip2p.encode.models.checkpoint import Checkpoint, Model, find_checkpoint, weight_files
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint, weight_files
 from ip2p.encode.models.identity import hash_weights
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags, unet_file
@@ -46,8 +48,10 @@ def description(tmp_path: Path) -> Callable[[Path], Path]:
     return copy
 
 
-def find(file: Path, config: Path | None, cache_dir: Path, **options: str) -> Checkpoint:
-    return find_checkpoint(Model(str(file), single_file_config=str(config) if config else None, **options), cache_dir)
+def find(file: Path, config: Path | None, cache_dir: Path, **options: Any) -> Checkpoint:
+    return find_checkpoint(
+        Model(str(file), single_file_config=str(config) if config else None, cache_dir=cache_dir, **options)
+    )
 
 
 def hash_part(folder: Path) -> str:

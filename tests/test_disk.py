@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written_is_named(
 
 def test_a_read_only_disk_is_named(monkeypatch: pytest.MonkeyPatch, small_disk: Path) -> None:
     """A finished cache on it is refused like a new one, and goes on when the disk can be written again."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 4)
     fakes.encode(small_disk / "cache")
     for name in ("cache", "new"):
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -104,7 +104,7 @@ def test_a_read_only_disk_is_named(monkeypatch: pytest.MonkeyPatch, small_disk: 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_second_encode_on_one_cache_is_refused(shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """While another process plans, or is one of several that encode; when it was killed, nothing is left of it."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 4)
     with holder(tmp_path / "cache", shared=shared) as process:
         with pytest.raises(CacheError, match="is being written by another ip2p-encode"):
             fakes.encode(tmp_path / "cache")
@@ -120,7 +120,7 @@ def test_worker_processes_of_a_killed_encode_do_not_hold_its_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Processes that read images notice only after seconds that they are orphans."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 4)
     with holder(tmp_path / "cache", worker=True) as process:
         process.kill()
         process.join()
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_stops_the_encode_cleanly(
     moment: int, monkeypatch: pytest.MonkeyPatch, small_disk: Path
 ) -> None:
     """Whenever it happens: one line, then, with space made, the same command finishes without repeating anything."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 4)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 4)
     cache, calls = small_disk / "cache", iter(range(1000))
 
     def fsync(_: int) -> None:
@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_stops_the_encode_cleanly(
 
 def test_an_encode_that_will_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch, small_disk: Path) -> None:
     """The estimate is compared with the free space before anything is written."""
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 1024)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 1024)
     needed = 64 * 12 * 32 * 32 * 2 / 2**20
     message = rf"needs {needed:.0f} MiB \(.* KiB each\), 1 MiB are free: make space or move --cache"
     with pytest.raises(CacheError, match=message):
@@ -174,7 +174,7 @@ def test_the_estimate_is_shown_and_true(
     """Bytes per sample, in all, and free; what is then written differs by the indices of the shards alone."""
     usage = namedtuple("usage", "total used free")(0, 0, 5 * 2**30)
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
-    fakes.install(monkeypatch, fakes.Source(PAIRS), 64)
+    fakes.install(monkeypatch, fakes.Pairs(PAIRS), 64)
     fakes.encode(tmp_path / "cache", resolution=64, random_flip=True)
     said = re.search(
         r"20 of 20 samples to encode: (\d+) MiB \((\d+) KiB each\) in .*, 5\.0 GiB free", capsys.readouterr().out

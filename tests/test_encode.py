@@ -17,8 +17,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import fakes
 import tiny
+from configs import encode_config
 from ip2p.encode import plan
-from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.pairs import Pair
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
@@ -127,7 +127,7 @@ def test_the_next_batch_is_begun_before_the_numbers_of_this_one_are_taken(
 ) -> None:
     """One batch is always in flight, over the ends of shards too; each row gets the numbers of its own picture."""
     pairs = [Pair(fakes.png(2 * n), fakes.png(2 * n + 1), f"make it {n}") for n in range(10)]
-    fakes.install(monkeypatch, fakes.Source(pairs), 4)
+    fakes.install(monkeypatch, fakes.Pairs(pairs), 4)
     log: dict[str, list[str]] = {"moments": [], "embed": []}
 
     def logged(name: str) -> Callable[..., Callable[[], Any]]:
@@ -170,4 +170,4 @@ def test_processes_on_one_machine_share_its_cores(
     """Each process that encodes starts as many workers as its share of the cores allows, and keeps one for itself."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert plan.workers(EncodeConfig("model", Path("cache"), "data")) == workers
+    assert plan.workers(encode_config(dataset_name="data")) == workers

@@ -16,14 +16,14 @@ from PIL import Image, ImageColor
 
 import tiny
 from ip2p.encode.base.flags import parse
+from ip2p.encode.data.pictures import open_picture
+from ip2p.encode.models.judge import Judge
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import EvaluateConfig
-from ip2p.infer.pictures import open_picture
 from ip2p.infer.score import scoring
 from ip2p.infer.score.curve import COLORS
 from ip2p.infer.score.evaluate import CURVE
 from ip2p.infer.score.metrics import Edit, measure
-from ip2p.infer.score.similarity import Judge
 from test_scores import Judges, tiny_judges
 
 CAPTIONS = ["a cat", "a house", "the sky", "a dog"], ["a red cat", "a green house", "the sky at night", "a snowy dog"]
@@ -63,7 +63,10 @@ def evaluate(model: str, judges: Judges, tmp_path: Path, out: Path) -> Evaluate:
         data = held_out(tmp_path / "data", columns() if rows is None else rows)
         options = {"model": model, "dataset": data, "split": "test", "output": out, "num_inference_steps": 1}
         options |= {"clip_model": judges.clip, "dino_model": judges.dino}
-        return main(["evaluate", *tiny.arguments(options | flags)])
+        try:
+            return main(["evaluate", *tiny.arguments(options | flags)])
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
 
     return run
 
@@ -238,7 +241,7 @@ def test_bad_pairs_are_reported_once_and_left_out(
     assert evaluate(rows, curve=True) == 0
     errors = capsys.readouterr().err
     skipped = sorted(line.partition("skipped ")[2] for line in errors.splitlines() if "skipped " in line)
-    reasons = ["read", "read", "no picture in column edited_image", "prompt is empty", "caption is", "caption is"]
+    reasons = ["decoded", "decoded", "no picture in column edited_image", "prompt is empty", "caption is", "caption is"]
     rows_in_order = [0, 1, 2, 4, 5, 6]
     assert len(skipped) == len(reasons)
     for line, row, reason in zip(skipped, rows_in_order, reasons, strict=True):

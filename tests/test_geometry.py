@@ -12,9 +12,10 @@ import tiny
 from ip2p.encode.base.errors import CacheMismatch, SettingsError
 from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.images import Geometry, View
+from ip2p.encode.geometry import Geometry
 from ip2p.train.data.batches import Order, Samples
 
 CROPS = {"resize_mode": "random_crop", "crops": 3}
@@ -28,11 +29,11 @@ def png(number: int, size: tuple[int, int]) -> bytes:
 
 
 @pytest.fixture
-def source(monkeypatch: pytest.MonkeyPatch) -> fakes.Source:
+def source(monkeypatch: pytest.MonkeyPatch) -> fakes.Pairs:
     """Six pairs, wide and tall, that the encodes of a test read; every other one names a side."""
     sizes, texts = [(40, 10), (10, 30)], ["make it red", "Put it on the LEFT"]
     pairs = [Pair(png(2 * n, sizes[n % 2]), png(2 * n + 1, sizes[n % 2]), texts[n % 2]) for n in range(6)]
-    source = fakes.Source(pairs)
+    source = fakes.Pairs(pairs)
     fakes.install(monkeypatch, source, rows=4)
     return source
 
@@ -43,7 +44,7 @@ def numbers(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(arrays["original"][:]), np.asarray(arrays["edited"][:])
 
 
-def check(cache: Cache, source: fakes.Source) -> None:
+def check(cache: Cache, source: fakes.Pairs) -> None:
     """Every view of every sample holds the moments of that view of its own pair."""
     geometry, (original, edited) = Geometry.of(cache.manifest["encoding"]), numbers(cache)
     samples = cache.samples().to_pylist()
@@ -57,7 +58,7 @@ def check(cache: Cache, source: fakes.Source) -> None:
         assert [sample["crop_top"], sample["crop_left"]] == [[size[4] for size in sizes], [size[5] for size in sizes]]
 
 
-def test_every_random_crop_of_both_images_is_stored(source: fakes.Source, tmp_path: Path) -> None:
+def test_every_random_crop_of_both_images_is_stored(source: fakes.Pairs, tmp_path: Path) -> None:
     """Three crops and their flips are six views, at places that differ."""
     fakes.encode(tmp_path, random_flip=True, **CROPS)
     cache = Cache.open(tmp_path)
@@ -69,7 +70,7 @@ def test_every_random_crop_of_both_images_is_stored(source: fakes.Source, tmp_pa
     assert wide["crop_top"] == [0] * 6
 
 
-def test_crops_and_flips_can_be_added_to_a_finished_cache(source: fakes.Source, tmp_path: Path) -> None:
+def test_crops_and_flips_can_be_added_to_a_finished_cache(source: fakes.Pairs, tmp_path: Path) -> None:
     """What is there stays as it is and where it is; what is new is encoded, and nothing twice."""
     fakes.encode(tmp_path, resize_mode="random_crop", crops=2)
     before = numbers(Cache.open(tmp_path))
@@ -88,7 +89,7 @@ def test_crops_and_flips_can_be_added_to_a_finished_cache(source: fakes.Source, 
 
 
 def test_the_end_of_a_run_says_what_shapes_and_words_mean(
-    source: fakes.Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: fakes.Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pairs of two sizes, squares that every crop shows whole, and instructions that are kept from the flip."""
     source += [
@@ -113,7 +114,7 @@ def shown(cache: Cache) -> dict[str, set[str]]:
     return seen
 
 
-def test_instructions_that_name_a_side_are_never_shown_flipped(source: fakes.Source, tmp_path: Path) -> None:
+def test_instructions_that_name_a_side_are_never_shown_flipped(source: fakes.Pairs, tmp_path: Path) -> None:
     """The same crop is shown unflipped instead; all others are shown in every view."""
     fakes.encode(tmp_path, random_flip=True, **CROPS)
     seen = shown(Cache.open(tmp_path))
@@ -121,7 +122,7 @@ def test_instructions_that_name_a_side_are_never_shown_flipped(source: fakes.Sou
     assert seen["Put it on the LEFT"] == {"crop0", "crop1", "crop2"}
 
 
-def test_what_is_kept_from_the_flip_can_be_changed_without_encoding(source: fakes.Source, tmp_path: Path) -> None:
+def test_what_is_kept_from_the_flip_can_be_changed_without_encoding(source: fakes.Pairs, tmp_path: Path) -> None:
     """Instructions may share a pair, so the choice is a column of the samples and touches no number."""
     source.append(source[0]._replace(instruction="turn it to the right"))
     fakes.encode(tmp_path, random_flip=True)
@@ -153,12 +154,12 @@ def test_the_offered_pattern_knows_whole_words(
     instruction: str, flip: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Words that contain left or right by chance are flipped like any other."""
-    fakes.install(monkeypatch, fakes.Source([Pair(fakes.png(0), fakes.png(1), instruction)]), rows=4)
+    fakes.install(monkeypatch, fakes.Pairs([Pair(fakes.png(0), fakes.png(1), instruction)]), rows=4)
     fakes.encode(tmp_path, random_flip=True)
     assert Cache.open(tmp_path).samples()["flip"].to_pylist() == [flip]
 
 
-def test_a_pair_that_cannot_be_decoded_stands_aside_in_all_views(source: fakes.Source, tmp_path: Path) -> None:
+def test_a_pair_that_cannot_be_decoded_stands_aside_in_all_views(source: fakes.Pairs, tmp_path: Path) -> None:
     """Its neighbors in the batch are encoded as ever."""
     source.insert(1, Pair(png(30, (40, 10)), b"torn", "make it red"))
     fakes.encode(tmp_path, random_flip=True, **CROPS)
@@ -169,7 +170,7 @@ def test_a_pair_that_cannot_be_decoded_stands_aside_in_all_views(source: fakes.S
     assert np.isfinite(numbers(cache)[1][samples[2]["row"]]).all()
 
 
-def test_center_crop_is_diffusers_name_of_a_resize_mode(source: fakes.Source, tmp_path: Path) -> None:
+def test_center_crop_is_diffusers_name_of_a_resize_mode(source: fakes.Pairs, tmp_path: Path) -> None:
     """Both flags make the same cache."""
     fakes.encode(tmp_path, center_crop=True)
     check(Cache.open(tmp_path), source)
@@ -186,7 +187,7 @@ def test_center_crop_is_diffusers_name_of_a_resize_mode(source: fakes.Source, tm
     ],
 )
 def test_another_geometry_is_another_encoding(
-    source: fakes.Source, tmp_path: Path, flags: dict[str, str], message: str
+    source: fakes.Pairs, tmp_path: Path, flags: dict[str, str], message: str
 ) -> None:
     """One cache never mixes two of them."""
     fakes.encode(tmp_path)

@@ -21,6 +21,7 @@ from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import content_key
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.samples import text_key
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.keeper.repair import repair
 from ip2p.encode.keeper.verify import Finding
@@ -40,7 +41,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
-        self.source = fakes.Source()
+        self.source = fakes.Pairs()
         self.flip = False
         self.pairs: dict[str, Pair] = {}  # every pair that was ever there, by its key
         self.texts = {text_key(""): ""}  # and every instruction
@@ -259,7 +260,7 @@ def test_the_empty_instruction_is_restored_though_no_sample_has_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Training needs text row 0 even where the shard around it holds nothing else that is used."""
-    source = fakes.Source(Pair(fakes.png(n), fakes.png(n), f"old {n}") for n in range(ROWS - 1))
+    source = fakes.Pairs(Pair(fakes.png(n), fakes.png(n), f"old {n}") for n in range(ROWS - 1))
     fakes.install(monkeypatch, source, ROWS)
     fakes.encode(tmp_path)
     source[:] = [pair._replace(instruction="new") for pair in source]
@@ -273,7 +274,7 @@ def test_the_empty_instruction_is_restored_though_no_sample_has_it(
 
 def test_damaged_small_files_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A flipped bit in metadata or samples is mended by the next encode, not believed, and the numbers stay."""
-    fakes.install(monkeypatch, fakes.Source([Pair(fakes.png(0), fakes.png(1), "x")]), ROWS)
+    fakes.install(monkeypatch, fakes.Pairs([Pair(fakes.png(0), fakes.png(1), "x")]), ROWS)
     fakes.encode(tmp_path)
     fakes.Encoders.log.clear()
     for file in (tmp_path / "samples.parquet", *sorted(tmp_path.glob("data.zarr/**/zarr.json"))):

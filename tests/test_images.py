@@ -1,4 +1,4 @@
-"""Tests of encode/images.py: what the VAE sees of an image file, and of which part of it."""
+"""Tests of encode/geometry.py: what the VAE sees of an image file, and of which part of it."""
 
 import io
 import itertools
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from ip2p.encode.images import Geometry, ImageError, View, decode, joined_views, view_names
+from ip2p.encode.cache.views import View, joined_views, view_names
+from ip2p.encode.geometry import Geometry
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
 
@@ -44,15 +45,19 @@ def photo(alpha: int | None = None) -> Image.Image:
     return image
 
 
-def deep_png(values: np.ndarray) -> bytes:
-    """A PNG with 16 bits per channel, (height, width, 3), which Pillow reads but cannot write."""
+def deep_png(values: np.ndarray, size: tuple[int, int] | None = None) -> bytes:
+    """A PNG with 16 bits per channel, (height, width, 1 to 4), which Pillow reads but cannot write.
+
+    It claims to be of some other `size`, (width, height), where one is given.
+    """
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    height, width, _ = values.shape
+    height, width, channels = values.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", *(size or (width, height)), 16, color_type, 0, 0, 0)
     chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -157,34 +162,6 @@ def test_16_bit_gray_is_scaled_to_8_bits(kind: str, seen: Callable[..., torch.Te
     gray = np.asarray(photo().convert("L"))
     deep = file_of(Image.fromarray(gray.astype(np.uint16) * 257), kind)
     assert torch.equal(seen(deep), script(file_of(Image.fromarray(gray))))
-
-
-def test_16_bit_gray_may_have_a_transparent_value() -> None:
-    """The one value that a PNG declares transparent shows the background."""
-    gray = np.full((4, 4), 300, np.uint16)
-    gray[0, 0] = 301
-    data = file_of(Image.fromarray(gray), transparency=301)
-    assert decode(data, "red").getpixel((0, 0)) == (255, 0, 0)
-    assert decode(data, "red").getpixel((1, 1)) == (1, 1, 1)
-
-
-@pytest.mark.parametrize("values", [np.ones((1, 1), np.float32), np.full((1, 1), 70_000, np.int32)])
-def test_pixels_of_unknown_range_are_refused(values: np.ndarray) -> None:
-    """Nobody knows what their white is, so no guess is made."""
-    with pytest.raises(ImageError, match="expected 8 or 16 bits"):
-        decode(file_of(Image.fromarray(values), "TIFF"))
-
-
-@pytest.mark.parametrize("data", [b"", b"<html>", file_of(photo())[:300], file_of(photo(), "GIF")[:20]])
-def test_what_cannot_be_decoded_is_refused_with_the_same_words_each_time(data: bytes) -> None:
-    """Reasons are counted by their text, so no address of an object may stand in them."""
-    messages = set()
-    for _ in range(2):
-        with pytest.raises(ImageError, match="the image ") as error:
-            decode(data)
-        messages.add(str(error.value))
-    assert len(messages) == 1
-    assert "0x" not in messages.pop()
 
 
 sides = st.integers(1, 80)

@@ -1,6 +1,5 @@
 """`Editor`: pictures and prompts in, the right pictures out, on tiny real pipelines."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from PIL import Image
 import tiny
 from ip2p.infer import EditError, Editor
 from ip2p.infer.guidance import Guidance
-from ip2p.infer.pictures import open_picture
-from ip2p.infer.score.scores import psnr
-from ip2p.infer.sheet import TILE, contact_sheet
 
 STEPS = 3
 
@@ -217,22 +213,6 @@ def test_resolution_sets_the_long_side(editor: Editor) -> None:
             editor.edit(picture(5), "make it red", resolution=wrong)
 
 
-def test_pictures_are_seen_as_people_see_them(tmp_path: Path) -> None:
-    """EXIF orientation turns, transparency becomes white, gray of 16 bits keeps its shades, all become RGB."""
-    turned = picture(6, (10, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright
-    turned.save(tmp_path / "turned.png", exif=exif)
-    assert apart(open_picture(tmp_path / "turned.png"), turned.transpose(Image.Transpose.ROTATE_270)) == 0
-    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert open_picture(clear).getpixel((0, 0)) == (255, 255, 255)
-    palette = Image.new("P", (2, 2), 1)
-    palette.info["transparency"] = 1
-    assert open_picture(palette).getpixel((0, 0)) == (255, 255, 255)
-    gray = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
-    assert open_picture(gray).getpixel((0, 0)) == (128, 128, 128)
-
-
 # numpy 2 warns about how diffusers' Euler schedulers turn tensors into arrays.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["sd"])
@@ -264,8 +244,8 @@ def test_a_loaded_pipeline_is_taken_as_it_is(editor: Editor, bare: Any) -> None:
     [
         ({"prompts": " "}, "the prompt is empty"),
         ({"prompts": ["a", "b", "c"], "images": [b"", b""]}, "2 pictures and 3 prompts"),
-        ({"images": b"no picture"}, "not a picture that can be read"),
-        ({"images": "nowhere.png"}, r"not a picture that can be read: .*nowhere\.png"),
+        ({"images": b"no picture"}, "the image cannot be decoded"),
+        ({"images": "nowhere.png"}, r"nowhere\.png cannot be read: No such file"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0, expected 1 to 1000"),
         ({"num_images": 0}, "expected at least 1"),
         ({"batch_size": 0}, "expected at least 1"),
@@ -300,30 +280,3 @@ def test_running_out_of_memory_names_the_flags_that_help(editor: Editor, monkeyp
     monkeypatch.setattr(editor.pipeline.vae, "encode", too_much)
     with pytest.raises(EditError, match="2 pictures of 16 x 16 at once: lower --batch_size or --resolution"):
         editor.edit([picture(1), picture(2)], "make it red")
-
-
-def test_a_contact_sheet_shows_small_pictures_enlarged_pixel_by_pixel() -> None:
-    """A 64-pixel picture fills its tile with blocks of its own colors; an empty place stays white."""
-    small = picture(10, (64, 64))
-    sheet = contact_sheet([("make it red", [small, None])], ["original", "target"])
-    enlarged = small.resize((TILE, TILE), Image.Resampling.NEAREST)
-    top = next(y for y in range(sheet.height) if sheet.getpixel((16, y)) == enlarged.getpixel((0, 0)))
-    assert apart(sheet.crop((16, top, 16 + TILE, top + TILE)), enlarged) == 0
-    assert np.asarray(sheet.crop((TILE + 24, top, sheet.width, top + TILE))).min() == 255
-    assert np.asarray(sheet.crop((0, top + TILE, sheet.width, sheet.height))).min() < 128, "no caption"
-
-
-def test_a_contact_sheet_is_about_square_and_takes_any_sizes() -> None:
-    """Many strips stand in columns, pictures of all shapes fit, and captions of any length stay inside."""
-    rows: Sequence = [
-        ("make it red " * (n + 1), [picture(n, (40 * n + 1, 300)), picture(n, (500, n + 1))]) for n in range(9)
-    ]
-    sheet = contact_sheet(iter(rows), ["original", "edited"])
-    assert 0.5 < sheet.width / sheet.height < 2
-
-
-def test_psnr_follows_its_definition() -> None:
-    """A difference of 16 levels everywhere is 20 log10(255 / 16) dB; equal pictures are infinitely near."""
-    dark, light = Image.new("RGB", (8, 8), (100, 100, 100)), Image.new("RGB", (4, 4), (116, 116, 116))
-    assert psnr(dark, light) == pytest.approx(24.048, abs=1e-3)
-    assert psnr(dark, dark) == 60

@@ -17,7 +17,7 @@ from PIL import Image
 import tiny
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
-from ip2p.infer.score.scores import psnr
+from ip2p.infer.score.metrics import psnr
 from test_infer import apart, picture
 from test_infer_command import STEPS, edit
 
@@ -103,8 +103,9 @@ def test_a_split_is_chosen_and_sliced(model: str, tmp_path: Path, capsys: pytest
     (folder / "train-00000-of-00001.parquet").rename(folder / "test-00000-of-00001.parquet")
     tiny.dataset(folder, tiny.pairs(1, first=9))
     arguments = ["--model", model, "--table", str(folder), "--output", str(tmp_path / "out"), *STEPS]
-    assert main(arguments) == 2
-    assert "has several splits: choose one of train, test with --split" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "splits train, test: choose one with --split" in capsys.readouterr().err
     assert main([*arguments, "--split", "test[:2]"]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
 
@@ -204,7 +205,7 @@ def test_bad_rows_are_named_and_the_batch_goes_on(
     assert "1 edited, 4 skipped" in written.out
     skipped = [line for line in written.err.splitlines() if "skipped row" in line]
     assert len(skipped) == 4
-    assert all(name in line for name, line in zip(["read", "prompt", "gone.png", "image"], skipped, strict=True))
+    assert all(name in line for name, line in zip(["decoded", "prompt", "gone.png", "image"], skipped, strict=True))
     (only,) = out.iterdir()
     assert apart(Image.open(only), edit(editor, photos / "a.png", "make it red")[0]) == 0
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import Source
+from fakes import Pairs
 from ip2p.encode.cache.format import SAMPLES, Unit
+from ip2p.encode.cache.samples import NULL_PROMPT, Ledger, text_key
+from ip2p.encode.data.identify import identify
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.planner import NULL_PROMPT, assign, index, missing, settle, text_key
 
 ROWS = {"images": 4, "text": 3}
 SIZES = [12, 8, 10, 6, 0, 1]  # original width and height, edited width and height, crop top and left
@@ -219,14 +220,14 @@ def test_the_empty_instruction_is_encoded_even_if_no_sample_is_left() -> None:
 )
 def test_what_cannot_be_tried_stands_aside_from_the_start(pair: Pair, reason: str | None) -> None:
     """Missing sides and unusable instructions are named before anything is decoded."""
-    (sample,) = identify(Source([pair]), 0).to_pylist()  # type: ignore[arg-type]
+    (sample,) = identify(Pairs([pair]), 0).to_pylist()  # type: ignore[arg-type]
     assert (sample["status"], sample["reason"]) == ("quarantined" if reason else "pending", reason)
 
 
 def test_identity_is_content() -> None:
     """Two samples are the same where both files and the instruction are; the boundary between files counts."""
     pairs = [Pair(b"ab", b"c", "x"), Pair(b"ab", b"c", "x"), Pair(b"ab", b"c", "y"), Pair(b"a", b"bc", "x")]
-    table = identify(Source(pairs), 0)  # type: ignore[arg-type]
+    table = identify(Pairs(pairs), 0)  # type: ignore[arg-type]
     first, same, other_text, other_files = zip(table["pair"].to_pylist(), table["key"].to_pylist(), strict=True)
     assert first == same
     assert first[0] == other_text[0]

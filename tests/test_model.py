@@ -14,7 +14,8 @@ import tiny
 from configs import train_config
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.models.checkpoint import Checkpoint, Model, find_checkpoint
+from ip2p.encode.config import Model
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.train.config import TrainConfig
 from ip2p.train.unet.load import choose_attention, load_unet, widen
 
@@ -62,7 +63,7 @@ def test_a_revision_is_that_of_every_part(
         shutil.copytree(model, hub / "models--someone--tiny" / "snapshots" / hashes[branch])
         (hub / "models--someone--tiny" / "refs").mkdir(exist_ok=True)
         (hub / "models--someone--tiny" / "refs" / branch).write_text(hashes[branch])
-    found = find_checkpoint(Model("someone/tiny", revision="other"), hub)
+    found = find_checkpoint(Model("someone/tiny", revision="other", cache_dir=hub))
     assert found.identity() == Checkpoint(other).identity() != Checkpoint(sd).identity()
     encode("someone/tiny", data, tmp_path / "cache", revision="other", cache_dir=hub, max_train_samples=1)
     assert Cache.open(tmp_path / "cache").manifest["identity"] == found.identity()

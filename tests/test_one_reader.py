@@ -1,6 +1,5 @@
 """One reader of datasets: whatever form they have, encoding, editing and scoring find the same rows in them."""
 
-import dataclasses
 import json
 import pickle
 import shutil
@@ -12,8 +11,9 @@ import pytest
 
 from forms import KINDS, PAIRS, Flags, Kind, csv_file, image_files, metadata_jsonl, opened, parquet, shards
 from ip2p.encode.base.errors import EditError, SourceError
+from ip2p.encode.base.flags import changed, parse
 from ip2p.encode.data.pairs import Pair
-from ip2p.infer.config import InferConfig, parse_evaluate
+from ip2p.infer.config import EvaluateConfig, InferConfig, Inputs, Outputs
 from ip2p.infer.jobs import Job, find_jobs
 
 WORDS = [pair._replace(instruction=word) for pair, word in zip(PAIRS, ("None", "null", "NA", "nan", "1"), strict=False)]
@@ -22,7 +22,7 @@ WORDS = [pair._replace(instruction=word) for pair, word in zip(PAIRS, ("None", "
 def jobs_of(flags: Flags, **more: object) -> list[Job]:
     """What `ip2p-infer --table` makes of a dataset that flags of `ip2p-encode` name."""
     table = str(flags.get("dataset_name") or flags["train_data_dir"])
-    return find_jobs(dataclasses.replace(InferConfig(model="model", table=table, output="out"), **more))
+    return find_jobs(changed(InferConfig("model", Inputs(table=table), Outputs("out")), **more))
 
 
 def pair_of(job: Job) -> Pair:
@@ -146,12 +146,12 @@ def test_columns_are_found_by_the_same_rules(build: Callable[[Path], Flags], tmp
 def test_captions_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
     """Scores need them, edits do not; a row without one has an empty one, and other columns are taken by flag."""
     table = str(sparse(tmp_path / "data")["dataset_name"])
-    config = InferConfig(model="model", table=table, output="out")
+    config = InferConfig("model", Inputs(table=table), Outputs("out"))
     assert [job.captions for job in find_jobs(config)] == [(None, None)] * 2
     assert [job.captions for job in find_jobs(config, (None, None))] == [("a cat", "a red cat"), ("a cat", "")]
     assert find_jobs(config, ("edit_prompt", None))[0].captions == (PAIRS[0].instruction, "a red cat")
-    evaluation = parse_evaluate(["--model", "m", "--dataset", table, "--output", "out"])
-    assert find_jobs(evaluation.editing("m", 1.5, tmp_path), (None, None))[1].captions == ("a cat", "")
+    evaluation = parse(EvaluateConfig, ["--model", "m", "--dataset", table, "--output", "out"], "ip2p-infer evaluate")
+    assert find_jobs(evaluation.infer("m", 1.5, tmp_path), (None, None))[1].captions == ("a cat", "")
 
 
 def test_one_prompt_needs_no_column_of_prompts(tmp_path: Path) -> None:

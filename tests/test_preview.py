@@ -1,4 +1,4 @@
-"""Tests of encode/preview.py: the sheet shows what the cache holds."""
+"""Tests of encode/keeper/preview.py: the sheet shows what the cache holds."""
 
 import shutil
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.data.sheet import GAP, LINE, TILE
 from ip2p.encode.keeper.__main__ import main
 
 Encode = Callable[..., None]
@@ -29,22 +30,24 @@ def decoded(sd: Path, latents: np.ndarray) -> np.ndarray:
 def test_the_sheet_shows_both_images_in_every_view_with_their_instruction(
     sd: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Columns are original and edited (the mode), view by view; rows are spread from the first sample to the last."""
+    """A strip for each sample, from the first to the last; in it original and edited (the mode), view by view."""
     output = tmp_path / "new" / "sheet.png"
     main(["preview", str(cache), "--output", str(output), "--samples", "3"])
     sheet = np.asarray(Image.open(output))
-    head, caption, side = 16, 32, 256
-    assert sheet.shape == (head + 3 * (caption + side), 4 * side, 3)
     group = zarr.open_group(cache / "data.zarr", mode="r")
     arrays = {name: np.asarray(array[:]) for name, array in group.arrays()}
     samples = Cache.open(cache).samples().to_pylist()
+    height = len(sheet) // 3
     for n, sample in enumerate([samples[0], samples[4], samples[9]]):
-        top = head + n * (caption + side) + caption
+        strip = sheet[n * height : (n + 1) * height]
         for column, (name, view) in enumerate([("original", 0), ("edited", 0), ("original", 1), ("edited", 1)]):
-            shown = sheet[top : top + side, column * side : (column + 1) * side].astype(int)
+            left = 2 * GAP + column * (TILE + GAP)
+            below = strip[:, left : left + TILE].astype(int)
             expected = decoded(sd, arrays[name][sample["row"], view, :4])
-            assert np.abs(shown - expected).max() <= 1, (n, column)
-        assert (sheet[top - caption : top] < 128).any(), "no caption"
+            top = next(y for y in range(height) if np.abs(below[y : y + 16] - expected[:16]).max() <= 1)
+            assert np.abs(below[top : top + TILE] - expected).max() <= 1, (n, column)
+            assert (below[:top] < 200).any(), "no heading"
+        assert (strip[-LINE - GAP :] < 128).any(), "no caption"
 
 
 def test_a_cache_without_samples_or_with_torn_ones_is_told(

@@ -22,7 +22,7 @@ from ip2p.encode.cache import format as layout
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
 from ip2p.train.data.batches import Samples
 
@@ -163,7 +163,7 @@ def test_on_error_fail_stops_for_a_sample_that_stood_aside_earlier(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What an earlier run set aside is not passed over in silence."""
-    source = fakes.Source([Pair(GOOD, b"", "x"), Pair(GOOD, GOOD, "x")])
+    source = fakes.Pairs([Pair(GOOD, b"", "x"), Pair(GOOD, GOOD, "x")])
     fakes.install(monkeypatch, source, 4)
     fakes.encode(tmp_path / "cache")
     with pytest.raises(Exception, match=r"sample [0-9a-f]{32}: the image is empty"):
@@ -176,7 +176,7 @@ def test_retry_quarantined_tries_again_only_what_stood_aside(
     """What can be encoded now becomes ok, what cannot keeps its reason, and nothing else is touched or encoded."""
     pairs = [Pair(fakes.png(n), fakes.png(n + 1), f"instruction {n % 3}") for n in range(6)]
     pairs[2] = pairs[2]._replace(edited=b"torn")
-    source = fakes.Source(pairs)
+    source = fakes.Pairs(pairs)
     fakes.install(monkeypatch, source, 4)
     bad = fakes.content(fakes.view(fakes.png(4), False))
 
@@ -215,9 +215,9 @@ def test_retry_quarantined_looks_again_for_images_that_were_out_of_reach(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A network disk that failed while the dataset was read leaves the dataset what it was."""
-    source = fakes.Source([Pair(None, GOOD, "x"), Pair(GOOD, GOOD, "x")])
+    source = fakes.Pairs([Pair(None, GOOD, "x"), Pair(GOOD, GOOD, "x")])
     fakes.install(monkeypatch, source, 4)
-    monkeypatch.setattr(fakes.Source, "fingerprint", lambda _: "always the same")
+    monkeypatch.setattr(fakes.Pairs, "fingerprint", lambda _: "always the same")
     fakes.encode(tmp_path / "cache")
     source[0] = Pair(fakes.png(1), GOOD, "x")
     found = []
@@ -231,7 +231,7 @@ def test_an_instruction_that_is_not_finite_sets_its_samples_aside(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """All samples with that instruction stand aside; the pair stays usable with another one."""
-    source = fakes.Source([Pair(GOOD, GOOD, "fine"), Pair(GOOD, GOOD, "broken")])
+    source = fakes.Pairs([Pair(GOOD, GOOD, "fine"), Pair(GOOD, GOOD, "broken")])
     fakes.install(monkeypatch, source, 4)
 
     def embed(self: fakes.Encoders, prompts: list[str]) -> Callable[[], tuple[torch.Tensor, None]]:
@@ -308,14 +308,14 @@ def test_pictures_that_only_look_odd_are_used(monkeypatch: pytest.MonkeyPatch, t
         file(first.convert("L").convert("I").convert("I;16")),
         file(first.convert("CMYK"), "JPEG"),
     ]
-    fakes.install(monkeypatch, fakes.Source(Pair(content, GOOD, "x") for content in files), 4)
+    fakes.install(monkeypatch, fakes.Pairs(Pair(content, GOOD, "x") for content in files), 4)
     fakes.encode(tmp_path / "cache")
     assert set(Cache.open(tmp_path / "cache").samples()["status"].to_pylist()) == {"ok"}
 
 
 def test_pillows_suspicion_of_a_bomb_is_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A picture above Pillow's limit stands aside, though Pillow itself refuses only twice as much."""
-    fakes.install(monkeypatch, fakes.Source([Pair(claim(9500, 9500), GOOD, "x")]), 4)
+    fakes.install(monkeypatch, fakes.Pairs([Pair(claim(9500, 9500), GOOD, "x")]), 4)
     fakes.encode(tmp_path / "cache")
     assert "decompression bomb" in Cache.open(tmp_path / "cache").samples()["reason"][0].as_py()
 
@@ -324,7 +324,7 @@ def test_shards_stay_dense_where_whole_chunks_stand_aside(monkeypatch: pytest.Mo
     """A chunk without numbers is written all the same, so that the shard can still be mapped into memory."""
     monkeypatch.setitem(layout.CHUNK_ROWS, "images", 2)
     broken = [Pair(b"torn" + bytes([n]), GOOD, "x") for n in range(2)]
-    fakes.install(monkeypatch, fakes.Source([*broken, Pair(GOOD, fakes.png(1), "x"), Pair(GOOD, fakes.png(2), "x")]), 4)
+    fakes.install(monkeypatch, fakes.Pairs([*broken, Pair(GOOD, fakes.png(1), "x"), Pair(GOOD, fakes.png(2), "x")]), 4)
     fakes.encode(tmp_path / "cache")
     record = Cache.open(tmp_path / "cache").commits()[Unit("images", 0)]
     sizes = [entry["bytes"] for entry in record["files"].values()]
@@ -333,7 +333,7 @@ def test_shards_stay_dense_where_whole_chunks_stand_aside(monkeypatch: pytest.Mo
 
 def test_reasons_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nothing accidental, such as an address in memory, stands in a reason."""
-    fakes.install(monkeypatch, fakes.Source([Pair(b"<html>", GOOD, "x"), Pair(GOOD, claim(3, 3), "x")]), 4)
+    fakes.install(monkeypatch, fakes.Pairs([Pair(b"<html>", GOOD, "x"), Pair(GOOD, claim(3, 3), "x")]), 4)
     reasons = []
     for name in ("first", "second"):
         fakes.encode(tmp_path / name)

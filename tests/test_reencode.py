@@ -117,8 +117,8 @@ def test_a_given_folder_of_images_takes_the_place_of_the_dataset(
     """--train_data_dir and --dataset_name exclude each other, whichever was recorded."""
     manifest = Cache.open(cache).manifest
     config = recorded_config(manifest, WholeOrigin(train_data_dir=Path("images")))
-    assert (config.dataset_name, config.train_data_dir) == (None, Path("images"))
-    assert recorded_config(manifest, WholeOrigin()).dataset_name == manifest["settings"]["dataset_name"]
+    assert (config.dataset.dataset_name, config.dataset.train_data_dir) == (None, Path("images"))
+    assert recorded_config(manifest, WholeOrigin()).dataset.dataset_name == manifest["settings"]["dataset_name"]
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(cache), "--train_data_dir", "images", "--dataset_name", "pairs"])
     assert stopped.value.code == 2

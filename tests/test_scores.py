@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, ViTConfig, ViTModel
 
 import tiny
-from ip2p.infer import EditError
-from ip2p.infer.score.metrics import Edit, measure
-from ip2p.infer.score.similarity import Judge
+from ip2p.encode.base.errors import ModelError
+from ip2p.encode.models.judge import Judge
+from ip2p.infer.score.metrics import Edit, measure, psnr
 
 SIDE = 14  # of the pictures that the tiny models see
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -200,6 +200,13 @@ def test_models_of_another_kind_are_refused_in_one_line(judges: Judges, tmp_path
         ),
     }
     for message, names in wrong.items():
-        with pytest.raises(EditError, match=message) as caught:
+        with pytest.raises(ModelError, match=message) as caught:
             Judge(*names)
         assert "\n" not in str(caught.value)
+
+
+def test_psnr_follows_its_definition() -> None:
+    """A difference of 16 levels everywhere is 20 log10(255 / 16) dB; equal pictures are infinitely near."""
+    dark, light = Image.new("RGB", (8, 8), (100, 100, 100)), Image.new("RGB", (4, 4), (116, 116, 116))
+    assert psnr(dark, light) == pytest.approx(24.048, abs=1e-3)
+    assert psnr(dark, dark) == 60

@@ -1,5 +1,6 @@
 """What a training run starts from: devices and processes, caches, the base model, the seed."""
 
+import dataclasses
 import os
 import secrets
 from collections.abc import Iterator
@@ -19,9 +20,8 @@ from accelerate.utils import (
 
 from ..encode.base.errors import CacheError, CacheMismatch, SettingsError
 from ..encode.base.flags import dump
-from ..encode.cache.format import Cache
+from ..encode.cache.format import Cache, differences
 from ..encode.keeper.verify import verify
-from ..encode.manifest import differences
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from .config import TrainConfig
 from .unet.weights import Precision, choose_precision
@@ -121,15 +121,14 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
     Raises:
         CacheMismatch: it was not; the message says where they differ.
     """
+    recorded, model = cache.manifest["model"], config.model
+    model = dataclasses.replace(
+        model,
+        pretrained_vae_model_name_or_path=model.pretrained_vae_model_name_or_path or recorded["vae"],
+        single_file_config=model.single_file_config or recorded["single_file_config"],
+    )
     with accelerator.main_process_first():
-        checkpoint = find_checkpoint(
-            config.model.pretrained_model_name_or_path,
-            revision=config.model.revision,
-            variant=config.model.variant,
-            vae=config.model.pretrained_vae_model_name_or_path or cache.manifest["model"]["vae"],
-            single_file_config=config.model.single_file_config or cache.manifest["model"]["single_file_config"],
-            cache_dir=config.model.cache_dir,
-        )
+        checkpoint = find_checkpoint(model)
     names = ("in the cache", f"in {config.model.pretrained_model_name_or_path}")
     if different := differences(cache.manifest, {"identity": checkpoint.identity()}, ["identity"], names):
         raise CacheMismatch(

@@ -6,6 +6,7 @@
     ├── ModelError      a checkpoint
     ├── TrainError      a training run that cannot go on
     ├── EditError       an edit that cannot be made
+    │   └── ImageError      a picture that cannot be decoded
     └── CacheError      a cache
         └── CacheMismatch   a cache that belongs to another model or other settings
 
@@ -42,6 +43,10 @@ class TrainError(Ip2pError):
 
 class EditError(Ip2pError, ValueError):
     """A setting, model or picture that editing cannot use."""
+
+
+class ImageError(EditError):
+    """A picture that cannot be read or decoded; whoever encodes sets its pair aside with the reason."""
 
 
 class CacheError(Ip2pError):

@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader
 from ..base.console import bar
 from ..base.files import content_key
 from ..cache.format import SAMPLES
-from .sources import Pair, Source
+from .pairs import Pair, Pairs
 
 
-def identify(source: Source, workers: int, batch_size: int = 64) -> pa.Table:
+def identify(source: Pairs, workers: int, batch_size: int = 64) -> pa.Table:
     """Read every sample once, in `workers` processes; returns the samples table, in which no sample has a row yet."""
     positions: Any = range(len(source))
     loader = DataLoader(positions, batch_size, num_workers=workers, collate_fn=partial(_identities, source))
@@ -25,7 +25,7 @@ def identify(source: Source, workers: int, batch_size: int = 64) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SAMPLES)
 
 
-def _identities(source: Source, positions: Sequence[int]) -> list[dict[str, Any]]:
+def _identities(source: Pairs, positions: Sequence[int]) -> list[dict[str, Any]]:
     """Rows of the samples table, made where the images are read: in worker processes."""
     rows = []
     for position in positions:

@@ -5,12 +5,12 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..base.errors import SourceError
-from ..config import EncodeConfig
+from ..config import Dataset
 from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, Role, choose, evaluation_only
 from .pairs import Pairs, Rows
 
 
-def open_pairs(dataset: EncodeConfig, cache_dir: Path | None) -> Pairs:
+def open_pairs(dataset: Dataset, cache_dir: Path | None) -> Pairs:
     """Open the pairs of images and instructions that the flags name, those of the split train unless one is named.
 
     Raises:
@@ -22,7 +22,7 @@ def open_pairs(dataset: EncodeConfig, cache_dir: Path | None) -> Pairs:
 
 
 def open_rows(
-    dataset: EncodeConfig,
+    dataset: Dataset,
     cache_dir: Path | None,
     needed: Collection[Role],
     wanted: Collection[Role] = (),
@@ -73,6 +73,6 @@ def open_rows(
     return rows
 
 
-def name_of(dataset: EncodeConfig) -> str:
+def name_of(dataset: Dataset) -> str:
     """What the user calls the dataset."""
     return dataset.dataset_name or str(dataset.train_data_dir)

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..base.errors import SourceError, reason
 from ..base.files import file_state
-from ..config import EncodeConfig
+from ..config import Dataset
 from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, image_columns, kinds_of
 from .pairs import Rows
 
@@ -75,9 +75,7 @@ class Table(Rows):
         return digest.hexdigest()
 
 
-def open_table(
-    dataset: EncodeConfig, name: str, pick: Pick, cache_dir: Path | None, default_split: str | None
-) -> Table:
+def open_table(dataset: Dataset, name: str, pick: Pick, cache_dir: Path | None, default_split: str | None) -> Table:
     """Open a Hub id, a local file or folder, or a folder with a file of metadata that names the images.
 
     Raises:
@@ -166,7 +164,7 @@ def _table(table: Any, pick: Pick, folder: Path) -> Table:
     return Table(table, pick(kinds_of(table.with_format("arrow")[:GLANCE], folder)), folder)
 
 
-def _data_file(dataset: EncodeConfig, path: Path) -> Path:
+def _data_file(dataset: Dataset, path: Path) -> Path:
     """The file that lists the pairs of a folder, if it has one; else the path itself."""
     found = [path / name for name in METADATA if (path / name).is_file()]
     if len(found) > 1:

@@ -8,13 +8,15 @@ import torch
 from accelerate import PartialState
 
 from ..base.console import bar
-from ..base.errors import CacheMismatch, SourceError
+from ..base.errors import CacheMismatch, ImageError, SourceError
 from ..base.files import content_key
 from ..cache.format import Cache, differences
+from ..cache.views import View
 from ..config import EncodeConfig
-from ..data.sources import Source, open_source
-from ..images import Geometry, ImageError, View
-from ..models.checkpoint import Checkpoint, Model, find_checkpoint
+from ..data.open import open_pairs
+from ..data.pairs import Pairs
+from ..geometry import Geometry
+from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.encoders import DTYPES, Encoders
 
 TOLERANCE = 16
@@ -44,9 +46,9 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         CacheMismatch: the model is another one.
         SourceError: the dataset is another one.
     """
-    checkpoint = find_checkpoint(Model.of(config), config.cache_dir, without=("unet",))
-    _check_identity(cache, checkpoint, config.pretrained_model_name_or_path)
-    source = open_source(config)
+    checkpoint = find_checkpoint(config.model, without=("unet",))
+    _check_identity(cache, checkpoint, config.model.pretrained_model_name_or_path)
+    source = open_pairs(config.dataset, config.model.cache_dir)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
     encoders = Encoders(checkpoint, torch.device(PartialState().device or "cpu"), text_dtype, vae_dtype)
@@ -78,7 +80,7 @@ def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     return _split(images) | texts
 
 
-def _fresh(cache: Cache, encoders: Encoders, source: Source, sample: dict[str, Any]) -> dict[str, np.ndarray]:
+def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """The same, encoded now.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ..base.errors import ModelError, reason
+from ..config import Model
 from .identity import hash_tokenizer, hash_weights
 from .single_file import converted
 
@@ -90,7 +91,7 @@ class Checkpoint:
         return identity
 
 
-def find_checkpoint(model: Model, cache_dir: Path | None = None, without: Sequence[str] = ()) -> Checkpoint:
+def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
 
     Raises:
@@ -101,17 +102,17 @@ def find_checkpoint(model: Model, cache_dir: Path | None = None, without: Sequen
     if folder.suffix == ".safetensors" and folder.is_file():
         if variant:
             raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file")
-        folder = converted(folder, model.single_file_config, cache_dir)
+        folder = converted(folder, model.single_file_config, model.cache_dir)
     elif not folder.is_dir():
-        folder = _download(model, cache_dir, without)
-    return Checkpoint(folder, variant, _find_vae(vae, cache_dir) if vae else None)
+        folder = _download(model, without)
+    return Checkpoint(folder, variant, _find_vae(vae, model.cache_dir) if vae else None)
 
 
-def _download(model: Model, cache_dir: Path | None, without: Sequence[str]) -> Path:
+def _download(model: Model, without: Sequence[str]) -> Path:
     from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
 
     name, skipped = model.pretrained_model_name_or_path, (*without, "safety_checker", "feature_extractor")
-    which = {"revision": model.revision, "variant": model.variant, "cache_dir": cache_dir}
+    which = {"revision": model.revision, "variant": model.variant, "cache_dir": model.cache_dir}
     try:
         return Path(DiffusionPipeline.download(name, **which, **dict.fromkeys(skipped)))
     except (OSError, ValueError) as error:
@@ -145,3 +146,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             if files := sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name)):
                 return files
     raise ModelError(f"{folder} holds no weights: expected *.safetensors or *.bin there")
+
+
+def is_place(name: str) -> bool:
+    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists()
+    return bool(hub_id) or Path(name).is_dir()

@@ -13,9 +13,9 @@ import numpy as np
 from datasets import load_dataset
 from PIL import Image
 
+from ip2p.encode.data.sheet import contact_sheet
 from ip2p.infer.edit import Editor
-from ip2p.infer.score.scores import psnr
-from ip2p.infer.sheet import contact_sheet
+from ip2p.infer.score.metrics import psnr
 from openmoji import render
 
 STEPS, IMAGE_GUIDANCE, GUIDANCE = 5, 1.2, 2.0

@@ -4,16 +4,16 @@ import functools
 import json
 import re
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...encode.base.console import warn
 from ...encode.base.errors import EditError
 from ...encode.base.flags import dump
 from ..batch import edit_all, load_editor
 from ..config import EvaluateConfig
-from ..inputs import Job, find_jobs
+from ..jobs import Job, find_jobs
 from ..models import check_model
 from ..outputs import output_paths
 from .curve import draw_curve
@@ -55,8 +55,8 @@ def evaluate(config: EvaluateConfig) -> int:
     if config.scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
 
+    from ...encode.models.judge import Judge
     from .scoring import score_all
-    from .similarity import Judge
 
     judge = Judge(
         config.scoring.clip_model, config.scoring.dino_model, config.loading.device, config.scoring.published_clip_range
@@ -65,9 +65,7 @@ def evaluate(config: EvaluateConfig) -> int:
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
-            print(
-                f"{model}, image guidance {scale:g}, text guidance {config.editing.guidance_scale:g}", file=sys.stderr
-            )
+            warn(f"{model}, image guidance {scale:g}, text guidance {config.editing.guidance_scale:g}")
             place = folder_of(folder, model, scale, config.editing.guidance_scale)
             run = config.infer(model, scale, place)
             work = list(zip(jobs, output_paths(run, jobs), strict=True))
@@ -75,7 +73,7 @@ def evaluate(config: EvaluateConfig) -> int:
             edits = [(job, path) for job, (path,) in work if job.stem not in failed]
             records = score_all(config, judge, edits, place / "scores.jsonl")
             if not records:
-                print("ip2p-infer: no pair could be scored", file=sys.stderr)
+                warn("ip2p-infer: no pair could be scored")
                 return 1
             jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
             means = {

@@ -1,14 +1,20 @@
-"""Scores one edited picture by the definitions of MagicBrush and of the InstructPix2Pix paper."""
+"""Scores edited pictures by the definitions of MagicBrush and of the InstructPix2Pix paper."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from .scores import distances, psnr
-from .similarity import Judge
+# CLIP and DINO are imported where they are loaded: for PSNR alone nobody shall wait for them.
+if TYPE_CHECKING:
+    from ...encode.models.judge import Judge
+
+EQUAL = 60.0  # dB of equal pictures: not infinite, or one of them would make every mean so
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Edit:
     captions: tuple[str | None, str | None] = (None, None)
 
 
-def measure(judge: Judge, edits: Sequence[Edit]) -> list[dict[str, float]]:
+def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
     """The scores of each edit; those that need what all of `edits` lack are left out.
 
     Against the target, as MagicBrush does (arXiv 2306.10012, section 4.1 and `evaluation/image_eval.py`):
@@ -66,6 +72,22 @@ def measure(judge: Judge, edits: Sequence[Edit]) -> list[dict[str, float]]:
             note("clip_direction", _cosine(_unit(edited) - _unit(original), change))
     note("clip_image", _cosine(original, edited))
     return scores
+
+
+def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:
+    """L1 and L2: mean absolute and mean squared difference of two RGB pictures, of values from 0 to 1.
+
+    A picture of another size is resized to the target's first, as MagicBrush's evaluation does.
+    """
+    picture = picture.resize(target.size, Image.Resampling.BICUBIC)
+    difference = (np.asarray(picture, np.float64) - np.asarray(target, np.float64)) / 255
+    return float(np.abs(difference).mean()), float(np.square(difference).mean())
+
+
+def psnr(picture: Image.Image, target: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two RGB pictures, at most `EQUAL`. Resizes as `distances`."""
+    _, error = distances(picture, target)
+    return min(EQUAL, -10 * math.log10(error)) if error else EQUAL
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

@@ -3,22 +3,19 @@
 import contextlib
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from tqdm import tqdm
-
-from ...encode.base.errors import EditError
+from ...encode.base.console import bar, warn
+from ...encode.base.errors import EditError, Ip2pError
 from ...encode.base.files import whole
+from ...encode.data.pictures import open_picture
+from ...encode.models.judge import Judge
 from ..config import EvaluateConfig
-from ..inputs import Job
-from ..outputs import CHUNK, model_stamp
-from ..pictures import open_picture
+from ..jobs import Job
+from ..outputs import model_stamp, settings_in
 from .metrics import Edit, measure
-from .similarity import Judge
 
 
 def score_all(
@@ -40,8 +37,8 @@ def score_all(
     for job, path in edits:
         try:
             identity = _identity(job, path, [*judged_by, config.scoring.published_clip_range])
-        except EditError as error:
-            _report(job, error)
+        except Ip2pError as error:
+            warn(f"skipped {job.label}: {error}")
             continue
         if known.get(job.stem, {}).get("of") == identity:
             records[job.stem] = known[job.stem]
@@ -52,7 +49,7 @@ def score_all(
 
     renewed = {job.stem for job, _, _ in missing}
     _write(file, (record for stem, record in known.items() if stem not in renewed))
-    with file.open("a", encoding="utf-8") as lines, tqdm(total=len(missing), unit="pair", desc="scoring") as bar:
+    with file.open("a", encoding="utf-8") as lines, bar(None, "scoring", "pair", total=len(missing)) as shown:
         for batch in (
             missing[i : i + config.editing.batch_size] for i in range(0, len(missing), config.editing.batch_size)
         ):
@@ -62,14 +59,14 @@ def score_all(
                     target = open_picture(job.target()) if job.target else None
                     edit = Edit(open_picture(job.image()), open_picture(path), target, job.captions)
                     opened.append((job.stem, identity, edit))
-                except EditError as error:
-                    _report(job, error)
+                except Ip2pError as error:
+                    warn(f"skipped {job.label}: {error}")
             scores = measure(judge, [edit for _, _, edit in opened]) if opened else []
             for (stem, identity, _), values in zip(opened, scores, strict=True):
                 records[stem] = {"pair": stem, "of": identity, **values}
                 lines.write(json.dumps(records[stem], ensure_ascii=False) + "\n")
             lines.flush()
-            bar.update(len(batch))
+            shown.update(len(batch))
     return records
 
 
@@ -78,9 +75,7 @@ def _identity(job: Job, path: Path, judged_by: list[Any]) -> str:
     if any(caption is not None and not caption.strip() for caption in job.captions):
         raise EditError("a caption is empty")
     target = hashlib.sha256(job.target()).hexdigest() if job.target else None
-    with Image.open(path) as edited:
-        made = edited.info[CHUNK]
-    return hashlib.sha256(json.dumps([made, target, job.captions, judged_by]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([settings_in(path), target, job.captions, judged_by]).encode()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
@@ -96,7 +91,3 @@ def _write(file: Path, records: Iterable[dict[str, Any]]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     with whole(file) as unfinished:
         unfinished.write_text("".join(lines), encoding="utf-8")
-
-
-def _report(job: Job, error: EditError) -> None:
-    tqdm.write(f"skipped {job.label}: {error}", file=sys.stderr)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...encode.base.errors import EditError
+from ...encode.base.errors import EditError, Ip2pError
 from ...encode.base.flags import changed
-from ..batch import edit, load_editor
+from ...encode.data.pictures import open_picture
+from ..batch import edit_with, load_editor
 from ..config import InferConfig
-from ..inputs import find_jobs
+from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
-from ..pictures import open_picture
 from .layout import ORIGINAL, Layout
 
 if TYPE_CHECKING:
@@ -77,11 +77,9 @@ class Page:
         try:
             if path is not None:
                 picture = open_picture(path)
-                with Image.open(path) as file:
-                    shown = file.format in SHOWN
-                path = path if shown else self._save(picture, Path(path).stem)
+                path = path if picture.format in SHOWN else self._save(picture, Path(path).stem)
             return {at.picture: path, at.note: ""}
-        except EditError as error:
+        except Ip2pError as error:
             return {at.picture: None, at.note: _problem(error)}
 
     def edit(self, shelf: list[Edit], models: list[str], fresh: bool, *controls: Any) -> Any:
@@ -90,11 +88,11 @@ class Page:
         *settings, seed = controls
         seed = secrets.randbelow(2**31) if fresh or seed is None else seed
         made: list[Edit] = []
-        problems = [] if models else [EditError("choose a model")]
+        problems: list[Ip2pError] = [] if models else [EditError("choose a model")]
         for model in models:
             try:
                 made.append(self._edit(model, (*settings, seed)))
-            except EditError as error:
+            except Ip2pError as error:
                 problems.append(error)
         note = "<br>".join(dict.fromkeys(map(_problem, problems)))  # what all models say is said once
         shown = self._show([*made, *shelf], made[0]) | {at.seed: seed} if made else {}
@@ -134,8 +132,7 @@ class Page:
             raise EditError('say what to change, such as "make it snowy"')
         scales = {"image_guidance_scale": image, "guidance_scale": text}
         config = changed(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
-        picture = open_picture(path)
-        (edited,) = edit(self.editor(model), config, [picture], [prompt])
+        (edited,) = edit_with(self.editor(model), config, [open_picture(path)], [prompt])
         (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
         return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
 
@@ -192,5 +189,5 @@ class Page:
         at.reset.click(self.start, None, at.everything)
 
 
-def _problem(error: EditError) -> str:
+def _problem(error: Ip2pError) -> str:
     return f'<span role="alert">{html.escape(str(error))}</span>'

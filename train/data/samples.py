@@ -9,7 +9,7 @@ import numpy as np
 from ...encode.base.errors import CacheError, SettingsError
 from ...encode.cache.format import Cache
 from ...encode.cache.reader import Reader
-from ...encode.images import View
+from ...encode.cache.views import View
 
 
 class Samples(NamedTuple):

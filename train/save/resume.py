@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...encode.base.errors import CacheMismatch, SettingsError, reason
-from ...encode.manifest import differences
+from ...encode.cache.format import differences
 from ..config import TrainConfig
 from .checkpoint import AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, checkpoints
 

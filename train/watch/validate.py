@@ -20,9 +20,9 @@ from PIL import Image
 from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
+from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
 from ...infer.edit import Editor
-from ...infer.sheet import contact_sheet
 from ..config import TrainConfig
 from ..data.batches import gather
 from ..data.samples import Samples

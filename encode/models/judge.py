@@ -8,8 +8,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ...encode.base.errors import EditError, reason
-from ..models import is_place
+from ..base.errors import ModelError, reason
+from .checkpoint import is_place
+from .device import find_device
 
 
 class Judge:
@@ -23,11 +24,11 @@ class Judge:
             `metrics/compute_metrics.py` hands pictures from -1 to 1 to a module that expects 0 to 1.
 
     Raises:
-        EditError: a model cannot be loaded, or is of another kind.
+        ModelError: a model cannot be loaded, or is of another kind.
     """
 
     def __init__(self, clip: str, dino: str, device: str | None = None, published_range: bool = False):
-        self.device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        self.device = find_device(device)
         self.clip = self._model("clip_model", clip, CLIPModel)
         self.tokenizer = _load("clip_model", clip, AutoTokenizer)
         self.clip_processor = _load("clip_model", clip, CLIPImageProcessorPil)
@@ -66,18 +67,18 @@ class Judge:
     def _model(self, flag: str, name: str, kind: Any, **options: Any) -> Any:
         found_type, type_ = _load(flag, name, AutoConfig).model_type, kind.config_class.model_type
         if found_type != type_:
-            raise EditError(f"--{flag} {name} holds a model of type {found_type}, expected {type_}")
+            raise ModelError(f"--{flag} {name} holds a model of type {found_type}, expected {type_}")
         model, found = _load(flag, name, kind, dtype=torch.float32, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-            raise EditError(f"--{flag} {name} is damaged: it lacks the weights {missing[0]}")
+            raise ModelError(f"--{flag} {name} is damaged: it lacks the weights {missing[0]}")
         return model.to(self.device).eval()
 
 
 def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
     load: Callable[..., Any] = kind.from_pretrained
     if not is_place(name):
-        raise EditError(f"--{flag} {name} is no model: expected a folder or a Hub id")
+        raise ModelError(f"--{flag} {name} is no model: expected a folder or a Hub id")
     try:
         return load(name, **options)
     except Exception as error:  # whatever a missing or foreign folder leads transformers to
-        raise EditError(f"--{flag} {name} cannot be loaded: {reason(error)}") from error
+        raise ModelError(f"--{flag} {name} cannot be loaded: {reason(error)}") from error

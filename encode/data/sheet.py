@@ -12,20 +12,23 @@ LINE = 24
 CAPTION_LINES = 3
 
 
-def contact_sheet(rows: Iterable[tuple[str, Sequence[Image.Image | None]]], labels: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    rows: Iterable[tuple[str, Sequence[Image.Image | None]]], labels: Sequence[str], tile: int = TILE
+) -> Image.Image:
     """Draw one strip for each (caption, pictures), the strips in about a square.
 
     Args:
         rows: as many pictures in each as there are labels; None leaves a place empty. An iterator is read one
             row at a time, so full-size pictures need not be in memory together. At least one row.
         labels: what the pictures of each place are, such as "original", "edited", "target".
+        tile: pixels of a picture's longer side on the sheet.
 
     Returns:
         An RGB picture. Small pictures are enlarged by whole factors, pixel by pixel; large ones are reduced.
     """
     from diffusers.utils import make_image_grid  # here, since it brings torch along
 
-    drawn = [_strip(caption, pictures, labels) for caption, pictures in rows]
+    drawn = [_strip(caption, pictures, labels, tile) for caption, pictures in rows]
     width, height = drawn[0][0].width, max(bottom for _, bottom in drawn)
     strips = [strip.crop((0, 0, width, height)) for strip, _ in drawn]
     columns = max(1, round(math.sqrt(len(strips) * height / width)))
@@ -75,19 +78,21 @@ def grid(
     return sheet
 
 
-def _strip(caption: str, pictures: Sequence[Image.Image | None], labels: Sequence[str]) -> tuple[Image.Image, int]:
+def _strip(
+    caption: str, pictures: Sequence[Image.Image | None], labels: Sequence[str], side: int
+) -> tuple[Image.Image, int]:
     """A strip with room for a caption of any length, and where its own ends, in pixels from the top."""
     label_font, caption_font = ImageFont.load_default(14), ImageFont.load_default(18)
-    top, bottom = GAP + 20, GAP + 20 + TILE + GAP // 2
-    width = 3 * GAP + len(labels) * (TILE + GAP)
+    top, bottom = GAP + 20, GAP + 20 + side + GAP // 2
+    width = 3 * GAP + len(labels) * (side + GAP)
     strip = Image.new("RGB", (width, bottom + CAPTION_LINES * LINE + GAP), "white")
     draw = ImageDraw.Draw(strip)
     for place, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-        left = 2 * GAP + place * (TILE + GAP)
+        left = 2 * GAP + place * (side + GAP)
         draw.text((left, GAP), label, fill="gray", font=label_font)
         if picture is not None:
-            tile = _fit(picture)
-            strip.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
+            tile = _fit(picture, side)
+            strip.paste(tile, (left + (side - tile.width) // 2, top + (side - tile.height) // 2))
     lines = _wrap(caption, caption_font, width - 4 * GAP)
     draw.multiline_text((2 * GAP, bottom), "\n".join(lines), fill="black", font=caption_font)
     return strip, bottom + len(lines) * LINE + GAP
@@ -100,10 +105,10 @@ def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, widt
     return textwrap.wrap(caption, max(letters, 8), max_lines=CAPTION_LINES, placeholder=" …")
 
 
-def _fit(picture: Image.Image) -> Image.Image:
+def _fit(picture: Image.Image, side: int = TILE) -> Image.Image:
     long = max(picture.size)
-    if long <= TILE:
-        factor = TILE // long
+    if long <= side:
+        factor = side // long
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    width, height = (max(1, round(side * TILE / long)) for side in picture.size)
+    width, height = (max(1, round(length * side / long)) for length in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)

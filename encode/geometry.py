@@ -1,51 +1,17 @@
 """One geometry for both images of a pair: from file bytes to square RGB arrays, in every view."""
 
 import dataclasses
-import io
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from .cache.views import View
+from .data.pictures import decode
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size spread any number of random crops evenly over the places where one can lie."""
-
-
-class ImageError(ValueError):
-    """An image that cannot be used, with the reason."""
-
-
-class View(NamedTuple):
-    """What is seen of a pair: which of its random crops, if there are any, and whether it is flipped."""
-
-    crop: int | None
-    flip: bool
-
-    @classmethod
-    def parse(cls, name: str) -> "View":
-        """The view called plain, flip, crop0, crop0-flip, ..."""
-        crop = name.removesuffix("-flip").removeprefix("crop")
-        return cls(int(crop) if crop.isdecimal() else None, name.endswith("flip"))
-
-    @property
-    def name(self) -> str:
-        if self.crop is None:
-            return "flip" if self.flip else "plain"
-        return f"crop{self.crop}" + ("-flip" if self.flip else "")
-
-
-def view_names(crops: int | None, flip: bool) -> list[str]:
-    """The views of a pair with some number of random crops, or none, and perhaps their flips."""
-    return [View(crop, f).name for f in (False, True)[: 1 + flip] for crop in (range(crops) if crops else [None])]
-
-
-def joined_views(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """All views of a cache that has `old` ones and is asked for `new` ones; each crop has its flip, or none has."""
-    views = [View.parse(name) for name in (*old, *new)]
-    crops = max((view.crop + 1 for view in views if view.crop is not None), default=None)
-    return list(dict.fromkeys([*old, *view_names(crops, any(view.flip for view in views))]))
 
 
 class Crop(NamedTuple):
@@ -124,45 +90,3 @@ class Geometry:
         box = left * image.width, top * image.height, right * image.width, bottom * image.height
         pixels = np.asarray(image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC, box))
         return pixels.transpose(2, 0, 1)
-
-
-def decode(data: bytes, background: str = "white") -> Image.Image:
-    """Decode an image file as it is meant to be seen: its first frame, upright by its EXIF orientation, RGB.
-
-    Raises:
-        ImageError: empty, truncated, not an image, or so large that Pillow suspects a decompression bomb.
-    """
-    if not data:
-        raise ImageError("the image is empty")
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = Image.open(io.BytesIO(data))
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image), background)
-    except UnidentifiedImageError:  # whose text differs each time
-        raise ImageError("the image cannot be decoded (not an image file)") from None
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise ImageError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from None
-
-
-def _rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError("floating point pixels, expected 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray as 8-bit gray: Pillow would clip it to white, though it scales 16-bit color as is done here."""
-    deep = np.asarray(image)
-    if deep.min() < 0 or deep.max() > 65535:
-        raise ImageError("32-bit pixels, expected 8 or 16 bits")
-    gray = Image.fromarray((deep >> 8).astype(np.uint8))
-    clear = image.info.get("transparency")  # the one value that stands for nothing there
-    if clear is not None:
-        gray.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))
-    return gray
