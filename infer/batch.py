@@ -29,7 +29,7 @@ def edit(config: InferConfig) -> int:
     """Edit everything that `config` names, and report; the exit status is 1 if there is no edited picture."""
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
-    done, kept = edit_all(config, work, functools.partial(load_editor, config))
+    done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))
     if config.outputs.sheet and done:
         save_sheet(config, done, Path(config.outputs.sheet))
     if not config.outputs.sweep:
@@ -43,12 +43,11 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
     """Edit and save batch by batch; an input that cannot be edited is reported.
 
     Args:
-        load: gives the editor, asked for once there is anything to edit.
+        load: gives the editor, the same each time; called where there is anything to edit.
 
     Returns:
         The part of `work` whose pictures are there, and how many inputs of it had them before.
     """
-    editor: Editor | None = None
     stamp, size = model_stamp(config.model), config.editing.batch_size
     done, kept = [], 0
     make = sweep if config.outputs.sweep else edit_with
@@ -67,9 +66,8 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
                         batch.append((open_picture(content), job.prompt, list(zip(paths, settings, strict=True))))
                     done.append((job, paths))
             if batch:
-                editor = editor or load()
                 images, prompts, files = zip(*batch, strict=True)
-                pictures = make(editor, config, images, prompts)
+                pictures = make(load(), config, images, prompts)
                 for picture, (path, settings) in zip(pictures, itertools.chain(*files), strict=True):
                     save(picture, path, settings)
             shown.update(min(size, len(work) - start))

@@ -16,7 +16,7 @@ class Editing:
     seed: int = 0
     """The k-th picture of each input is drawn with seed + k, wherever the input stands."""
     num_inference_steps: int = 20
-    """Denoising steps. These and both scales are those of diffusers' guide; the paper edits with 100, 1.5 and 7.5."""
+    """Denoising steps. For these and both scales, diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5."""
     image_guidance_scale: float = 1.5
     """How closely to keep to the input picture, from 0 up; below 1 works too."""
     guidance_scale: float = 10.0
@@ -142,7 +142,8 @@ class Scoring:
     output: str
     """Folder for edits, scores of each pair, results.json and curve.png."""
     curve: bool = False
-    """Score at image guidance 1.0, 1.2 … 2.2, and draw the paper's curve: likeness to the input against the edit's."""
+    """Score at image guidance 1.0, 1.2 … 2.2 instead of one scale, and draw the paper's curve, all models in
+    one plot: what keeps to the input picture against what follows the edit."""
     original_caption_column: str | None = None
     """Column with captions of the originals; default: original_prompt, or like it, if there is any."""
     edited_caption_column: str | None = None

@@ -21,7 +21,7 @@ from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
 from .layout import ORIGINAL, Layout
 
-PROGRESS = gr.Progress(track_tqdm=True)
+PROGRESS = gr.Progress(track_tqdm=True)  # gradio finds it as a default value, and then shows the bars of tqdm
 EXAMPLES = 8  # of the pictures of --image or --table
 SHOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what every browser shows; others are shown as PNG
 
@@ -88,13 +88,8 @@ class Page:
         except Ip2pError as error:
             return {at.picture: None, at.note: _problem(error)}
 
-    def edit(self, progress: Any = PROGRESS, *values: Any) -> Any:
-        """Edit with each chosen model; one that fails is named, and the others' pictures are shown.
-
-        Args:
-            progress: not used here: gradio finds it as a default value, and then shows the bars of tqdm.
-            values: the history, names of models, whether the seed is drawn anew, and `Layout.controls`.
-        """
+    def edit(self, _progress: Any = PROGRESS, *values: Any) -> Any:
+        """Edit with each chosen model; one that fails is named, and the others' pictures are shown."""
         at, (shelf, models, fresh, *settings, seed) = self.layout, values
         seed = secrets.randbelow(2**31) if fresh or seed is None else seed
         made: list[Edit] = []
