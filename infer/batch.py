@@ -6,12 +6,13 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
 from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.flags import changed
 from ..encode.data.pictures import open_picture
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .edit import Editor
 
 SHEET_ROWS = 100
+Images: TypeAlias = Sequence[Image.Image]
 Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the files of its edits
 
 
@@ -92,20 +94,16 @@ def load_editor(config: InferConfig) -> "Editor":
     return editor
 
 
-def edit_with(
-    editor: "Editor", config: InferConfig, images: Sequence[Image.Image], prompts: Sequence[str], **changes: Any
-) -> list[Image.Image]:
-    """Edit pictures with the settings of `config`, and some of them changed."""
-    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing) | changes)
+def edit_with(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
+    """Edit pictures with the settings of `config`."""
+    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing))
 
 
-def sweep(
-    editor: "Editor", config: InferConfig, images: Sequence[Image.Image], prompts: Sequence[str]
-) -> list[Image.Image]:
+def sweep(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
     """As `edit_with`, with a labeled grid of edits over both scales in the place of each picture."""
     rows, columns = config.outputs.sweep_image_guidance_scale, config.outputs.sweep_guidance_scale
     cells = [
-        edit_with(editor, config, images, prompts, image_guidance_scale=row, guidance_scale=column)
+        edit_with(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
         for row, column in bar(list(itertools.product(rows, columns)), "sweep", "scale", position=2)
     ]
     labels = [f"image guidance {row:g}" for row in rows], [f"text guidance {column:g}" for column in columns]

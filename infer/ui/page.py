@@ -1,6 +1,7 @@
 """What happens on the page of `ip2p-infer --ui`: edits, comparison, the history of a session."""
 
 import dataclasses
+import functools
 import html
 import re
 import secrets
@@ -16,7 +17,6 @@ from ...encode.base.flags import changed
 from ...encode.data.pictures import open_picture
 from ..batch import edit_with, load_editor
 from ..config import InferConfig
-from ..edit import Editor
 from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
 from .layout import ORIGINAL, Layout
@@ -46,15 +46,16 @@ class Page:
 
     Args:
         config: where the controls start, and what holds for all that has no control.
-        editor: of `config.model`.
         folder: where pictures are kept.
     """
 
-    def __init__(self, config: InferConfig, editor: Editor, folder: Path) -> None:
+    def __init__(self, config: InferConfig, folder: Path) -> None:
         self.config = changed(config, num_images=1, batch_size=1)
         self.folder = folder
         self.names = list(dict.fromkeys([config.model, *config.page.compare]))
-        self.editors = {config.model: editor}
+        # Each model is loaded when it is first asked for, and kept: the first one now.
+        self.editor = functools.cache(lambda model: load_editor(changed(self.config, model=model)))
+        self.editor(config.model)
         self.layout = Layout(config, self.names, self._examples())
         at = self.layout
         with at.blocks:
@@ -70,12 +71,6 @@ class Page:
             at.history.select(self.look, at.shelf, [*at.everything, at.shelf, at.history])
             gr.on([at.left.input, at.right.input], self.compare, [at.pictures, at.left, at.right], at.result)
             at.reset.click(self.start, None, at.everything)
-
-    def editor(self, model: str) -> Editor:
-        """The editor of a model, loaded when it is first asked for, and kept."""
-        if model not in self.editors:
-            self.editors[model] = load_editor(changed(self.config, model=model))
-        return self.editors[model]
 
     def check(self, path: str | None) -> Any:
         """Look at an upload at once, and turn what browsers cannot show into a PNG."""

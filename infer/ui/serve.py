@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from ...encode.base.errors import EditError
-from ..batch import load_editor
 from ..config import InferConfig
 
 
@@ -23,7 +22,6 @@ def serve(config: InferConfig) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise EditError("--ui needs gradio: pip install 'ip2p[ui]'")
     with _listen(config.page.host, config.page.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
-        editor = load_editor(config)
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; gradio reads it on import
         import gradio
         import uvicorn
@@ -32,7 +30,7 @@ def serve(config: InferConfig) -> int:
         from .layout import CSS, THEME
         from .page import Page
 
-        blocks = Page(config, editor, Path(folder)).layout.blocks
+        blocks = Page(config, Path(folder)).layout.blocks
         # The history of runs is gradio's own, which outlives the session.
         app = gradio.mount_gradio_app(
             FastAPI(), blocks, path="/", theme=THEME, css=CSS, footer_links=[], run_history=False, ssr_mode=False
