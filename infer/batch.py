@@ -1,46 +1,63 @@
-"""Edits pictures batch by batch, and keeps those that are there already."""
+"""Edits all that `ip2p-infer` was asked for, batch by batch, keeps what is there already, and reports."""
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
-from ..encode.base.console import bar, warn
+from PIL import Image
+
+from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.flags import changed
 from ..encode.data.pictures import open_picture
-from ..encode.data.sheet import grid
+from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
-from .jobs import Job
-from .outputs import model_stamp, save, settings_in, settings_of
+from .jobs import Job, find_jobs
+from .outputs import model_stamp, output_paths, save, settings_in, settings_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from .edit import Editor
 
+SHEET_ROWS = 100
+Images: TypeAlias = Sequence[Image.Image]
+Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the files of its edits
 
-def edit_all(
-    config: InferConfig, work: Sequence[tuple[Job, list[Path]]], load: Callable[[], "Editor"]
-) -> tuple[int, int, set[str]]:
+
+def edit(config: InferConfig) -> int:
+    """Edit everything that `config` names, and report; the exit status is 1 if there is no edited picture."""
+    jobs = find_jobs(config)
+    work = list(zip(jobs, output_paths(config, jobs), strict=True))
+    done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))
+    if config.outputs.sheet and done:
+        save_sheet(config, done, Path(config.outputs.sheet))
+    if not config.outputs.sweep:
+        print_psnr(done)
+    counts = {"edited": len(done) - kept, "already there": kept, "skipped": len(work) - len(done)}
+    print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.outputs.output)
+    return 0 if done else 1
+
+
+def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> tuple[Work, int]:
     """Edit and save batch by batch; an input that cannot be edited is reported.
 
     Args:
-        work: inputs, each with the files of its pictures.
-        load: gives the editor, asked for once there is anything to edit.
+        load: gives the editor, the same each time; called where there is anything to edit.
 
     Returns:
-        How many inputs were edited, how many were there already, and the stems of those that failed.
+        The part of `work` whose pictures are there, and how many inputs of it had them before.
     """
-    editor: Editor | None = None
-    stamp = model_stamp(config.model)
-    edited = kept = 0
-    failed: set[str] = set()
+    stamp, size = model_stamp(config.model), config.editing.batch_size
+    done, kept = [], 0
     make = sweep if config.outputs.sweep else edit_with
     with bar(None, "editing", "picture", total=len(work)) as shown:
-        for start in range(0, len(work), config.editing.batch_size):
+        for start in range(0, len(work), size):
             batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
-            for job, paths in work[start : start + config.editing.batch_size]:
-                try:
+            for job, paths in work[start : start + size]:
+                with skipping(job):
                     if not job.prompt.strip():
                         raise EditError("the prompt is empty")
                     content = job.image()
@@ -48,50 +65,84 @@ def edit_all(
                     if [settings_in(path) for path in paths] == settings:
                         kept += 1
                     else:
-                        files = list(zip(paths, settings, strict=True))
-                        batch.append((open_picture(content), job.prompt, files))
-                except Ip2pError as error:
-                    failed.add(job.stem)
-                    warn(f"skipped {job.label}: {error}")
+                        batch.append((open_picture(content), job.prompt, list(zip(paths, settings, strict=True))))
+                    done.append((job, paths))
             if batch:
-                editor = editor or load()
                 images, prompts, files = zip(*batch, strict=True)
-                pictures = make(editor, config, images, prompts)
+                pictures = make(load(), config, images, prompts)
                 for picture, (path, settings) in zip(pictures, itertools.chain(*files), strict=True):
                     save(picture, path, settings)
-                edited += len(batch)
-            shown.update(min(config.editing.batch_size, len(work) - start))
-    return edited, kept, failed
+            shown.update(min(size, len(work) - start))
+    return done, kept
+
+
+@contextlib.contextmanager
+def skipping(job: Job) -> Iterator[None]:
+    """Report an input that cannot be used, and go on with the next."""
+    try:
+        yield
+    except Ip2pError as error:
+        warn(f"skipped {job.label}: {error}")
 
 
 def load_editor(config: InferConfig) -> "Editor":
     """Load the model that `config` names."""
-    from .edit import Editor
+    from .edit import Editor  # here, since torch takes seconds to import
 
     editor = Editor(config.model, **vars(config.loading))
     editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False)
     return editor
 
 
-def edit_with(
-    editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str], **changes: Any
-) -> list["Image.Image"]:
-    """Edit pictures with the settings of `config`, and some of them changed."""
-    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing) | changes)
+def edit_with(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
+    """Edit pictures with the settings of `config`."""
+    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing))
 
 
-def sweep(
-    editor: "Editor", config: InferConfig, images: Sequence["Image.Image"], prompts: Sequence[str]
-) -> list["Image.Image"]:
+def sweep(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
     """As `edit_with`, with a labeled grid of edits over both scales in the place of each picture."""
     rows, columns = config.outputs.sweep_image_guidance_scale, config.outputs.sweep_guidance_scale
     cells = [
-        edit_with(editor, config, images, prompts, image_guidance_scale=row, guidance_scale=column)
+        edit_with(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
         for row, column in bar(list(itertools.product(rows, columns)), "sweep", "scale", position=2)
     ]
     labels = [f"image guidance {row:g}" for row in rows], [f"text guidance {column:g}" for column in columns]
-    each = config.outputs.num_images
-    return [
-        grid(images[index // each], prompts[index // each], pictures, *labels)
-        for index, pictures in enumerate(zip(*cells, strict=True))
+    pairs = [pair for pair in zip(images, prompts, strict=True) for _ in range(config.outputs.num_images)]
+    return [grid(*pair, edits, *labels) for pair, edits in zip(pairs, zip(*cells, strict=True), strict=True)]
+
+
+def save_sheet(config: InferConfig, done: Work, sheet: Path) -> None:
+    """Draw the first `SHEET_ROWS` of the pictures that are there, whichever run made them, and their targets."""
+    edits = [f"edited, seed {config.editing.seed + k}" for k in range(config.outputs.num_images)]
+    targets = ["target"] if any(job.target for job, _ in done) else []
+    rows = (
+        (job.prompt, [open_picture(job.image()), *map(open_picture, paths), *(target_of(job) for _ in targets)])
+        for job, paths in done[:SHEET_ROWS]
+    )
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(rows, ["original", *edits, *targets]).save(sheet)
+    say(f"contact sheet of {min(len(done), SHEET_ROWS)} of {len(done)} inputs: {sheet}")
+
+
+def print_psnr(done: Work) -> None:
+    """Say how near the edits came to their targets, beside how near the originals were; nothing without targets."""
+    if not any(job.target for job, _ in done):
+        return
+    from .score.metrics import psnr  # here, since torch takes seconds to import
+
+    scores = [
+        (psnr(open_picture(job.image()), target), statistics.fmean(psnr(open_picture(path), target) for path in paths))
+        for job, paths in done
+        if (target := target_of(job)) is not None
     ]
+    if scores:
+        original, edited = map(statistics.fmean, zip(*scores, strict=True))
+        say(f"PSNR to the target, {len(scores)} pairs: edited {edited:.2f} dB, original {original:.2f} dB")
+
+
+def target_of(job: Job) -> Image.Image | None:
+    """The picture that the edit should have become, where there is one that can be read."""
+    try:
+        return open_picture(job.target()) if job.target else None
+    except Ip2pError:
+        return None

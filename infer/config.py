@@ -16,8 +16,7 @@ class Editing:
     seed: int = 0
     """The k-th picture of each input is drawn with seed + k, wherever the input stands."""
     num_inference_steps: int = 20
-    """Denoising steps. For these and both scales, 20, 1.5 and 10 are the training checks of diffusers' guide;
-    the paper edits with 100, 1.5 and 7.5."""
+    """Denoising steps. For these and both scales, diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5."""
     image_guidance_scale: float = 1.5
     """How closely to keep to the input picture, from 0 up; below 1 works too."""
     guidance_scale: float = 10.0
@@ -27,8 +26,7 @@ class Editing:
     negative_prompt: str | None = None
     """What to steer away from."""
     resolution: int | None = None
-    """Long side in pixels while editing, a multiple of 8; default: what the model was trained for.
-    The output has the size of the input."""
+    """Long side in pixels while editing, a multiple of 8; default: the trained one. Outputs have their input's size."""
     batch_size: Count = 4
     """Pictures edited at once; changes the speed alone."""
 
@@ -105,10 +103,9 @@ class Page:
 class InferConfig:
     """Edit pictures by instruction with a trained InstructPix2Pix model.
 
-    One picture and one prompt, many pictures and one prompt, or a table with a prompt for each picture.
-    Outputs that exist with the same settings are kept, so repeating an interrupted command finishes the rest.
-    A picture that cannot be read, or an empty prompt, is reported and skipped.
-    `ip2p-infer evaluate` scores models over a dataset; `ip2p-infer evaluate --help` lists its flags.
+    One prompt for one or many pictures, or a table with a prompt for each. A picture that cannot be read, or an empty
+    prompt, is reported and skipped. Outputs that exist with the same settings are kept, so repeating an interrupted
+    command finishes the rest. `ip2p-infer evaluate` scores models over a dataset; see `ip2p-infer evaluate --help`.
 
     Exit status: 0 if any picture was edited or was there already, 1 if none could be, 2 for wrong flags or
     models. `--config run.yaml` stands for the flags that the file holds; later flags win.
@@ -152,13 +149,11 @@ class Scoring:
     edited_caption_column: str | None = None
     """Column with captions of the edited pictures; default: edited_prompt, or like it, if there is any."""
     clip_model: str = "openai/clip-vit-base-patch32"
-    """Folder or Hub id of the CLIP that sees pictures and captions. This one is MagicBrush's; the paper's
-    curve was drawn with openai/clip-vit-large-patch14."""
+    """CLIP's folder or Hub id. This is MagicBrush's; the paper's curve is of openai/clip-vit-large-patch14."""
     dino_model: str = "facebook/dino-vits16"
-    """Folder or Hub id of the DINO that sees pictures."""
+    """DINO's folder or Hub id."""
     published_clip_range: bool = False
-    """Show CLIP pixels from -1 to 1 where it expects 0 to 1, as the paper's published metrics did; only to
-    compare with those numbers."""
+    """Show CLIP pixels from -1 to 1, not 0 to 1, as the paper's metrics did; only to compare with its numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +180,6 @@ class EvaluateConfig:
 
     def infer(self, model: str, image_guidance_scale: float, folder: Path) -> InferConfig:
         """The run of `ip2p-infer` that makes one model's pictures at one scale."""
-        return InferConfig(
-            model,
-            Inputs(table=self.dataset),
-            Outputs(str(folder)),
-            dataclasses.replace(self.editing, image_guidance_scale=image_guidance_scale),
-            self.columns,
-            self.loading,
-        )
+        editing = dataclasses.replace(self.editing, image_guidance_scale=image_guidance_scale)
+        inputs, outputs = Inputs(table=self.dataset), Outputs(str(folder))
+        return InferConfig(model, inputs, outputs, editing, self.columns, self.loading)

@@ -1,24 +1,19 @@
 """Edits pictures by instruction with the InstructPix2Pix pipelines of diffusers (SD and SDXL)."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
 from .guidance import Guidance
 from .models import SDXL, check_kind, load, scheduler_like
-
-# torch and diffusers are imported where work begins: they take seconds, and `--help` must not wait for them.
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DiffusionPipeline
 
 
 class Editor:
@@ -32,14 +27,12 @@ class Editor:
     kernels may round differently at another batch size; in float32 that is about one level of 255 at most.)
 
     Args:
-        model: folder in diffusers' layout, as `ip2p-train` saves it, or Hub id; or a loaded pipeline, whose
-            device and dtype stay.
+        model: folder as `ip2p-train` saves it, Hub id, or a loaded pipeline, whose device and dtype stay.
         device: "cuda", "mps", "cpu" …; default: the accelerator if there is one.
         dtype: a torch dtype or its name; default: float16 on CUDA, float32 elsewhere.
         variant: variant of the weight files, such as "fp16".
         revision: branch, tag or commit on the Hub.
-        scheduler: diffusers' class name of a scheduler to put in the place of the pipeline's own, "Scheduler"
-            and case optional: "DDIM", "EulerAncestralDiscrete".
+        scheduler: diffusers' class name of another scheduler, "Scheduler" and case optional, such as "DDIM".
 
     Attributes:
         pipeline: the diffusers pipeline underneath.
@@ -58,13 +51,12 @@ class Editor:
         revision: str | None = None,
         scheduler: str | None = None,
     ) -> None:
-        self.pipeline: DiffusionPipeline
         if isinstance(model, (str, os.PathLike)):
-            self.pipeline = load(os.fspath(model), device, dtype, variant, revision)
+            model = load(os.fspath(model), device, dtype, variant, revision)
         else:
             unet = getattr(model, "unet", None)
             check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)
-            self.pipeline = model
+        self.pipeline: DiffusionPipeline = model
         if scheduler is not None:
             self.pipeline.scheduler = scheduler_like(self.pipeline.scheduler, scheduler)
 
@@ -104,8 +96,7 @@ class Editor:
     ) -> list[Image.Image]:
         """Edit each picture by its prompt.
 
-        The defaults for steps and scales are those with which diffusers' InstructPix2Pix guide checks a
-        training: quick, and strong enough to see what was learned. The paper's own are 100, 1.5 and 7.5.
+        Steps and scales default to those of diffusers' InstructPix2Pix guide; the paper's are 100, 1.5 and 7.5.
 
         Args:
             images: picture or pictures: PIL images, paths, or bytes of image files, of any mode and size.
@@ -113,17 +104,15 @@ class Editor:
             seed: the k-th picture of each pair is drawn with `seed + k`.
             num_images: how many different pictures each pair gives.
             num_inference_steps: denoising steps.
-            image_guidance_scale: how closely to keep to the input picture, >= 0. Values below 1 are computed,
-                where the pipelines would silently drop all guidance.
-            guidance_scale: how closely to follow the prompt, >= 0. Values up to 1 are computed likewise.
+            image_guidance_scale: how closely to keep to the input picture, >= 0.
+            guidance_scale: how closely to follow the prompt, >= 0.
             guidance_rescale: 0 to 1, pulls back the contrast that guidance adds (arXiv 2305.08891, 3.4).
             negative_prompt: what to steer away from.
             resolution: long side in pixels while editing; default: `self.resolution`. See `working_size`.
             batch_size: pictures edited at once; those of one working size share a batch.
 
         Returns:
-            `num_images` RGB pictures for each pair, side by side, in the order of the pairs, each of the size
-            of its input.
+            `num_images` RGB pictures for each pair, of the size of its input, in the order of the pairs.
 
         Raises:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
@@ -139,28 +128,24 @@ class Editor:
                 image=[inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
                 prompt=[pairs[index][1] for index, _ in batch],
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
-                seeds=[seed + k for _, k in batch],
+                generator=[torch.Generator().manual_seed(seed + k) for _, k in batch],
                 num_inference_steps=num_inference_steps,
                 guidance=guidance,
             )
             for (index, k), picture in zip(batch, pictures, strict=True):
                 edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
-        return [edited[index, k] for index in range(len(pairs)) for k in range(num_images)]
+        return [edited[key] for key in sorted(edited)]
 
-    def _denoise(
-        self, image: list[Image.Image], seeds: Sequence[int], guidance: Guidance, **arguments: Any
-    ) -> list[Image.Image]:
+    def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
         """Run the pipeline once, on pictures of one size.
 
         Each picture is passed once for each of its outputs: with `num_images_per_prompt` the pipelines repeat
         prompts and pictures in different orders, and pair them wrongly.
         """
-        import torch
-
         pipeline: Any = self.pipeline
-        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        width, height = image[0].size
         if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
-            arguments |= {"width": image[0].width, "height": image[0].height}
+            arguments |= {"width": width, "height": height}
             if arguments["negative_prompt"] is None and not pipeline.config.force_zeros_for_empty_prompt:
                 arguments["negative_prompt"] = [""] * len(image)  # else it pairs a list of prompts with a mere ""
         # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
@@ -169,11 +154,8 @@ class Editor:
             with guidance.inside(pipeline.unet) if guidance.changes else contextlib.nullcontext():
                 return pipeline(image=image, **arguments).images
         except torch.OutOfMemoryError:
-            width, height = image[0].size
-            raise EditError(
-                f"out of memory with {len(image)} pictures of {width} x {height} at once: "
-                "lower --batch_size or --resolution"
-            ) from None
+            found = f"out of memory with {len(image)} pictures of {width} x {height} at once"
+            raise EditError(f"{found}: lower --batch_size or --resolution") from None
 
     def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
         scheduler = self.pipeline.scheduler

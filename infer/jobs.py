@@ -2,6 +2,7 @@
 
 import glob
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,23 +20,15 @@ from .config import InferConfig
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to edit, read when its turn comes.
+    """One picture to edit, read when its turn comes."""
 
-    Attributes:
-        image, target: give the bytes of an image file, and raise EditError where there are none.
-        label: what reports call it.
-        stem: what its outputs are named after; unique among the jobs of a run.
-        path: the picture's own file, if it is one.
-        captions: of the original and of the edited picture; None where there is no such column.
-    """
-
-    label: str
-    stem: str
+    label: str  # what reports call it
+    stem: str  # what its outputs are named after; unique among the jobs of a run
     prompt: str
-    image: Callable[[], bytes]
-    target: Callable[[], bytes] | None = None
-    path: Path | None = None
-    captions: tuple[str | None, str | None] = (None, None)
+    image: Callable[[], bytes]  # gives the bytes of an image file; raises EditError where there are none
+    target: Callable[[], bytes] | None = None  # likewise
+    path: Path | None = None  # the picture's own file, if it is one
+    captions: tuple[str | None, str | None] = (None, None)  # of original and edited picture; None: no such column
 
 
 def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] | None = None) -> list[Job]:
@@ -52,11 +45,9 @@ def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] | Non
     if config.inputs.table:
         return _jobs_of_table(config, config.inputs.table, captions)
     paths = [path for pattern in config.inputs.image for path in _pictures(pattern)]
-    stems = _unique(path.stem for path in paths)
-    return [
-        Job(str(path), stem, config.inputs.prompt or "", partial(_read_file, path), path=path)
-        for path, stem in zip(paths, stems, strict=True)
-    ]
+    prompt = config.inputs.prompt or ""
+    named = zip(_unique(path.stem for path in paths), paths, strict=True)
+    return [Job(str(path), stem, prompt, partial(_read_file, path), path=path) for stem, path in named]
 
 
 def _pictures(pattern: str) -> list[Path]:
@@ -73,12 +64,14 @@ def _pictures(pattern: str) -> list[Path]:
 
 
 def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, str | None] | None) -> list[Job]:
-    dataset = Dataset(dataset_name=table, **vars(config.columns))
     needed = [ORIGINAL] if config.inputs.prompt is not None else [ORIGINAL, PROMPT]
     wanted = [EDITED] if captions is None else [EDITED, BEFORE, AFTER]
     named = dict(zip((BEFORE, AFTER), captions or (), strict=False))
     # Without a default split: scores over pairs that were trained on would say nothing.
+    dataset = Dataset(dataset_name=table, **vars(config.columns))
     rows = open_rows(dataset, None, needed, wanted, captions=named)
+    names = map(rows.name, range(len(rows)))
+    stems = _unique(Path(name).stem if name else f"{row:05d}" for row, name in enumerate(names))
     texts = zip(*(_texts(rows, role) for role in (PROMPT, BEFORE, AFTER)), strict=True)
     return [
         Job(
@@ -89,7 +82,7 @@ def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, 
             target=partial(_read_cell, rows, row, EDITED) if EDITED in rows.columns else None,
             captions=(before, after),
         )
-        for row, (stem, (prompt, before, after)) in enumerate(zip(_unique(_stems(rows)), texts, strict=True))
+        for row, (stem, (prompt, before, after)) in enumerate(zip(stems, texts, strict=True))
     ]
 
 
@@ -100,24 +93,16 @@ def _texts(rows: Rows, role: Role) -> Iterable[str | None]:
     return (str(texts_of(value)[0] or "") for value in rows.texts(role))
 
 
-def _stems(rows: Rows) -> Iterator[str]:
-    """Names of the originals' own files without ending, where they have any; else row numbers."""
-    names = map(rows.name, range(len(rows)))
-    return (Path(name).stem if name else f"{row:05d}" for row, name in enumerate(names))
-
-
-def _unique(stems: Iterable[str]) -> list[str]:
+def _unique(stems: Iterable[str]) -> Iterator[str]:
     """Number stems that came before, ignoring case, as file systems may: a, a-2, a-3."""
     taken: set[str] = set()
-    counters: dict[str, Iterator[int]] = {}
-    names: list[str] = []
+    counters: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     for stem in stems:
         name = stem
         while name.lower() in taken:
-            name = f"{stem}-{next(counters.setdefault(stem.lower(), itertools.count(2)))}"
+            name = f"{stem}-{next(counters[stem.lower()])}"
         taken.add(name.lower())
-        names.append(name)
-    return names
+        yield name
 
 
 def _read_cell(rows: Rows, row: int, role: Role) -> bytes:

@@ -1,27 +1,21 @@
 """Loads InstructPix2Pix pipelines, and tells what is none."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..encode.base.errors import EditError, reason
-
-# torch and diffusers are imported where work begins: they take seconds, and `--help` must not wait for them.
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DiffusionPipeline
+from ..encode.models.checkpoint import is_place
+from ..encode.models.device import find_device
 
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
 
 
 def load(
-    name: str,
-    device: str | torch.device | None,
-    dtype: str | torch.dtype | None,
-    variant: str | None,
-    revision: str | None,
+    name: str, device: Any, dtype: str | torch.dtype | None, variant: str | None, revision: str | None
 ) -> DiffusionPipeline:
     """Load the pipeline in a folder or on the Hub; the arguments are those of `Editor`.
 
@@ -29,12 +23,6 @@ def load(
         EditError: there is none, or it is damaged or of another kind, or the device is not there.
     """
     check_model(name, revision)
-
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from ..encode.models.device import find_device
-
     with _readable(name):
         device = find_device(device)
         dtype = dtype or ("float16" if device.type == "cuda" else "float32")
@@ -45,10 +33,6 @@ def load(
 
 def check_model(name: str, revision: str | None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
-
-    from ..encode.models.checkpoint import is_place
-
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
     with _readable(name):
@@ -56,8 +40,28 @@ def check_model(name: str, revision: str | None) -> None:
         unet: Any = {}
         if "unet" in index:
             unet = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
-        kind, channels = index.get("_class_name"), unet.get("in_channels")
-    check_kind(name, kind, channels)
+    check_kind(name, index.get("_class_name"), unet.get("in_channels"))
+
+
+def check_kind(name: str, kind: str | None, channels: int | None) -> None:
+    """Refuse what is no InstructPix2Pix pipeline, by its class's name and its UNet's input channels."""
+    if channels not in (None, 8):
+        found = f"{name} is not an InstructPix2Pix model: conv_in takes {channels} channels, 8 expected"
+        raise EditError(f"{found}; train one with ip2p-train")
+    if kind not in (SD, SDXL):
+        raise EditError(f"{name} holds a {kind}, expected {SD} or {SDXL}; train one with ip2p-train")
+
+
+def scheduler_like(current: Any, name: str) -> Any:
+    """The scheduler called `name`, with the configuration of the `current` one."""
+    kinds = {kind.__name__.removesuffix("Scheduler"): kind for kind in current.compatibles}
+    label = next((label for label in kinds if label.lower() == name.lower().removesuffix("scheduler")), None)
+    if label is None:
+        raise EditError(f"no scheduler {name}: expected one of {', '.join(sorted(kinds))}")
+    try:
+        return kinds[label].from_config(current.config)
+    except ImportError as error:  # some schedulers need a package that is not installed
+        raise EditError(f"scheduler {label}: {reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -66,27 +70,3 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever a damaged or foreign folder leads the libraries to
         raise EditError(f"the model {name} cannot be loaded: {reason(error)}") from error
-
-
-def check_kind(name: str, kind: str | None, channels: int | None) -> None:
-    """Refuse what is no InstructPix2Pix pipeline, by its class's name and its UNet's input channels."""
-    if channels is not None and channels != 8:
-        raise EditError(
-            f"{name} is not an InstructPix2Pix model: conv_in takes {channels} channels, 8 expected; "
-            "train one with ip2p-train"
-        )
-    if kind not in (SD, SDXL):
-        raise EditError(f"{name} holds a {kind}, expected {SD} or {SDXL}; train one with ip2p-train")
-
-
-def scheduler_like(current: Any, name: str) -> Any:
-    """The scheduler called `name`, with the configuration of the `current` one."""
-    known = {kind.__name__.removesuffix("Scheduler"): kind for kind in current.compatibles}
-    wanted = name.lower().removesuffix("scheduler")
-    for label, kind in known.items():
-        if label.lower() == wanted:
-            try:
-                return kind.from_config(current.config)
-            except ImportError as error:  # some schedulers need a package that is not installed
-                raise EditError(f"scheduler {label}: {reason(error)}") from error
-    raise EditError(f"no scheduler {name}: expected one of {', '.join(sorted(known))}")

@@ -43,18 +43,13 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     endings = [""] if config.outputs.num_images == 1 else [f"_{k}" for k in range(config.outputs.num_images)]
     paths = [[folder / f"{stem}{ending}.png" for ending in endings] for stem in stems]
     inputs = {job.path.resolve() for job in jobs if job.path}
-    for path in (path for group in paths for path in group):
-        if path.resolve() in inputs:
-            raise EditError(f"--output {output} would overwrite the input {path}: give another folder or name")
+    if taken := next((path for path in itertools.chain(*paths) if path.resolve() in inputs), None):
+        raise EditError(f"--output {output} would overwrite the input {taken}: give another folder or name")
     return paths
 
 
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
-    """What each of a job's pictures was made with, as JSON: equal settings mean an equal picture.
-
-    Args:
-        model: the `model_stamp` of `config.model`.
-    """
+    """What each of a job's pictures was made with, as JSON; `model` is the stamp of `config.model`."""
     flags = dump(config)
     made = {name: flags[name] for name in SETTINGS}
     if config.outputs.sweep:

@@ -21,7 +21,7 @@ FLOORS = """
     encode.run
     encode.__main__  encode.keeper
     infer.config
-    infer.guidance  infer.models  infer.jobs
+    infer.guidance  infer.models  infer.jobs  infer.score.metrics
     infer.edit  infer.outputs
     infer.batch
     infer.score  infer.ui

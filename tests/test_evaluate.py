@@ -20,7 +20,7 @@ from ip2p.encode.data.pictures import open_picture
 from ip2p.encode.models.judge import Judge
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import EvaluateConfig
-from ip2p.infer.score import scoring
+from ip2p.infer.score import evaluate as scoring
 from ip2p.infer.score.curve import COLORS
 from ip2p.infer.score.evaluate import CURVE
 from ip2p.infer.score.metrics import Edit, measure

@@ -105,7 +105,7 @@ def test_a_split_is_chosen_and_sliced(model: str, tmp_path: Path, capsys: pytest
     arguments = ["--model", model, "--table", str(folder), "--output", str(tmp_path / "out"), *STEPS]
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert "splits train, test: choose one with --split" in capsys.readouterr().err
+    assert "several splits: choose one of train, test with --split" in capsys.readouterr().err
     assert main([*arguments, "--split", "test[:2]"]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 2
 

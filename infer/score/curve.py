@@ -1,29 +1,24 @@
 """Draws scores against each other, a line for each model."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 
 from PIL import Image, ImageDraw, ImageFont
 
 FINE = 3  # drawn this much larger, and then reduced, since Pillow does not smooth lines
 WIDTH, HEIGHT = 960 * FINE, 640 * FINE
 LEFT, TOP, RIGHT, BOTTOM = 90 * FINE, 30 * FINE, WIDTH - 30 * FINE, HEIGHT - 80 * FINE  # the plot itself
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 COLORS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000".split()  # the color-blind can tell them apart
 
 
 def draw_curve(lines: Mapping[str, Sequence[tuple[float, float, str]]], x_title: str, y_title: str) -> Image.Image:
-    """Draw points (x, y, label), joined in their order, for each name in the legend.
-
-    Returns:
-        An RGB picture of 960 x 640 pixels.
-    """
+    """Draw points (x, y, label), joined in their order, for each name in the legend: RGB, 960 x 640 pixels."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(16 * FINE), ImageFont.load_default(13 * FINE)
-    x_ticks = _ticks([x for points in lines.values() for x, _, _ in points])
-    y_ticks = _ticks([y for points in lines.values() for _, y, _ in points])
+    all_x, all_y, _ = zip(*itertools.chain(*lines.values()), strict=True)
+    x_ticks, y_ticks = _ticks(all_x), _ticks(all_y)
 
     def place(x: float, y: float) -> tuple[float, float]:
         right, up = ((value - ends[0]) / (ends[-1] - ends[0]) for value, ends in ((x, x_ticks), (y, y_ticks)))
@@ -36,13 +31,15 @@ def draw_curve(lines: Mapping[str, Sequence[tuple[float, float, str]]], x_title:
         draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], "#dddddd", FINE)
         draw.text((LEFT - 8 * FINE, place(0, y)[1]), f"{y:g}", "black", small, anchor="rm")
     draw.text(((LEFT + RIGHT) / 2, BOTTOM + 40 * FINE), x_title, "black", font, anchor="mt")
-    _write_upwards(picture, (20 * FINE, (TOP + BOTTOM) // 2), y_title, font)
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)  # which knows no anchors
+    _, _, width, height = upwards.getbbox(y_title)
+    draw.text((20 * FINE - width // 2, (TOP + BOTTOM - height) // 2), y_title, "black", upwards)
 
-    for row, ((name, points), color) in enumerate(zip(lines.items(), cycle(COLORS), strict=False)):
+    for row, ((name, points), color) in enumerate(zip(lines.items(), itertools.cycle(COLORS), strict=False)):
         draw.line([place(x, y) for x, y, _ in points], color, 2 * FINE, joint="curve")
         for x, y, label in points:
-            draw.circle(place(x, y), 4 * FINE, color)
             across, down = place(x, y)
+            draw.circle((across, down), 4 * FINE, color)
             draw.text((across + 7 * FINE, down - 7 * FINE), label, color, small, anchor="lb")
         # The upper right is free: what keeps more of the picture follows the edit less.
         draw.text((RIGHT - 12 * FINE, TOP + (12 + 24 * row) * FINE), name, color, font, anchor="rt")
@@ -57,12 +54,3 @@ def _ticks(values: Sequence[float]) -> list[float]:
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough)
     first, last = math.floor(low / step - 0.2), math.ceil(high / step + 0.2)
     return [round(number * step, 10) for number in range(first, last + 1)]
-
-
-def _write_upwards(picture: Image.Image, middle: tuple[int, int], text: str, font: Font) -> None:
-    box = font.getbbox(text)
-    letters = Image.new("L", (math.ceil(box[2]), math.ceil(box[3])))
-    ImageDraw.Draw(letters).text((0, 0), text, 255, font)
-    letters = letters.rotate(90, expand=True)
-    left, top = middle[0] - letters.width // 2, middle[1] - letters.height // 2
-    picture.paste("black", (left, top), letters)

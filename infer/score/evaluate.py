@@ -1,6 +1,8 @@
-"""ip2p-infer evaluate: edits held-out pairs with each model, has the edits scored, compares the models."""
+"""ip2p-infer evaluate: edits held-out pairs with each model, scores the edits, compares the models."""
 
+import contextlib
 import functools
+import hashlib
 import json
 import re
 import statistics
@@ -8,15 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...encode.base.console import warn
+from ...encode.base.console import bar, warn
 from ...encode.base.errors import EditError
+from ...encode.base.files import whole
 from ...encode.base.flags import dump
-from ..batch import edit_all, load_editor
+from ...encode.data.pictures import open_picture
+from ...encode.models.judge import Judge
+from ..batch import edit_all, load_editor, skipping
 from ..config import EvaluateConfig
 from ..jobs import Job, find_jobs
 from ..models import check_model
-from ..outputs import output_paths
+from ..outputs import model_stamp, output_paths, settings_in
 from .curve import draw_curve
+from .metrics import Edit, measure
 
 # Image guidance along the paper's curve, as in the original project's metrics/compute_metrics.py.
 CURVE = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2)
@@ -43,73 +49,120 @@ def evaluate(config: EvaluateConfig) -> int:
     The output folder gets MODEL/image_1.5_text_7.5/ with the edits and, in scores.jsonl, the scores of each;
     results.json with their means; and curve.png, if `config.scoring.curve`.
     """
-    folder, scales = (
-        Path(config.scoring.output),
-        CURVE if config.scoring.curve else (config.editing.image_guidance_scale,),
-    )
+    scoring, text = config.scoring, config.editing.guidance_scale
+    folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
     for model in config.model:
         check_model(model, config.loading.revision)
-    captions = config.scoring.original_caption_column, config.scoring.edited_caption_column
+    captions = scoring.original_caption_column, scoring.edited_caption_column
     jobs = find_jobs(config.infer("", scales[0], folder), captions)
-    left_out = missing_columns(jobs[0])
-    if config.scoring.curve and "clip_direction" in left_out:
+    left_out = _missing_columns(jobs[0])
+    if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
-
-    from ...encode.models.judge import Judge
-    from .scoring import score_all
-
-    judge = Judge(
-        config.scoring.clip_model, config.scoring.dino_model, config.loading.device, config.scoring.published_clip_range
-    )
+    judge = Judge(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
     results: list[dict[str, Any]] = []
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
-            warn(f"{model}, image guidance {scale:g}, text guidance {config.editing.guidance_scale:g}")
-            place = folder_of(folder, model, scale, config.editing.guidance_scale)
+            warn(f"{model}, image guidance {scale:g}, text guidance {text:g}")
+            place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{scale:g}_text_{text:g}"
+            place.mkdir(parents=True, exist_ok=True)
             run = config.infer(model, scale, place)
             work = list(zip(jobs, output_paths(run, jobs), strict=True))
-            failed = edit_all(run, work, load)[2]
-            edits = [(job, path) for job, (path,) in work if job.stem not in failed]
-            records = score_all(config, judge, edits, place / "scores.jsonl")
+            done, _ = edit_all(run, work, load)
+            records = score_all(config, judge, [(job, path) for job, (path,) in done], place / "scores.jsonl")
             if not records:
                 warn("ip2p-infer: no pair could be scored")
                 return 1
             jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
-            means = {
-                name: statistics.fmean(record[name] for record in records.values())
-                for name in SCORES
-                if name not in left_out
-            }
+            there = (name for name in SCORES if name not in left_out)
+            means = {name: statistics.fmean(record[name] for record in records.values()) for name in there}
             results.append({"model": model, "image_guidance_scale": scale, "pairs": len(records), **means})
     report(config, results, left_out)
     return 0
 
 
-def missing_columns(job: Job) -> dict[str, str]:
+def score_all(
+    config: EvaluateConfig, judge: Judge, edits: Sequence[tuple[Job, Path]], file: Path
+) -> dict[str, dict[str, Any]]:
+    """Score each edit that was not scored before in the same way; one that cannot be is reported.
+
+    Args:
+        edits: inputs, each with the file of its edited picture.
+        file: JSONL with a record for each edit: `pair`, the input's stem; `of`, a hash of all that the scores
+            depend on; and the scores.
+
+    Returns:
+        The records by the inputs' stems.
+    """
+    scoring, size = config.scoring, config.editing.batch_size
+    judged_by = [[name, model_stamp(name)] for name in (scoring.clip_model, scoring.dino_model)]
+    known, records = _read(file), {}
+    _write(file, known)  # without a line that an interruption tore, if there is one
+    with file.open("a", encoding="utf-8") as lines, bar(None, "scoring", "pair", total=len(edits)) as shown:
+        for start in range(0, len(edits), size):
+            batch: list[tuple[str, str, Edit]] = []
+            for job, path in edits[start : start + size]:
+                with skipping(job):
+                    identity = _identity(job, path, [*judged_by, scoring.published_clip_range])
+                    if known.get(job.stem, {}).get("of") == identity:
+                        records[job.stem] = known[job.stem]
+                        continue
+                    target = open_picture(job.target()) if job.target else None
+                    edit = Edit(open_picture(job.image()), open_picture(path), target, job.captions)
+                    batch.append((job.stem, identity, edit))
+            scores = measure(judge, [edit for _, _, edit in batch]) if batch else []
+            for (stem, identity, _), values in zip(batch, scores, strict=True):
+                records[stem] = {"pair": stem, "of": identity, **values}
+                lines.write(_line(records[stem]))
+            lines.flush()
+            shown.update(min(size, len(edits) - start))
+    _write(file, known | records)
+    return records
+
+
+def _identity(job: Job, path: Path, judged_by: list[Any]) -> str:
+    """A hash of all that an edit's scores depend on: how it was made, what it is compared with, and by what."""
+    if any(caption is not None and not caption.strip() for caption in job.captions):
+        raise EditError("a caption is empty")
+    target = hashlib.sha256(job.target()).hexdigest() if job.target else None
+    return hashlib.sha256(json.dumps([settings_in(path), target, job.captions, judged_by]).encode()).hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    records: dict[str, dict[str, Any]] = {}
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that an interruption tore
+            record = json.loads(line)
+            records[record["pair"]] = record
+    return records
+
+
+def _write(file: Path, records: Mapping[str, dict[str, Any]]) -> None:
+    with whole(file) as unfinished:
+        unfinished.write_text("".join(map(_line, records.values())), encoding="utf-8")
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _missing_columns(job: Job) -> dict[str, str]:
     """The scores that the dataset's columns do not allow, each with what they lack."""
     there = {TARGET: job.target, BEFORE: job.captions[0], AFTER: job.captions[1]}
     lacking = {what for what, value in there.items() if value is None}
     return {name: " and ".join(sorted(needs & lacking)) for name, (_, needs) in SCORES.items() if needs & lacking}
 
 
-def folder_of(folder: Path, model: str, image: float, text: float) -> Path:
-    """Where a model's edits at these scales are kept."""
-    place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{image:g}_text_{text:g}"
-    place.mkdir(parents=True, exist_ok=True)
-    return place
-
-
 def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: Mapping[str, str]) -> None:
     """Print the table, and write results.json and the curve."""
     folder = Path(config.scoring.output)
-    print(table(results))
+    print(_table(results))
     for lack in sorted(set(left_out.values())):
         titles = ", ".join(SCORES[name][0] for name in left_out if left_out[name] == lack)
         print(f"left out: {titles}; the dataset has no {lack}")
-    settings = dump(config)
-    content = json.dumps({"settings": settings, "left_out": left_out, "results": results}, indent=2, ensure_ascii=False)
-    (folder / "results.json").write_text(content + "\n", encoding="utf-8")
+    content = {"settings": dump(config), "left_out": left_out, "results": results}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     if config.scoring.curve:
         lines: dict[str, list[tuple[float, float, str]]] = {model: [] for model in config.model}
         for row in results:
@@ -119,14 +172,11 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
     print("->", folder / "results.json")
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def _table(results: Sequence[dict[str, Any]]) -> str:
     """One line for each result, under titles."""
     titles = {"model": "model", "image_guidance_scale": "image guidance", "pairs": "pairs"}
     titles |= {name: title for name, (title, _) in SCORES.items() if name in results[0]}
-    rows = [list(titles.values())]
-    for result in results:
-        rows.append([f"{result[name]:.4f}" if name in SCORES else str(result[name]) for name in titles])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    first, *rest = widths
-    lines = ("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], rest)]) for row in rows)
-    return "\n".join(lines)
+    rows = [[f"{result[name]:.4f}" if name in SCORES else str(result[name]) for name in titles] for result in results]
+    rows.insert(0, list(titles.values()))
+    first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join("  ".join([row[0].ljust(first), *map(str.rjust, row[1:], rest)]) for row in rows)

@@ -19,17 +19,12 @@ EQUAL = 60.0  # dB of equal pictures: not infinite, or one of them would make ev
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited picture, and what it is compared with.
-
-    Attributes:
-        target: the dataset's own edit.
-        captions: of the original and of the target.
-    """
+    """An edited picture, and what it is compared with."""
 
     original: Image.Image
     edited: Image.Image
-    target: Image.Image | None = None
-    captions: tuple[str | None, str | None] = (None, None)
+    target: Image.Image | None = None  # the dataset's own edit
+    captions: tuple[str | None, str | None] = (None, None)  # of the original and of the target
 
 
 def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
@@ -48,30 +43,25 @@ def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
       where either does not change.
     - `clip_image`: cosine similarity of the original and the edited picture.
     """
-    scores: list[dict[str, float]] = [{} for _ in edits]
-
-    def note(name: str, values: torch.Tensor) -> None:
-        for score, value in zip(scores, values.tolist(), strict=True):
-            score[name] = value
-
+    scores: dict[str, Sequence[float]] = {}
     edited = judge.see([edit.edited for edit in edits])
     targets = [edit.target for edit in edits if edit.target is not None]
     if targets:
-        for score, edit, target in zip(scores, edits, targets, strict=True):
-            score["l1"], score["l2"] = distances(edit.edited, target)
-            score["psnr"] = psnr(edit.edited, target)
-        note("clip_i", _cosine(edited, judge.see(targets)))
-        note("dino", _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets)))
+        pairs = [(edit.edited, target) for edit, target in zip(edits, targets, strict=True)]
+        scores["l1"], scores["l2"] = zip(*(distances(*pair) for pair in pairs), strict=True)
+        scores["psnr"] = [psnr(*pair) for pair in pairs]
+        scores["clip_i"] = _cosine(edited, judge.see(targets))
+        scores["dino"] = _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets))
     original = judge.see([edit.original for edit in edits])
     befores, afters = ([text for edit in edits if (text := edit.captions[side]) is not None] for side in (0, 1))
     if afters:
         after = judge.read(afters)
-        note("clip_t", _cosine(edited, after))
+        scores["clip_t"] = _cosine(edited, after)
         if befores:
             change = _unit(after) - _unit(judge.read(befores))
-            note("clip_direction", _cosine(_unit(edited) - _unit(original), change))
-    note("clip_image", _cosine(original, edited))
-    return scores
+            scores["clip_direction"] = _cosine(_unit(edited) - _unit(original), change)
+    scores["clip_image"] = _cosine(original, edited)
+    return [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
 
 
 def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:
@@ -94,6 +84,6 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.double() / vectors.double().norm(dim=1, keepdim=True)
 
 
-def _cosine(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(B,) of (B, d) each; in float64, so that equal vectors give 1."""
-    return cosine_similarity(one.double(), other.double())
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> list[float]:
+    """B numbers of (B, d) each; in float64, so that equal vectors give 1."""
+    return cosine_similarity(one.double(), other.double()).tolist()

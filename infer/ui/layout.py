@@ -1,8 +1,8 @@
 """What the page of `ip2p-infer --ui` looks like: its controls, its places for results, its colors."""
 
 import html
-from collections.abc import Sequence
-from typing import Any
+
+import gradio as gr
 
 from ..config import InferConfig
 
@@ -26,15 +26,10 @@ footer { display: none !important; }
 #history .caption-label { position: static; max-width: none; border: 0; text-align: start; white-space: normal;
   overflow-wrap: anywhere; }
 """
-
-
-def theme() -> Any:
-    """Quiet colors, and a font that gradio brings along: the page fetches nothing from elsewhere."""
-    import gradio as gr
-
-    # Of this font's weights, 600 is a fragment in gradio's package; browsers take 700 for it.
-    font = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
-    return gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=font)
+# Of this font's weights, 600 is a fragment in gradio's package; browsers take 700 for it.
+FONT = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+# Quiet colors, and a font that gradio brings along: the page fetches nothing from elsewhere.
+THEME = gr.themes.Default(primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=FONT)
 
 
 class Layout:
@@ -51,9 +46,7 @@ class Layout:
         everything: all that a reset puts back.
     """
 
-    def __init__(self, config: InferConfig, models: Sequence[str], examples: Sequence[tuple[str, str]]) -> None:
-        import gradio as gr
-
+    def __init__(self, config: InferConfig, models: list[str], examples: list[tuple[str, str]]) -> None:
         several = len(models) > 1
         with gr.Blocks(title="ip2p", analytics_enabled=False) as self.blocks:
             name = "" if several else f" &middot; {html.escape(models[0])}"
@@ -64,7 +57,7 @@ class Layout:
                     if not examples:
                         gr.Examples([[prompt] for prompt in PROMPTS], self.prompt, elem_id="examples")
                     self.models = gr.CheckboxGroup(
-                        list(models), value=list(models), label="Models", visible=several, elem_id="models"
+                        models, value=models, label="Models", visible=several, elem_id="models"
                     )
                     with gr.Row():
                         self.edit = gr.Button("Edit", variant="primary", scale=2, min_width=120)
@@ -80,55 +73,33 @@ class Layout:
         self.everything = [*self.controls, self.fresh, self.models, self.note, *results]
 
     def _inputs(self) -> None:
-        import gradio as gr
-
         self.picture = gr.Image(
-            label="Picture",
-            type="filepath",
-            image_mode=None,
-            sources=["upload", "clipboard"],
-            buttons=[],
-            height=300,
-            elem_id="picture",
+            label="Picture", type="filepath", sources=["upload", "clipboard"], buttons=[], height=300, elem_id="picture"
         )
         # gradio would open the file before any code here sees it, and call a broken one a mere "Error".
         self.picture.preprocess = lambda payload: payload and payload.path
         self.prompt = gr.Textbox(label="Instruction", placeholder="make it snowy", elem_id="instruction")
 
     def _settings(self, config: InferConfig) -> None:
-        import gradio as gr
-
-        steps, image, text = (
-            config.editing.num_inference_steps,
-            config.editing.image_guidance_scale,
-            config.editing.guidance_scale,
-        )
+        steps, keep = config.editing.num_inference_steps, config.editing.image_guidance_scale
+        follow, seed = config.editing.guidance_scale, config.editing.seed
+        labels = "Image guidance: keep to the picture", "Text guidance: follow the instruction"
         with gr.Group():
             self.steps = gr.Slider(1, max(100, steps), steps, step=1, label="Steps", elem_id="steps")
-            self.keep = gr.Slider(
-                0, max(5, image), image, step=0.05, label="Image guidance: keep to the picture", elem_id="keep"
-            )
-            self.follow = gr.Slider(
-                0, max(20, text), text, step=0.1, label="Text guidance: follow the instruction", elem_id="follow"
-            )
+            self.keep = gr.Slider(0, max(5, keep), keep, step=0.05, label=labels[0], elem_id="keep")
+            self.follow = gr.Slider(0, max(20, follow), follow, step=0.1, label=labels[1], elem_id="follow")
             with gr.Row():
-                self.seed = gr.Number(config.editing.seed, precision=0, label="Seed", min_width=120, elem_id="seed")
+                self.seed = gr.Number(seed, precision=0, label="Seed", min_width=120, elem_id="seed")
                 self.fresh = gr.Checkbox(label="New seed each time", min_width=120, elem_id="fresh")
 
     def _results(self) -> None:
-        import gradio as gr
-
         self.shelf, self.pictures = gr.State([]), gr.State({})
         self.result = gr.ImageSlider(label="Before and after", interactive=False, max_height=560, elem_id="result")
         self.caption = gr.HTML(elem_id="caption")
         with gr.Row():
             self.left = gr.Dropdown([ORIGINAL], value=ORIGINAL, label="Left", visible=False, elem_id="left")
             self.right = gr.Dropdown([], label="Right", visible=False, elem_id="right")
+        label = "This session: click to bring one back"
         self.history = gr.Gallery(
-            label="This session: click to bring one back",
-            object_fit="contain",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="history",
+            label=label, object_fit="contain", allow_preview=False, interactive=False, buttons=[], elem_id="history"
         )

@@ -1,13 +1,15 @@
 """What happens on the page of `ip2p-infer --ui`: edits, comparison, the history of a session."""
 
 import dataclasses
+import functools
 import html
 import re
 import secrets
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gradio as gr
 from PIL import Image
 
 from ...encode.base.errors import EditError, Ip2pError
@@ -19,26 +21,18 @@ from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
 from .layout import ORIGINAL, Layout
 
-if TYPE_CHECKING:
-    from ..edit import Editor
-
+PROGRESS = gr.Progress(track_tqdm=True)  # gradio finds it as a default value, and then shows the bars of tqdm
 EXAMPLES = 8  # of the pictures of --image or --table
 SHOWN = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # what every browser shows; others are shown as PNG
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One edited picture of a session.
+    """One edited picture of a session."""
 
-    Attributes:
-        controls: what `Layout.controls` said.
-        model: which model made it.
-        path: its PNG, with the settings inside.
-    """
-
-    controls: tuple[Any, ...]
+    controls: tuple[Any, ...]  # what `Layout.controls` said
     model: str
-    path: str
+    path: str  # its PNG, with the settings inside
 
     @property
     def caption(self) -> str:
@@ -52,24 +46,31 @@ class Page:
 
     Args:
         config: where the controls start, and what holds for all that has no control.
-        editor: of `config.model`.
         folder: where pictures are kept.
     """
 
-    def __init__(self, config: InferConfig, editor: "Editor", folder: Path) -> None:
+    def __init__(self, config: InferConfig, folder: Path) -> None:
         self.config = changed(config, num_images=1, batch_size=1)
         self.folder = folder
         self.names = list(dict.fromkeys([config.model, *config.page.compare]))
-        self.editors = {config.model: editor}
+        # Each model is loaded when it is first asked for, and kept: the first one now.
+        self.editor = functools.cache(lambda model: load_editor(changed(self.config, model=model)))
+        self.editor(config.model)
         self.layout = Layout(config, self.names, self._examples())
-        with self.layout.blocks:
-            self._wire()
-
-    def editor(self, model: str) -> "Editor":
-        """The editor of a model, loaded when it is first asked for, and kept."""
-        if model not in self.editors:
-            self.editors[model] = load_editor(changed(self.config, model=model))
-        return self.editors[model]
+        at = self.layout
+        with at.blocks:
+            at.picture.upload(self.check, at.picture, [at.picture, at.note])
+            gr.on(
+                [at.edit.click, at.prompt.submit],
+                self.edit,
+                [at.shelf, at.models, at.fresh, *at.controls],
+                [*at.everything, at.shelf, at.history],
+                concurrency_limit=1,  # requests wait in line for the one device
+                show_progress_on=at.result,
+            )
+            at.history.select(self.look, at.shelf, [*at.everything, at.shelf, at.history])
+            gr.on([at.left.input, at.right.input], self.compare, [at.pictures, at.left, at.right], at.result)
+            at.reset.click(self.start, None, at.everything)
 
     def check(self, path: str | None) -> Any:
         """Look at an upload at once, and turn what browsers cannot show into a PNG."""
@@ -82,10 +83,9 @@ class Page:
         except Ip2pError as error:
             return {at.picture: None, at.note: _problem(error)}
 
-    def edit(self, shelf: list[Edit], models: list[str], fresh: bool, *controls: Any) -> Any:
+    def edit(self, _progress: Any = PROGRESS, *values: Any) -> Any:
         """Edit with each chosen model; one that fails is named, and the others' pictures are shown."""
-        at = self.layout
-        *settings, seed = controls
+        at, (shelf, models, fresh, *settings, seed) = self.layout, values
         seed = secrets.randbelow(2**31) if fresh or seed is None else seed
         made: list[Edit] = []
         problems: list[Ip2pError] = [] if models else [EditError("choose a model")]
@@ -98,9 +98,9 @@ class Page:
         shown = self._show([*made, *shelf], made[0]) | {at.seed: seed} if made else {}
         return shown | {at.note: note}
 
-    def look(self, shelf: list[Edit], index: int) -> Any:
+    def look(self, shelf: list[Edit], event: gr.SelectData) -> Any:
         """Bring an earlier edit back, with the settings that made it."""
-        at, chosen = self.layout, shelf[index]
+        at, chosen = self.layout, shelf[event.index]
         settings = dict(zip(at.controls, chosen.controls, strict=True))
         return settings | {at.fresh: False, at.note: ""} | self._show(shelf, chosen)
 
@@ -110,19 +110,8 @@ class Page:
 
     def start(self) -> Any:
         """Everything as it was at first, but for the history."""
-        import gradio as gr
-
         at, hidden = self.layout, gr.Dropdown(visible=False)
-        places = {at.result: None, at.caption: "", at.pictures: {}, at.left: hidden, at.right: hidden}
-        config = self.config
-        settings = (
-            config.editing.num_inference_steps,
-            config.editing.image_guidance_scale,
-            config.editing.guidance_scale,
-            config.editing.seed,
-        )
-        controls = dict(zip(at.controls, (None, "", *settings), strict=True))
-        return controls | {at.fresh: False, at.models: self.names, at.note: ""} | places
+        return {part: part.value for part in at.everything} | {at.left: hidden, at.right: hidden}
 
     def _edit(self, model: str, controls: tuple[Any, ...]) -> Edit:
         path, prompt, steps, image, text, seed = controls
@@ -138,8 +127,6 @@ class Page:
 
     def _show(self, shelf: list[Edit], chosen: Edit) -> dict[Any, Any]:
         """Fill the places for results: the chosen edit beside its original, the other models' within reach."""
-        import gradio as gr
-
         at, original, several = self.layout, chosen.controls[0], len(self.names) > 1
         found = {edit.model: edit.path for edit in reversed(shelf) if edit.controls == chosen.controls}
         return {
@@ -153,7 +140,7 @@ class Page:
         }
 
     def _examples(self) -> list[tuple[str, str]]:
-        jobs = find_jobs(self.config)[:EXAMPLES] if self.config.inputs.image or self.config.inputs.table else []
+        jobs = find_jobs(self.config)[:EXAMPLES]
         return [(self._save(open_picture(job.image()), job.stem), job.prompt) for job in jobs]
 
     def _save(self, picture: Image.Image, title: str, settings: str = "") -> str:
@@ -162,31 +149,6 @@ class Page:
         path = Path(tempfile.mkdtemp(dir=self.folder)) / f"{name}.png"
         save(picture, path, settings)
         return str(path)
-
-    def _wire(self) -> None:
-        import gradio as gr
-
-        at = self.layout
-        progress = gr.Progress(track_tqdm=True)  # gradio finds it as a default value
-
-        def run(progress: Any = progress, *values: Any) -> Any:
-            return self.edit(*values)
-
-        def look(shelf: list[Edit], event: gr.SelectData) -> Any:
-            return self.look(shelf, event.index)
-
-        at.picture.upload(self.check, at.picture, [at.picture, at.note])
-        gr.on(
-            [at.edit.click, at.prompt.submit],
-            run,
-            [at.shelf, at.models, at.fresh, *at.controls],
-            [*at.everything, at.shelf, at.history],
-            concurrency_limit=1,  # requests wait in line for the one device
-            show_progress_on=at.result,
-        )
-        at.history.select(look, at.shelf, [*at.everything, at.shelf, at.history])
-        gr.on([at.left.input, at.right.input], self.compare, [at.pictures, at.left, at.right], at.result)
-        at.reset.click(self.start, None, at.everything)
 
 
 def _problem(error: Ip2pError) -> str:

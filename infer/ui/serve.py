@@ -7,11 +7,9 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...encode.base.errors import EditError
-from ..batch import load_editor
 from ..config import InferConfig
 
 
@@ -24,28 +22,21 @@ def serve(config: InferConfig) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise EditError("--ui needs gradio: pip install 'ip2p[ui]'")
     with _listen(config.page.host, config.page.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
-        editor = load_editor(config)
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; gradio reads it on import
         import gradio
         import uvicorn
         from fastapi import FastAPI
 
-        from .layout import CSS, theme
+        from .layout import CSS, THEME
         from .page import Page
 
-        page = Page(config, editor, Path(folder))
+        blocks = Page(config, Path(folder)).layout.blocks
+        # The history of runs is gradio's own, which outlives the session.
         app = gradio.mount_gradio_app(
-            FastAPI(),
-            page.layout.blocks,
-            path="/",
-            theme=theme(),
-            css=CSS,
-            footer_links=[],
-            run_history=False,  # gradio's own, which outlives the session
-            ssr_mode=False,
+            FastAPI(), blocks, path="/", theme=THEME, css=CSS, footer_links=[], run_history=False, ssr_mode=False
         )
         # Else gradio takes any path on this disk for an upload's: it checks the apps alone that it launched itself.
-        page.layout.blocks.has_launched = True
+        blocks.has_launched = True
         # Each open page holds a connection, for which the end would wait, and of whose loss uvicorn would tell.
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
@@ -58,12 +49,9 @@ def serve(config: InferConfig) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise EditError(f"--host {host} --port {port}: {error}; --port 0 takes any free port") from None
-    with listener:
-        yield listener
