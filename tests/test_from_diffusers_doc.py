@@ -1,11 +1,11 @@
 """Tests of docs/from-diffusers.md: what it says about other scripts is guarded by tests that exist."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from ip2p.encode.base.flags import flags_of
 from ip2p.encode.config import EncodeConfig
 from ip2p.train.config import TrainConfig
 from test_flags import FLAGS
@@ -40,7 +40,7 @@ def test_each_difference_names_the_test_that_guards_it() -> None:
 def test_the_table_of_flags_names_each_flag_of_both_scripts_and_no_other() -> None:
     """Each stands in one row; a star is for all that begin so."""
     names = [name for flags, *_ in table("Flags") for name in re.findall(r"`(\w+\*?)`", flags)]
-    known = {field.name for config in (EncodeConfig, TrainConfig) for field in dataclasses.fields(config)}
+    known = flags_of(EncodeConfig).keys() | flags_of(TrainConfig).keys()
     assert len(names) == len(set(names))
     for name in names:
         assert [flag for flag in known if re.fullmatch(name.replace("*", ".*"), flag)], name
