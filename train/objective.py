@@ -142,5 +142,7 @@ def drop_conditioning(
     no_image = (uniform >= text_alone) & (uniform < text_alone + both + image_alone)
     text = torch.where(no_text[:, None, None], null.text, batch.text)
     image = batch.original.float().masked_fill(no_image[:, None, None, None], 0)
-    pooled: Any = batch.pooled
-    return text, image, pooled if pooled is None else torch.where(no_text[:, None], null.pooled, pooled)
+    pooled, empty = batch.pooled, null.pooled
+    if pooled is not None and empty is not None:
+        pooled = torch.where(no_text[:, None], empty, pooled)
+    return text, image, pooled

@@ -36,11 +36,7 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
-    """Set up devices, processes and trackers.
-
-    Raises:
-        SettingsError: an engine that would need another way of training, or flags that do not fit the machine.
-    """
+    """Set up devices, processes and trackers; raises SettingsError for flags or an engine that do not fit."""
     for engine in SHARDING:  # before accelerate looks for an engine that may not be installed
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise SettingsError(
@@ -76,9 +72,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
             ],
         )
     except ValueError as error:
-        raise SettingsError(
-            f"{error} (--mixed_precision {config.machine.mixed_precision}, --report_to {tracker})"
-        ) from None
+        flags = f"--mixed_precision {config.machine.mixed_precision}, --report_to {tracker}"
+        raise SettingsError(f"{error} ({flags})") from None
     return accelerator, precision
 
 
@@ -100,9 +95,7 @@ def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
     """Open the caches, check their files, and make sure that they were encoded alike.
 
-    Raises:
-        CacheError: one is missing or damaged.
-        CacheMismatch: two of them were encoded differently; the message says where they differ.
+    Raises CacheError, or CacheMismatch where two were encoded differently; the message says where they differ.
     """
     caches = [Cache.open(folder) for folder in config.samples.cache]
     for cache in caches:
@@ -131,11 +124,7 @@ def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
 
 
 def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
-    """Find the model, and make sure that the cache was encoded with its VAE and text encoder.
-
-    Raises:
-        CacheMismatch: it was not; the message says where they differ.
-    """
+    """Find the model, and make sure that the cache was encoded with its VAE and text encoder: else CacheMismatch."""
     recorded, model = cache.manifest["model"], config.model
     name = model.pretrained_model_name_or_path
     vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
@@ -171,11 +160,7 @@ def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> Non
 
 @contextlib.contextmanager
 def alone(output_dir: Path) -> Iterator[None]:
-    """Keep an output folder to this run.
-
-    Raises:
-        TrainError: another run trains into it; the message says which process.
-    """
+    """Keep an output folder to this run; raises TrainError with the process that trains into it already."""
     held = contextlib.ExitStack()
     try:
         lock = held.enter_context(locked(output_dir))
@@ -184,10 +169,8 @@ def alone(output_dir: Path) -> Iterator[None]:
         lock.flush()
     except BlockingIOError:
         who = (output_dir / ".lock").read_text(encoding="utf-8")
-        raise TrainError(
-            f"--output_dir {output_dir} is in use by another ip2p-train ({who}): wait for it, stop it, or name another "
-            "folder"
-        ) from None
+        used = f"--output_dir {output_dir} is in use by another ip2p-train ({who})"
+        raise TrainError(f"{used}: wait for it, stop it, or name another folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
             raise

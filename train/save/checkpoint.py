@@ -88,13 +88,9 @@ class Checkpoints:
         self.check()
 
     def check(self) -> None:
-        """Say what went wrong in the thread, if anything did.
-
-        Raises:
-            TrainError: a checkpoint could not be written; those that are there stay.
-        """
-        failure, self._failure = self._failure, None
-        if failure:
+        """Raise what went wrong in the thread: TrainError where a checkpoint could not be written; others stay."""
+        if failure := self._failure:
+            self._failure = None
             raise failure
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:

@@ -143,11 +143,7 @@ def table(values: Mapping[str, Any]) -> str:
 
 
 def push(config: TrainConfig) -> str:
-    """Upload the pipeline, its card and its validation pictures; returns the address.
-
-    Raises:
-        TrainError: the Hub refused; everything is still in the output folder.
-    """
+    """Upload the pipeline, its card and its validation pictures; returns the address, or raises TrainError."""
     api, folder = HfApi(token=config.saving.hub_token), config.saving.output_dir
     name = config.saving.hub_model_id or folder.resolve().name
     try:

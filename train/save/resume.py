@@ -39,9 +39,7 @@ class Progress:
 def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
     """Go on from the checkpoint that the flags ask for, if they do.
 
-    Raises:
-        SettingsError: there is no such checkpoint, or it is not of such a run.
-        CacheMismatch: it was trained on another cache.
+    Raises SettingsError if there is none or it is of another run, CacheMismatch if it is of another cache.
     """
     if folder := agreed_checkpoint(config, accelerator):
         load(folder, parts)
@@ -67,8 +65,7 @@ def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
 def find(output_dir: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: by path or name, the newest for `latest` and `auto`, or None to start anew.
 
-    Raises:
-        SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
+    Raises SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
     """
     there = checkpoints(output_dir)
     if wanted in ("latest", "auto") and there:

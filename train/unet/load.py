@@ -23,9 +23,7 @@ SCALE = 1024
 def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionModel:
     """Load the UNet in float32 on the CPU, with input channels for noisy latent and image condition.
 
-    Raises:
-        ModelError: no UNet there, or one with neither 4 nor 8 input channels.
-        SettingsError: xformers was asked for and cannot run.
+    Raises ModelError: no UNet there, or one that cannot be widened; SettingsError: xformers cannot run.
     """
     model, options = config.model, {"variant": config.model.variant, "cache_dir": config.model.cache_dir}
     revision = model.non_ema_revision
@@ -62,10 +60,7 @@ def widen(unet: UNet2DConditionModel, latent_channels: int = 4) -> None:
     """Let `conv_in` take the image condition beside the noisy latent, in place (InstructPix2Pix, section 3.2).
 
     The first channels and the bias are copied and the new channels are zero, so that the output stays the base
-    model's, whatever the condition. A UNet that is wide already is left as it is.
-
-    Raises:
-        ModelError: the UNet has another number of input channels.
+    model's, whatever the condition. A UNet that is wide already stays; another number of channels is a ModelError.
     """
     wide = 2 * latent_channels
     narrow: torch.nn.Conv2d = unet.conv_in
@@ -89,15 +84,12 @@ def check_gradients(unet: torch.nn.Module, loss: Callable[[], Tensor], precision
     """Compare the gradients of the compiled UNet with those of the same UNet run eagerly, before it is trained.
 
     Compilers have been wrong, silently (PyTorch's threads 190796 and 193061). One gradient is accumulated over minus
-    the other, so that this takes no more memory than a step.
+    the other, so that this takes no more memory than a step. Raises TrainError if one is wrong.
 
     Args:
         unet: compiled, without gradients, and left without.
         loss: the loss of one batch, the same whenever it is called.
         precision: no, fp16 or bf16, in which it computes.
-
-    Raises:
-        TrainError: a gradient is wrong.
     """
     scale = SCALE if precision == "fp16" else 1
     with torch.compiler.set_stance("force_eager"):

@@ -133,11 +133,7 @@ class Update:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the optimizer of a checkpoint, whose tensors may lie in memory in another order.
-
-        Raises:
-            ValueError: it is of another optimizer.
-        """
+        """Go on with the optimizer of a checkpoint, in whatever order its tensors lie; ValueError: it is another."""
         plain = all("exp_avg" in values for values in state["state"].values())
         if plain != isinstance(self.optimizer, torch.optim.AdamW) and state["state"]:
             raise ValueError(f"it was trained {'without' if plain else 'with'} --use_8bit_adam: go on in the same way")

@@ -33,10 +33,7 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
 
     On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
     several batches would lose too much in that precision, and AdamW in 8 bits takes no others than float32: there
-    autocast stays.
-
-    Raises:
-        SettingsError: the launcher's is none that is known here.
+    autocast stays. Raises SettingsError where the launcher's is none that is known here.
     """
     name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
@@ -83,18 +80,13 @@ class Average:
 class Weights:
     """The parameters of a UNet, and the float32 masters behind them.
 
-    With `half`, the UNet's own parameters become copies in that precision, so that no step casts its weights and their
-    gradients again and again, as autocast does (Micikevicius et al., arXiv 1710.03740, section 3.1). The optimizer
-    changes the masters, and checkpoints hold them. Whoever calls the UNet goes on giving and getting float32.
+    With `half`, the UNet's own `parameters`, which get the gradients, become copies in that precision, so that no step
+    casts its weights and their gradients again and again, as autocast does (arXiv 1710.03740, section 3.1). The
+    optimizer changes the float32 `masters`, and checkpoints hold them. Who calls the UNet gives and gets float32.
 
     Args:
         unet: on its device, in float32; changed in place.
         half: torch.float16 or torch.bfloat16, or None: the parameters are the masters themselves.
-
-    Attributes:
-        names: of the parameters, in the order of the lists.
-        parameters: the UNet's own, which get the gradients.
-        masters: float32.
     """
 
     def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None):
@@ -146,12 +138,7 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the masters of a checkpoint.
-
-        Raises:
-            KeyError: one is missing.
-            RuntimeError: one has another shape.
-        """
+        """Go on with the masters of a checkpoint; KeyError: one is missing, RuntimeError: one has another shape."""
         for name, master in zip(self.names, self.masters, strict=True):
             if (shape := state[name].shape) != master.shape:  # `copy_` would repeat a smaller one
                 raise RuntimeError(f"{name} has shape {tuple(shape)}, expected {tuple(master.shape)}")

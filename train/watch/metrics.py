@@ -57,14 +57,12 @@ class Metrics:
     def step(self, step: int, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float) -> None:
         """Take what optimizer step number `step` yields, and report if it is time.
 
+        Raises TrainError where step after step is skipped.
+
         Args:
-            loss: of this process's samples; it, `norm` and `skipped` are scalars on the device.
-            norm: of the gradients.
+            loss: of this process's samples; it, the gradients' `norm` and `skipped` are scalars on the device.
             skipped: 1 if the step changed nothing, because a gradient was not finite; else 0.
             lr: learning rate of the next step.
-
-        Raises:
-            TrainError: step after step is skipped.
         """
         self.losses.append(loss)
         self.norms.append(norm)

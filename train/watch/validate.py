@@ -128,11 +128,7 @@ class Validation:
 
 
 def open_picture(flags: Watching) -> Image.Image | None:
-    """The picture of --val_image_url_or_path, if there is one.
-
-    Raises:
-        SettingsError: it cannot be opened, or there is no --validation_prompt for it.
-    """
+    """The picture of --val_image_url_or_path, if there is one; raises SettingsError where it cannot be used."""
     if not flags.image:
         return None
     if not flags.validation_prompt:
