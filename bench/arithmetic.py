@@ -12,7 +12,7 @@ from shapes import SIZES, Shape, make_text_encoders, make_unet, make_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ip2p.train.unet.flops import training_flops
+from ip2p.train.watch.metrics import training_flops
 
 CASES = [("small", 256), ("sd15", 256), ("sd15", 512), ("sdxl", 512), ("sdxl", 1024)]
 

@@ -17,9 +17,8 @@ from training import DROPOUT, GOALS, Loss, Step, Training, compile_regions, from
 
 from ip2p.encode.base.errors import TrainError
 from ip2p.train.data.batches import Batches
-from ip2p.train.unet.compiled import check_gradients
-from ip2p.train.unet.flops import peak, training_flops
-from ip2p.train.watch.metrics import peak_memory
+from ip2p.train.unet.load import check_gradients
+from ip2p.train.watch.metrics import peak, peak_memory, training_flops
 
 
 class Setting(NamedTuple):

@@ -15,13 +15,14 @@ from gpu_frame import Bench
 from gpu_machine import seconds
 from shapes import TINY
 from torch import Tensor
-from training import DROPOUT, Training
+from training import Training
 
 import tiny
 from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
+from ip2p.train.config import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective
-from ip2p.train.unet.compiled import disagreement
+from ip2p.train.unet.update import disagreement
 from ip2p.train.unet.weights import Weights
 
 # The most by which the norm of a difference may be off, of the norm itself.
@@ -92,7 +93,7 @@ def gradient(device: torch.device, precision: str, *, copies: bool) -> Tensor:
     weights = Weights(unet, dtype if copies else None)
     if precision != "no" and not copies:
         unet.forward = torch.autocast(device.type, dtype)(unet.forward)
-    objective = Objective(DDPMScheduler(), Null(empty.to(device)), 0.18215, DROPOUT, text_dtype=dtype)
+    objective = Objective(DDPMScheduler(), Null(empty.to(device)), 0.18215, Flags(), dtype)
     scale = 1024 if precision == "fp16" else 1
     with full_float32():
         (scale * objective.loss(unet, batch, draws)).backward()

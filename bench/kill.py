@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 from ip2p.encode.__main__ import main as encode
 from ip2p.train.__main__ import main as train
-from ip2p.train.save import host
+from ip2p.train.save import checkpoint
 from ip2p.train.save.checkpoint import checkpoints
 
 STEPS = 10**6  # more than a run gets to
@@ -86,7 +86,7 @@ def start(flags: dict[str, Any], *, background: bool = True) -> int:
         os.dup2(silence, 1)
         os.dup2(silence, 2)
         if not background:
-            host.SPARE = 2**60
+            checkpoint.SPARE = 2**60
         train(tiny.arguments(flags))
     finally:
         os._exit(0)

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training import DROPOUT, GOALS, Loss, Step, Training, free, from_cache, rate, tune
 
-from ip2p.train.unet.flops import peak
+from ip2p.train.watch.metrics import peak
 
 # What online has to take longer, by size, pixels and whether there is a GPU.
 RATIOS = {("small", 256, False): 1.75, ("sd15", 256, True): 1.9}

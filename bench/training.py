@@ -21,6 +21,7 @@ from torch import Tensor
 from ip2p.encode.base.flags import build, changed
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.train.config import Objective as Flags
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order
@@ -28,10 +29,10 @@ from ip2p.train.data.samples import Samples
 from ip2p.train.objective import Objective
 from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention
-from ip2p.train.unet.optimizer import make_update
+from ip2p.train.unet.update import make_update
 from ip2p.train.unet.weights import Precision, choose_precision
 
-DROPOUT = (0.05, 0.05, 0.05)
+DROPOUT = Flags().dropout
 Loss = Callable[[], Tensor]
 Step = Callable[[Loss], Any]
 # What a GPU is to reach, by size and pixels: samples/s of one H100.
@@ -108,7 +109,7 @@ def from_cache(
     reader, samples = Reader(cache), Samples.of(cache, None)
     order, step = Order(len(samples.rows), views=1, seed=0), -1
     null = null_conditioning(reader, DEVICE)
-    objective = Objective(DDPMScheduler(), null, 0.18215, DROPOUT, text_dtype=text_dtype)
+    objective = Objective(DDPMScheduler(), null, 0.18215, Flags(), text_dtype)
     batches = Batches(reader, samples, order, DEVICE, batch_size=size, start=0, stride=size)
 
     def loss() -> Tensor:

@@ -1,4 +1,4 @@
-"""Tests of train/average.py: the average is diffusers', in one pass, and stays where it lies."""
+"""Tests of train/unet/weights.py: the average is diffusers', in one pass, and stays where it lies."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from ip2p.train.unet.average import Average
+from ip2p.train.unet.weights import Average
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.6, 0.3, 0.0, 1.0])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ip2p.encode.keeper.verify import verify
-from ip2p.train.unet.flops import peak
+from ip2p.train.watch.metrics import peak
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ip2p.encode.base.errors import SettingsError, TrainError
-from ip2p.train.save import checkpoint, host
-from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, checkpoints
-from ip2p.train.save.host import HostCopies
+from ip2p.train.save import checkpoint
+from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, SCALE, Checkpoints, HostCopies, checkpoints
 from ip2p.train.save.resume import find, load
 
 
@@ -204,13 +203,13 @@ def test_a_limit_that_nobody_tells_is_lived_with(monkeypatch: pytest.MonkeyPatch
 def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its limit counts, without the pages of files that it holds; a container without one has what the machine has."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
-    monkeypatch.setattr(host, "CONTAINER", tmp_path)
-    assert host.available() == 2**40
+    monkeypatch.setattr(checkpoint, "CONTAINER", tmp_path)
+    assert checkpoint.available() == 2**40
     for name, content in {"max": "1000", "current": "900", "stat": "anon 500\nfile 300"}.items():
         (tmp_path / f"memory.{name}").write_text(f"{content}\n")
-    assert host.available() == 400
+    assert checkpoint.available() == 400
     (tmp_path / "memory.max").write_text("max\n")
-    assert host.available() == 2**40
+    assert checkpoint.available() == 2**40
 
 
 @pytest.mark.parametrize(("limit", "left"), [(0, [1, 2, 10]), (1, [10]), (2, [2, 10])])

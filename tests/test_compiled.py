@@ -1,4 +1,4 @@
-"""Tests of train/compiled.py: a compiler that loses gradients is found out before it trains anything."""
+"""Tests of train/unet/load.py: a compiler that loses gradients is found out before it trains anything."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 import tiny
 from ip2p.encode.base.errors import TrainError
 from ip2p.train.__main__ import main
-from ip2p.train.unet.compiled import check_gradients
+from ip2p.train.unet.load import check_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Dynamo detected a call to a `functools.lru_cache`")  # diffusers'
 

@@ -41,12 +41,12 @@ def null(*, sdxl: bool = False) -> Null:
 
 
 def objective(kind: str = "epsilon", *, sdxl: bool = False, **options: Any) -> Objective:
-    return Objective(scheduler(kind), null(sdxl=sdxl), SCALING, EVEN, **options)
+    return Objective(scheduler(kind), null(sdxl=sdxl), SCALING, Flags(**options))
 
 
 def draw(samples: Batch, timesteps: int, *position: int) -> Draws:
     """Draws for a schedule of some number of timesteps."""
-    return Objective(DDPMScheduler(timesteps), Null(torch.zeros(1)), 1.0, EVEN).draw(samples, *position)
+    return Objective(DDPMScheduler(timesteps), Null(torch.zeros(1)), 1.0, Flags()).draw(samples, *position)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 import tiny
-from ip2p.train.unet import compiled
-from ip2p.train.unet.average import Average
-from ip2p.train.unet.compiled import disagreement, takes_one_pass
-from ip2p.train.unet.update import LossScale, Update
-from ip2p.train.unet.weights import Weights
+from ip2p.train.unet import update as module
+from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet.weights import Average, Weights
 
 CPU = torch.device("cpu")
 
@@ -152,7 +150,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
 
 INTERPRETED = """
 import torch
-from ip2p.train.unet.compiled import disagreement
+from ip2p.train.unet.update import disagreement
 for half in (None, torch.float16, torch.bfloat16):
     print(disagreement(torch.device("cpu"), half))
 """
@@ -217,10 +215,10 @@ def test_where_the_kernel_cannot_be_had_the_run_goes_on_without_it(
         "is no number": (lambda *_: float("nan"), "instead of one: its kernel is off by nan"),
     }
     for answer, said in found.values():
-        monkeypatch.setattr(compiled, "disagreement", answer)
+        monkeypatch.setattr(module, "disagreement", answer)
         assert not takes_one_pass(torch.device("cuda"), None)
         assert said in capsys.readouterr().out.splitlines()[0]
-    monkeypatch.setattr(compiled, "disagreement", lambda *_: 1e-7)
+    monkeypatch.setattr(module, "disagreement", lambda *_: 1e-7)
     assert takes_one_pass(torch.device("cuda"), None)
     assert not takes_one_pass(CPU, None)
 

@@ -1,4 +1,4 @@
-"""Tests of train/setup.py and train/save/lock.py: what flags and machine say before anything is loaded."""
+"""Tests of train/setup.py: what flags and machine say before anything is loaded."""
 
 import contextlib
 import errno
@@ -22,9 +22,8 @@ from ip2p.train import setup
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig
 from ip2p.train.save import resume
-from ip2p.train.save.lock import alone
 from ip2p.train.save.resume import agreed_checkpoint
-from ip2p.train.setup import advise, make_accelerator
+from ip2p.train.setup import advise, alone, make_accelerator
 from ip2p.train.unet.weights import Precision, choose_precision
 from test_train import flags
 
@@ -173,7 +172,7 @@ def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.Mon
 HOLD = """
 import sys
 from pathlib import Path
-from ip2p.train.save.lock import alone
+from ip2p.train.setup import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

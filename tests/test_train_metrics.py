@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from ip2p.train.__main__ import main
-from ip2p.train.save import checkpoint, host
-from ip2p.train.unet.flops import peak, training_flops
+from ip2p.train.save import checkpoint
 from ip2p.train.unet.update import Update
-from ip2p.train.watch.metrics import peak_memory
+from ip2p.train.watch.metrics import peak, peak_memory, training_flops
 from test_train import flags
 
 
@@ -61,7 +60,7 @@ def test_waiting_for_checkpoints_and_the_time_left_are_told(sd: Path, cache: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write", slow)
-        patch.setattr(host, "SPARE", 2**60)  # no memory for copies
+        patch.setattr(checkpoint, "SPARE", 2**60)  # no memory for copies
         main(flags(sd, cache, tmp_path, max_train_steps=6, logging_steps=2, checkpointing_steps=3))
     second, fourth, sixth = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert second["checkpoint_seconds"] == sixth["checkpoint_seconds"] == 0
@@ -92,7 +91,7 @@ def test_the_share_of_a_gpus_peak_is_arithmetic_over_time(
     sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arithmetic of a sample is that of its UNet, counted forward and three times; in float32 nothing is said."""
-    monkeypatch.setattr("ip2p.train.unet.flops.peak", lambda _: 2.0)
+    monkeypatch.setattr("ip2p.train.watch.metrics.peak", lambda _: 2.0)
     main(flags(sd, cache, tmp_path / "half", mixed_precision="bf16", max_train_steps=2))
     (line,) = (json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines())
     tera = training_flops(tiny.unet(8).config, (8, 8, 8), (77, 16), None)

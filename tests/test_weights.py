@@ -18,9 +18,8 @@ from torch import Tensor
 import tiny
 from ip2p.train import setup
 from ip2p.train.__main__ import main
-from ip2p.train.unet.average import Average
 from ip2p.train.unet.load import widen
-from ip2p.train.unet.weights import Precision, Weights
+from ip2p.train.unet.weights import Average, Precision, Weights
 from test_train import assert_same, flags, states, unet_file
 
 STARTER = Path(__file__).parents[1] / "examples" / "openmoji" / "starter" / "unet"

@@ -1,4 +1,4 @@
-"""Tests of train/xformers.py: what is loaded for xformers, and what is said where it cannot run."""
+"""Tests of xformers: what train/__main__.py loads for it, and what train/unet/load.py says where it cannot run."""
 
 import ctypes
 import subprocess
@@ -15,8 +15,8 @@ import tiny
 from configs import train_config
 from ip2p.encode.base.errors import user_errors
 from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.train.__main__ import LIBRARY, preload
 from ip2p.train.unet.load import load_unet
-from ip2p.train.unet.xformers import LIBRARY, preload
 
 FLAG = "--enable_xformers_memory_efficient_attention"
 

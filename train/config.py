@@ -9,6 +9,8 @@ from ..encode.base.errors import SettingsError
 from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
 from ..encode.config import PER_SAMPLE, EncodeConfig, Model
 
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
 
 @dataclasses.dataclass(frozen=True)
 class BaseModel(Model):
@@ -23,7 +25,7 @@ class Samples:
     """What is trained on."""
 
     cache: tuple[Path, ...]
-    """Cache folder, written by ip2p-encode; or several that the same model encoded, to be trained on together."""
+    """Cache folder, written by ip2p-encode; or several that the same model encoded, to train on together."""
     verify_cache: bool = False
     """Check every byte of the cache before training, as `ip2p-cache verify` does."""
     cache_weights: tuple[float, ...] = ()
@@ -59,6 +61,10 @@ class Steps:
     seed: Whole | None = None
     """Decides order, noise, timesteps and dropout. Without one, a seed is drawn and recorded."""
 
+    def samples(self, processes: int) -> int:
+        """Samples that all processes see in an optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -68,9 +74,7 @@ class Optimizer:
     """Learning rate after the warm-up."""
     scale_lr: bool = False
     """Multiply the learning rate by batch size, accumulation steps and processes."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "constant"
+    lr_scheduler: Schedule = "constant"
     """Schedule of the learning rate, counted in optimizer steps."""
     lr_warmup_steps: Whole = 500
     """Optimizer steps over which the learning rate rises; `constant` has none."""
@@ -103,8 +107,7 @@ class Objective:
     """What the UNet learns."""
 
     conditioning_dropout_prob: tuple[float, ...] = (0.05,)
-    """Probability of dropping the instruction alone, both conditions, and the image alone: one number for all three,
-    or three. Classifier-free guidance needs it (section 3.2.1 of the InstructPix2Pix paper)."""
+    """Probability of dropping instruction, both conditions, image: three or one for all. Guidance needs it."""
     snr_gamma: Amount | None = None
     """Weigh timesteps by min-SNR with this clip; its paper recommends 5."""
     noise_offset: Amount = 0.0
@@ -122,10 +125,9 @@ class Objective:
 
     @property
     def dropout(self) -> tuple[float, float, float]:
-        """Probabilities of dropping the instruction alone, both, and the image alone."""
-        first, *rest = self.conditioning_dropout_prob
-        both, image = rest or (first, first)
-        return first, both, image
+        """Probabilities of dropping the instruction alone, both conditions, and the image alone."""
+        text, both, image = self.conditioning_dropout_prob * (1 if len(self.conditioning_dropout_prob) == 3 else 3)
+        return text, both, image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,15 +139,13 @@ class Machine:
     gradient_checkpointing: bool = False
     """Save memory by computing activations twice."""
     compile: bool = False
-    """Compile the UNet with torch.compile: some minutes at the start, faster steps after that. Its first gradients are
-    compared with those of the uncompiled UNet."""
+    """Compile the UNet: some minutes at the start, faster steps after that. Its first gradients are checked."""
     enable_xformers_memory_efficient_attention: bool = False
     """Attention by xformers instead of PyTorch."""
     allow_tf32: bool = True
     """Let what stays in float32 use the TF32 format on NVIDIA GPUs; --no_allow_tf32 for full float32."""
     deterministic: bool = False
-    """Use kernels on the GPU that give the same bits each time, so that a resumed run equals an undisturbed one there
-    as well; they are slower. On a CPU it is so in any case."""
+    """Use slower GPU kernels that give the same bits each time, as those of a CPU do: a resumed run is then exact."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +211,6 @@ class TrainConfig:
     objective: Objective = Objective()
     machine: Machine = Machine()
     watching: Watching = Watching()
-
-    def validation_every(self, steps_per_epoch: float) -> int:
-        """Optimizer steps from one validation to the next; 0 for none."""
-        watching = self.watching
-        if not (watching.num_validation_samples or watching.image):
-            return 0
-        if watching.validation_epochs:
-            return max(1, round(watching.validation_epochs * steps_per_epoch))
-        return watching.validation_steps or self.saving.checkpointing_steps
 
 
 def refused() -> dict[str, str]:

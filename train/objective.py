@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..encode.base.errors import ModelError, SettingsError
 from ..encode.models.checkpoint import Checkpoint
-from .config import TrainConfig
+from .config import Objective as Flags
 
 
 class Batch(NamedTuple):
@@ -48,24 +48,15 @@ class Null(NamedTuple):
 class Objective:
     """The loss of InstructPix2Pix (arXiv 2211.09800, equation 2), and the randomness that it needs.
 
-    Attributes:
-        scheduler: the base model's noise schedule and prediction type.
-        null: the encoding of the empty instruction.
-        scaling_factor: of the VAE's latents.
-        dropout: probabilities of dropping the instruction alone, both conditions, and the image alone.
-        snr_gamma: clip of the signal-to-noise ratio that weighs timesteps (min-SNR, arXiv 2303.09556).
-        noise_offset: strength of the noise that a whole channel shares, which lets a model learn brightness
-            (crosslabs.org/blog/diffusion-with-offset-noise).
-        text_dtype: in which the UNet is given text: that of its attention, so that not each layer casts it anew.
+    The flags: `snr_gamma` is min-SNR (arXiv 2303.09556); `noise_offset` lets a model learn brightness
+    (crosslabs.org/blog/diffusion-with-offset-noise).
     """
 
-    scheduler: DDPMScheduler
+    scheduler: DDPMScheduler  # the base model's noise schedule and prediction type
     null: Null
-    scaling_factor: float
-    dropout: tuple[float, float, float]
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    text_dtype: torch.dtype = torch.float32
+    scaling_factor: float  # of the VAE's latents
+    flags: Flags
+    text_dtype: torch.dtype = torch.float32  # of the UNet's attention, so that not each layer casts the text anew
 
     def draw(self, batch: Batch, *position: int) -> Draws:
         """Draw what a batch needs, as a function of its position alone: (seed, step, micro-batch, rank)."""
@@ -78,55 +69,39 @@ class Objective:
             torch.randint(0, len(self.scheduler.alphas_cumprod), latents[:1], generator=generator, device=device),
             torch.rand(latents[:1], generator=generator, device=device),
         )
-        if self.noise_offset:
+        if self.flags.noise_offset:
             shared = torch.randn((*latents[:2], 1, 1), generator=generator, device=device)
-            draws = draws._replace(noise=draws.noise + self.noise_offset * shared)
+            draws = draws._replace(noise=draws.noise + self.flags.noise_offset * shared)
         return draws
 
     def loss(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Mean squared error of the UNet's prediction, a float32 scalar."""
         losses = self.losses(unet, batch, draws)
-        if self.snr_gamma is not None:
-            losses = losses * self._min_snr_weights(draws.timesteps, self.snr_gamma)
+        if self.flags.snr_gamma is not None:
+            snr = compute_snr(self.scheduler, draws.timesteps)  # (B,)
+            losses = losses * (snr.clamp(max=self.flags.snr_gamma) / (snr + 1 if self.of_velocity else snr))
         return losses.mean()
 
     def losses(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Mean squared error of each sample, unweighted, (B,) float32."""
         latents = target_latents(batch.edited, draws.posterior, self.scaling_factor)  # (B, 4, h, w)
         noisy = self.scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
-        text, image, pooled = drop_conditioning(batch, self.null, draws.dropout, self.dropout)
+        text, image, pooled = drop_conditioning(batch, self.null, draws.dropout, self.flags.dropout)
         added = None if pooled is None else {"text_embeds": pooled.float(), "time_ids": batch.time_ids}
         sample, text = torch.cat([noisy, image], dim=1), text.to(self.text_dtype)
         prediction = unet(sample, draws.timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
-        return (prediction.float() - self.target(latents, draws)).square().flatten(1).mean(dim=1)
+        target: Any = draws.noise
+        if self.of_velocity:  # arXiv 2202.00512
+            target = self.scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
+        return (prediction.float() - target).square().flatten(1).mean(dim=1)
 
-    def target(self, latents: Tensor, draws: Draws) -> Tensor:
-        """What the UNet shall predict, (B, 4, h, w): the noise, or the velocity (arXiv 2202.00512)."""
-        if self.scheduler.config["prediction_type"] == "v_prediction":
-            return self.scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
-        return draws.noise
-
-    def _min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        snr = compute_snr(self.scheduler, timesteps)  # (B,)
-        velocity = self.scheduler.config["prediction_type"] == "v_prediction"
-        return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+    @property
+    def of_velocity(self) -> bool:
+        """Whether the UNet predicts velocity; else it predicts the noise."""
+        return self.scheduler.config["prediction_type"] == "v_prediction"
 
 
-def make_objective(config: TrainConfig, checkpoint: Checkpoint, null: Null, text_dtype: torch.dtype) -> Objective:
-    """The objective that the flags ask for; raises as `noise_scheduler` does."""
-    scheduler, scale = noise_scheduler(config, checkpoint), checkpoint.scaling_factor
-    return Objective(
-        scheduler,
-        null,
-        scale,
-        config.objective.dropout,
-        config.objective.snr_gamma,
-        config.objective.noise_offset,
-        text_dtype,
-    )
-
-
-def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMScheduler:
+def noise_scheduler(flags: Flags, checkpoint: Checkpoint) -> DDPMScheduler:
     """The noise schedule that the base model was trained with, down to pure noise if that is asked for.
 
     Raises:
@@ -134,25 +109,19 @@ def noise_scheduler(config: TrainConfig, checkpoint: Checkpoint) -> DDPMSchedule
         SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
             at its end (arXiv 2305.08891, section 3.3).
     """
-    options = (
-        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if config.objective.rescale_betas_zero_snr
-        else {}
-    )
+    zero_snr = flags.rescale_betas_zero_snr
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
     scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
     kind = scheduler.config["prediction_type"]
     if kind not in ("epsilon", "v_prediction"):
         raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
-    if config.objective.rescale_betas_zero_snr and kind != "v_prediction":
+    if zero_snr and kind != "v_prediction":
         raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
     return scheduler
 
 
 def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:
-    """Sample the edited image's latent from its posterior and scale it, (B, 4, h, w) float32.
-
-    This is the one place where the cache's raw numbers are scaled.
-    """
+    """Sample the edited image's latent from its posterior and scale it, (B, 4, h, w) float32; nobody else scales."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * posterior) * scaling_factor
 
@@ -162,8 +131,7 @@ def drop_conditioning(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Conditioning dropout (InstructPix2Pix, section 3.2.1) with one uniform number per sample.
 
-    `dropout` are the probabilities of dropping the text alone, both, and the image alone; they are bands of `uniform`
-    in this order, as in diffusers' script.
+    The probabilities of dropping text alone, both, and image alone are bands of it in this order, as in diffusers.
 
     Returns:
         Text (B, 77, d), image (B, 4, h, w) and pooled text (B, 1280) or None, with the dropped ones replaced by the
@@ -174,7 +142,7 @@ def drop_conditioning(
     no_image = (uniform >= text_alone) & (uniform < text_alone + both + image_alone)
     text = torch.where(no_text[:, None, None], null.text, batch.text)
     image = batch.original.float().masked_fill(no_image[:, None, None, None], 0)
-    pooled = None
-    if batch.pooled is not None:
-        pooled = torch.where(no_text[:, None], null.pooled, batch.pooled)  # type: ignore[arg-type]
+    pooled, empty = batch.pooled, null.pooled
+    if pooled is not None and empty is not None:
+        pooled = torch.where(no_text[:, None], empty, pooled)
     return text, image, pooled

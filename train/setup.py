@@ -1,8 +1,11 @@
-"""What a training run starts from: devices and processes, caches, the base model, the seed."""
+"""What a training run starts from: devices and processes, a folder of its own, caches, the base model, the seed."""
 
+import contextlib
 import dataclasses
+import errno
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +21,11 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from ..encode.base.errors import CacheError, CacheMismatch, SettingsError
+from ..encode.base.console import say
+from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError
 from ..encode.base.flags import dump
 from ..encode.cache.format import Cache, differences
+from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from .config import TrainConfig
@@ -31,11 +36,7 @@ SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
-    """Set up devices, processes and trackers.
-
-    Raises:
-        SettingsError: an engine that would need another way of training, or flags that do not fit the machine.
-    """
+    """Set up devices, processes and trackers; raises SettingsError for flags or an engine that do not fit."""
     for engine in SHARDING:  # before accelerate looks for an engine that may not be installed
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise SettingsError(
@@ -49,10 +50,9 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
-    config.saving.output_dir.mkdir(parents=True, exist_ok=True)
-    folders = ProjectConfiguration(
-        str(config.saving.output_dir), logging_dir=str(config.saving.output_dir / config.watching.logging_dir)
-    )
+    output_dir = config.saving.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folders = ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.watching.logging_dir))
     tracker = None if config.watching.report_to == "none" else config.watching.report_to
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cuda = torch.cuda.is_available() and not on_cpu
@@ -72,9 +72,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
             ],
         )
     except ValueError as error:
-        raise SettingsError(
-            f"{error} (--mixed_precision {config.machine.mixed_precision}, --report_to {tracker})"
-        ) from None
+        flags = f"--mixed_precision {config.machine.mixed_precision}, --report_to {tracker}"
+        raise SettingsError(f"{error} ({flags})") from None
     return accelerator, precision
 
 
@@ -96,9 +95,7 @@ def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
     """Open the caches, check their files, and make sure that they were encoded alike.
 
-    Raises:
-        CacheError: one is missing or damaged.
-        CacheMismatch: two of them were encoded differently; the message says where they differ.
+    Raises CacheError, or CacheMismatch where two were encoded differently; the message says where they differ.
     """
     caches = [Cache.open(folder) for folder in config.samples.cache]
     for cache in caches:
@@ -115,30 +112,6 @@ def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
     return caches
 
 
-def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
-    """Find the model, and make sure that the cache was encoded with its VAE and text encoder.
-
-    Raises:
-        CacheMismatch: it was not; the message says where they differ.
-    """
-    recorded, model = cache.manifest["model"], config.model
-    model = dataclasses.replace(
-        model,
-        pretrained_vae_model_name_or_path=model.pretrained_vae_model_name_or_path or recorded["vae"],
-        single_file_config=model.single_file_config or recorded["single_file_config"],
-    )
-    with accelerator.main_process_first():
-        checkpoint = find_checkpoint(model)
-    names = ("in the cache", f"in {config.model.pretrained_model_name_or_path}")
-    if different := differences(cache.manifest, {"identity": checkpoint.identity()}, ["identity"], names):
-        raise CacheMismatch(
-            f"{cache.folder} was not encoded with {config.model.pretrained_model_name_or_path}: train the model that "
-            f"it was made with ({cache.manifest['model']['name']}), or run ip2p-encode with this one into another "
-            "--cache\n" + "\n".join(different)
-        )
-    return checkpoint
-
-
 def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
     """For --verify_cache: read the whole cache and hold it against its checksums."""
     if accelerator.is_main_process and (findings := verify(cache.folder)):
@@ -148,6 +121,25 @@ def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
             "then ip2p-encode"
         )
     accelerator.wait_for_everyone()
+
+
+def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
+    """Find the model, and make sure that the cache was encoded with its VAE and text encoder: else CacheMismatch."""
+    recorded, model = cache.manifest["model"], config.model
+    name = model.pretrained_model_name_or_path
+    vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
+    single_file = model.single_file_config or recorded["single_file_config"]
+    with accelerator.main_process_first():
+        checkpoint = find_checkpoint(
+            dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)
+        )
+    identity, names = {"identity": checkpoint.identity()}, ("in the cache", f"in {name}")
+    if different := differences(cache.manifest, identity, ["identity"], names):
+        raise CacheMismatch(
+            f"{cache.folder} was not encoded with {name}: train the model that it was made with ({recorded['name']}), "
+            "or run ip2p-encode with this one into another --cache\n" + "\n".join(different)
+        )
+    return checkpoint
 
 
 def agreed_seed(config: TrainConfig) -> int:
@@ -161,7 +153,27 @@ def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> Non
     """Keep the resolved configuration beside the results, where `--config` can read it, and tell the trackers."""
     if accelerator.is_main_process:
         settings = dump(config) | {"seed": seed}
-        Path(config.saving.output_dir, "train.yaml").write_text(
-            yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"
-        )
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (config.saving.output_dir / "train.yaml").write_text(text, encoding="utf-8")
         accelerator.init_trackers("ip2p", {name: str(value) for name, value in settings.items()})
+
+
+@contextlib.contextmanager
+def alone(output_dir: Path) -> Iterator[None]:
+    """Keep an output folder to this run; raises TrainError with the process that trains into it already."""
+    held = contextlib.ExitStack()
+    try:
+        lock = held.enter_context(locked(output_dir))
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    except BlockingIOError:
+        who = (output_dir / ".lock").read_text(encoding="utf-8")
+        used = f"--output_dir {output_dir} is in use by another ip2p-train ({who})"
+        raise TrainError(f"{used}: wait for it, stop it, or name another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        say(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
+    with held:
+        yield

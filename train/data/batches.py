@@ -32,19 +32,17 @@ def null_conditioning(reader: Reader, device: torch.device) -> Null:
     record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
     if record["keys"][0] != text_key(NULL_PROMPT):
         raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
-    parts = {}
-    for name in ("text", "pooled"):
-        if array := reader.arrays.get(name):
-            parts[name] = np.empty((1, *array.row_shape), np.float16)
-            array.take(np.zeros(1, np.int64), parts[name])
+    arrays = {name: array for name, array in reader.arrays.items() if name in Null._fields}
+    parts = {name: np.empty((1, *array.row_shape), np.float16) for name, array in arrays.items()}
+    for name, part in parts.items():
+        arrays[name].take(np.zeros(1, np.int64), part)
     return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
 
 
 def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device) -> Batch:
     """Some samples in their first view, for looking at outside of training."""
-    chosen, views = samples.select(numbers), np.zeros(len(numbers), np.int64)
     slot = Slot(reader, len(numbers), device)
-    batch = slot.fill(chosen.rows, views, chosen.text_rows, chosen.time_ids[:, 0])
+    batch = slot.fill(*samples.at(numbers, np.zeros(len(numbers), np.int64)))
     slot.hand_over(batch)
     return batch
 
@@ -67,15 +65,15 @@ class Batches:
         start: int,
         stride: int,
     ):
-        self._reader, self._samples, self._order, self._device = reader, samples, order, device
-        self._batch_size, self._start, self._stride = batch_size, start, stride
         self.waited = 0.0
         self._free: queue.Queue[Slot | None] = queue.Queue()
         self._ready: queue.Queue[tuple[Batch, Slot] | Exception] = queue.Queue()
         self._in_use: Slot | None = None
         for _ in range(RING):
             self._free.put(Slot(reader, batch_size, device))
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        drawn = (order(position, batch_size) for position in itertools.count(start, stride))
+        rows = (samples.at(numbers, samples.views[numbers, view]) for numbers, view in drawn)
+        self._thread = threading.Thread(target=self._work, args=(reader, rows, device), name="batches", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -98,14 +96,14 @@ class Batches:
         self._free.put(None)  # wakes it
         self._thread.join()
 
-    def _work(self) -> None:
+    def _work(self, reader: Reader, batches: Iterator[tuple[np.ndarray, ...]], device: torch.device) -> None:
         try:
-            if self._device.type == "cuda" and self._device.index is not None:
-                torch.cuda.set_device(self._device)  # or a thread begins on the first GPU, and takes memory there
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # or a thread begins on the first GPU, and takes memory there
             ahead: deque[tuple[np.ndarray, ...]] = deque()  # rows that the disk was asked for
-            for step in itertools.count():
-                ahead.append(self._rows(step))
-                self._reader.will_need(*ahead[-1][:3])
+            for rows in batches:
+                ahead.append(rows)
+                reader.will_need(*rows[:3])
                 if len(ahead) <= AHEAD:
                     continue
                 slot = self._free.get()
@@ -114,11 +112,6 @@ class Batches:
                 self._ready.put((slot.fill(*ahead.popleft()), slot))
         except Exception as error:  # raised where the batch is waited for
             self._ready.put(error)
-
-    def _rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        numbers, drawn = self._order(self._start + step * self._stride, self._batch_size)
-        samples, views = self._samples, self._samples.views[numbers, drawn]
-        return samples.rows[numbers], views, samples.text_rows[numbers], samples.time_ids[numbers, views]
 
 
 class Slot:

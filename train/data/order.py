@@ -74,9 +74,8 @@ class Mix(Order):
         self._first = [*accumulate((order.samples for order in orders[:-1]), initial=0)]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        owners = np.random.default_rng([self.seed, epoch]).permutation(
-            np.repeat(np.arange(len(self.orders)), self.shares)
-        )
+        places = np.repeat(np.arange(len(self.orders)), self.shares)
+        owners = np.random.default_rng([self.seed, epoch]).permutation(places)
         parts = [np.stack(order(epoch * share, share)) for order, share in zip(self.orders, self.shares, strict=True)]
         for part, first in zip(parts, self._first, strict=True):
             part[0] += first
@@ -88,16 +87,16 @@ class Mix(Order):
 def make_order(config: TrainConfig, samples: Samples, seed: int) -> Order:
     """The order that the flags ask for: all samples of all caches once in an epoch, or a mix by weights.
 
-    Raises:
-        SettingsError: a cache that has a weight would never be seen.
+    Raises SettingsError: a cache that has a weight would never be seen.
     """
-    sides, by_prompt, weights = (
-        samples.views.shape[1],
-        config.samples.sample_by == "prompt",
-        config.samples.cache_weights,
-    )
+    weights = config.samples.cache_weights
+
+    def order(part: Samples, stream: int) -> Order:
+        groups = part.prompts() if config.samples.sample_by == "prompt" else None
+        return Order(len(part.rows), samples.views.shape[1], seed, groups, stream)
+
     if not weights:
-        return Order(len(samples.rows), sides, seed, samples.prompts() if by_prompt else None)
+        return order(samples, 0)
     parts = [samples.select(samples.caches == number) for number in range(len(weights))]
     edges = np.round(np.cumsum(weights) / sum(weights) * len(samples.rows)).astype(int)
     shares = np.diff(edges, prepend=0).tolist()
@@ -108,8 +107,4 @@ def make_order(config: TrainConfig, samples: Samples, seed: int) -> Order:
                 f"the {len(samples.rows):,} samples of an epoch, from {len(part.rows):,} that are not held out: "
                 "leave it out, or give it more weight"
             )
-    orders = [
-        Order(len(part.rows), sides, seed, part.prompts() if by_prompt else None, stream)
-        for stream, part in enumerate(parts, start=1)
-    ]
-    return Mix(orders, shares, seed)
+    return Mix([order(part, stream) for stream, part in enumerate(parts, start=1)], shares, seed)

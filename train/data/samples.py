@@ -28,6 +28,10 @@ class Samples(NamedTuple):
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
 
+    def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Where a `Reader` has some samples in some views: rows, views and text rows; and their time ids."""
+        return self.rows[numbers], views, self.text_rows[numbers], self.time_ids[numbers, views]
+
     def prompts(self) -> np.ndarray:
         """The prompt of each sample, numbered from 0 without gaps, (N,)."""
         return np.unique(self.groups, return_inverse=True)[1]
@@ -42,8 +46,7 @@ class Samples(NamedTuple):
     def of(cls, cache: Cache, limit: int | None) -> "Samples":
         """All samples of a cache that are encoded, in the order of the dataset, or the first `limit` of them.
 
-        Raises:
-            CacheError: the encode was not finished, or no sample is usable.
+        Raises CacheError: the encode was not finished, or no sample is usable.
         """
         table = cache.samples()
         status = table["status"].to_numpy(zero_copy_only=False)
@@ -61,11 +64,9 @@ class Samples(NamedTuple):
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
         sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
-        sizes += [
-            table[name].combine_chunks().flatten().to_numpy().reshape(shape) for name in ("crop_top", "crop_left")
-        ]
-        sizes = [np.broadcast_to(size, shape) for size in (*sizes, side, side)]
-        time_ids = np.stack(sizes, axis=2).astype(np.float32)
+        crops = [table[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
+        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), side, side]
+        time_ids = np.stack([np.broadcast_to(size, shape) for size in sizes], axis=2).astype(np.float32)
         text_rows = table["text_row"].to_numpy()
         prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
         names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
@@ -100,15 +101,11 @@ class Samples(NamedTuple):
 def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
     """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
 
-    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a
-    little, and held out of every cache that holds them.
-
-    Raises:
-        SettingsError: nothing is left to train on.
+    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a little,
+    and held out of every cache that holds them. Raises SettingsError: nothing is left to train on.
     """
     chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
     if chosen.all():
-        raise SettingsError(
-            f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples, hold out fewer"
-        )
+        found = f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples"
+        raise SettingsError(f"{found}, hold out fewer")
     return samples.select(~chosen), samples.select(chosen)

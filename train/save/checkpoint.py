@@ -1,5 +1,6 @@
-"""Checkpoints of a run, written beside the training."""
+"""Checkpoints of a run: copied to the memory of the host, and written from there beside the training."""
 
+import contextlib
 import re
 import shutil
 import threading
@@ -9,13 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...encode.base.errors import TrainError, reason
 from ...encode.base.files import sync
-from .host import HostCopies
 
 INCOMPLETE = ".incomplete"
 # One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
@@ -23,21 +27,21 @@ MODEL, OPTIMIZER, SCALE = "model.safetensors", "optimizer.bin", "scaler.pt"
 PROGRESS, SCHEDULE, AVERAGE = (f"custom_checkpoint_{number}.pkl" for number in range(3))
 # What a checkpoint keeps, by the name of the file: all that has `state_dict` and `load_state_dict`; None is left out.
 Parts = Mapping[str, Any]
+ALIGNMENT = 64  # bytes, of a copy in memory
+SPARE = 2**30  # bytes of memory that stay free for everybody else
+CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells a container its limits
 
 
 class Checkpoints:
     """Writes checkpoints while the training goes on: copied to the host's memory at once, written by a thread.
 
     A checkpoint has its name only once all of it is on the disk. Where there is no room for the copies, training
-    waits until it is written.
+    waits until it is written; `waited` counts these seconds, and those of the copying.
 
     Args:
         output_dir: of the run, to which nobody else writes.
         limit: how many are kept, the newest; 0 keeps all.
         writes: whether this is the process that writes; of the others nothing is ever asked.
-
-    Attributes:
-        waited: seconds that training stood still for checkpoints.
     """
 
     def __init__(self, output_dir: Path, limit: int, *, writes: bool = True):
@@ -53,13 +57,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            return  # stop at once; what is being written stays incomplete
-        try:
-            self.wait()
-        except TrainError:
-            if error is None:
-                raise
+        if not isinstance(error, KeyboardInterrupt):  # which stops at once: what is being written stays incomplete
+            with contextlib.suppress(TrainError) if error else contextlib.nullcontext():
+                self.wait()
 
     @property
     def busy(self) -> bool:
@@ -88,11 +88,7 @@ class Checkpoints:
         self.check()
 
     def check(self) -> None:
-        """Say what went wrong in the thread, if anything did.
-
-        Raises:
-            TrainError: a checkpoint could not be written; those that are there stay.
-        """
+        """Raise what went wrong in the thread: TrainError where a checkpoint could not be written; others stay."""
         if failure := self._failure:
             self._failure = None
             raise failure
@@ -138,3 +134,66 @@ def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints, oldest first, as (step, folder)."""
     found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
     return sorted((int(match[1]), output_dir / match[0]) for match in found if match)
+
+
+class HostCopies:
+    """Memory of the host, taken once and used for one state after the other; pinned where a GPU copies into it."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+        self._used, self._pinned = 0, False
+
+    def take(self, state: Any) -> Any:
+        """A copy of a tree of dictionaries, lists, tuples and tensors, done when this returns; None without memory.
+
+        Each tensor of the copy is contiguous, on the CPU, and its memory is overwritten by the next copy.
+        """
+        tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+        needed = sum(map(room, tensors))
+        if needed > len(self._memory):
+            if needed + SPARE > available() + len(self._memory):
+                return None
+            try:
+                self._take_memory(needed, pinned=any(tensor.is_cuda for tensor in tensors))
+            except MemoryError:  # of a limit that nobody tells
+                return None
+        self._used = 0
+        copy = tree_map_only(Tensor, self._copy, state)
+        for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return copy
+
+    def _take_memory(self, size: int, *, pinned: bool) -> None:
+        """Ask for memory, pinned if the system lets it be; PyTorch's own pinned one is rounded up to a power of two."""
+        cuda: Any = torch.cuda.cudart() if pinned else None
+        if self._pinned:
+            cuda.cudaHostUnregister(self._memory.ctypes.data)
+        self._memory, self._pinned = np.empty(0, np.uint8), False  # the old one goes before the new one comes
+        self._memory = np.empty(size, np.uint8)
+        self._pinned = bool(cuda) and int(cuda.cudaHostRegister(self._memory.ctypes.data, size, 0)) == 0
+        if pinned and not self._pinned:
+            with contextlib.suppress(RuntimeError):  # CUDA tells the next call of an error that nobody asked for
+                torch.zeros(1, device="cuda")
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        # A tensor over a part of the memory owns no more than that part, so no file gets more than its own tensors.
+        part = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+        self._used += room(tensor)
+        return part.reshape(tensor.shape).copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+
+
+def available() -> int:
+    """Bytes that this process can still have: of the machine, and of the container that it may be in."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such container, or one without a limit
+        limit, used = (int((CONTAINER / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kinds = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(kinds["file"]))  # pages of files make room
+    return free
+
+
+def room(tensor: Tensor) -> int:
+    """Bytes that a tensor gets."""
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT

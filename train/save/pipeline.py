@@ -1,5 +1,7 @@
-"""The pipeline that a run ends with: the trained UNet among the base model's frozen parts."""
+"""What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, its card, and an upload."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,53 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 
+from ...encode.base.errors import TrainError, reason
+from ...encode.base.flags import dump
+from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint, weight_files
+from ..config import TrainConfig
+
+TEXT = """---
+{header}
+---
+
+# {name}
+
+An [InstructPix2Pix](https://arxiv.org/abs/2211.09800) model: it edits a picture by a written instruction.
+Trained with ip2p {ip2p} from {base}.
+
+```python
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("{name}")
+pipeline("make it snowy", image, num_inference_steps=20, image_guidance_scale=1.5, guidance_scale=10)
+```
+{pictures}
+## Data
+
+{samples:,} samples of {datasets} at {encoding[resolution]} px ({encoding[resize_mode]}; views: {views}),
+{steps:,} steps, {seen:,} samples seen.
+
+| encoder | hash of its weights or vocabulary |
+|---|---|
+{identity}
+
+## Result
+
+| loss | value |
+|---|---|
+{losses}
+
+## Settings
+
+| flag | value |
+|---|---|
+{settings}
+"""
 
 
 def export(
@@ -25,10 +71,7 @@ def export(
 
 
 def make_pipeline(
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | dict[str, torch.dtype],
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, dtype: torch.dtype | dict[str, Any]
 ) -> Any:
     """The pipeline that a UNet in training belongs to, with the base model's frozen parts."""
     options: dict[str, Any] = {"unet": unet, "variant": checkpoint.variant, "dtype": dtype}
@@ -59,3 +102,61 @@ def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
             with safe_open(file, framework="pt") as opened:
                 found[name] = opened.get_tensor(next(iter(opened.keys()))).dtype
     return found
+
+
+def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: int) -> None:
+    """Write README.md into the output folder: data, cache identity, settings, losses, pictures."""
+    manifest, saving = caches[0].manifest, config.saving  # the others agree with it in all that is not summed up here
+    base, last = config.model.pretrained_model_name_or_path, dict[str, float]()
+    for line in (saving.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        last |= json.loads(line)
+    header = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="image-to-image",
+        tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "image-to-image"],
+    )
+    drawn = sorted((saving.output_dir / "validation").glob("*.png"))
+    text = TEXT.format(
+        header=header.to_yaml(),
+        name=saving.hub_model_id or saving.output_dir.name,
+        ip2p=manifest["ip2p"],
+        base=base,
+        pipeline=json.loads((saving.output_dir / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
+        pictures=f"\n![Validation pictures](validation/{drawn[-1].name})\n" if drawn else "",
+        samples=sum(cache.manifest["counts"]["ok"] for cache in caches),
+        datasets=" and ".join(dict.fromkeys(cache.manifest["dataset"]["name"] for cache in caches)),
+        encoding=manifest["encoding"],
+        views=", ".join(dict.fromkeys(view for cache in caches for view in cache.views)),
+        steps=steps,
+        seen=seen,
+        identity=table(manifest["identity"]),
+        losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name}),
+        settings=table(dump(config)),
+    )
+    ModelCard(text).save(saving.output_dir / "README.md")
+
+
+def table(values: Mapping[str, Any]) -> str:
+    """Rows of a Markdown table."""
+    return "\n".join(f"| {name} | {value} |" for name, value in values.items() if value is not None)
+
+
+def push(config: TrainConfig) -> str:
+    """Upload the pipeline, its card and its validation pictures; returns the address, or raises TrainError."""
+    api, folder = HfApi(token=config.saving.hub_token), config.saving.output_dir
+    name = config.saving.hub_model_id or folder.resolve().name
+    try:
+        repository = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Trained with ip2p",
+            ignore_patterns=["checkpoint-*", f"{config.watching.logging_dir}/*", ".lock"],
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise TrainError(
+            f"--push_to_hub {name}: {reason(error)}; the pipeline is in {folder}: mend --hub_token or --hub_model_id "
+            "and repeat with --resume_from_checkpoint latest"
+        ) from None
+    return repository

@@ -1,6 +1,7 @@
 """A run that goes on: from which checkpoint, and what comes back from it."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,7 @@ class Progress:
 def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
     """Go on from the checkpoint that the flags ask for, if they do.
 
-    Raises:
-        SettingsError: there is no such checkpoint, or it is not of such a run.
-        CacheMismatch: it was trained on another cache.
+    Raises SettingsError if there is none or it is of another run, CacheMismatch if it is of another cache.
     """
     if folder := agreed_checkpoint(config, accelerator):
         load(folder, parts)
@@ -52,11 +51,11 @@ def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
 def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
     """What the main process finds, its error included: others may see a shared disk later than it."""
     found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
+    try:
+        if accelerator.is_main_process:
             found = [find(config.saving.output_dir, config.saving.resume_from_checkpoint)]
-        except SettingsError as error:
-            found = [error]
+    except SettingsError as error:
+        found = [error]
     broadcast_object_list(found)
     if isinstance(found[0], SettingsError):
         raise found[0]
@@ -66,17 +65,14 @@ def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
 def find(output_dir: Path, wanted: str | None) -> Path | None:
     """The checkpoint to resume from: by path or name, the newest for `latest` and `auto`, or None to start anew.
 
-    Raises:
-        SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
+    Raises SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
     """
     there = checkpoints(output_dir)
-    if wanted in ("latest", "auto"):
-        if there:
-            return there[-1][1]
-        if wanted == "auto":
-            return None
+    if wanted in ("latest", "auto") and there:
+        return there[-1][1]
+    if wanted == "latest":
         raise SettingsError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint")
-    if wanted:
+    if wanted and wanted != "auto":
         for path in (Path(wanted), output_dir / wanted):
             if path.is_dir() and not path.name.endswith(INCOMPLETE):
                 return path
@@ -99,9 +95,7 @@ def load(folder: Path, parts: Parts) -> None:
                 continue
             if name == AVERAGE and not file.is_file():
                 raise SettingsError(f"{folder} holds no average: it was trained without --use_ema, leave that out")
-            if name == MODEL:
-                part.load_state_dict(load_file(file))
-            else:
-                part.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+            read = load_file if name == MODEL else partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
+            part.load_state_dict(read(file))
     except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise SettingsError(f"{folder} cannot be resumed from: {reason(error)}") from None

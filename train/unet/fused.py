@@ -2,7 +2,7 @@
 
 PyTorch's fused AdamW wants gradients in the precision of the weights, and writes them back where they are scaled; the
 average and the copies in half precision take passes of their own. Each number that is kept is read and written once
-here. `optimizer.py` says the same by PyTorch's functions, and a run compares the two before it trains.
+here. `Update._by_torch` says the same by PyTorch's functions, and a run compares the two before it trains.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+Tensors = Sequence[Tensor]
 BLOCK = 2048  # numbers that one program changes
 WARPS = 8
 
@@ -78,12 +79,7 @@ class FusedStep:
     """
 
     def __init__(
-        self,
-        weights: Sequence[Tensor],
-        first: Sequence[Tensor],
-        second: Sequence[Tensor],
-        average: Sequence[Tensor] | None,
-        copies: Sequence[Tensor] | None,
+        self, weights: Tensors, first: Tensors, second: Tensors, average: Tensors | None, copies: Tensors | None
     ):
         device = weights[0].device
         self.weights, self.averages, self.copies = weights, average is not None, copies is not None
@@ -103,9 +99,7 @@ class FusedStep:
         numbers = [torch.full_like(block, tensor) for tensor, block in enumerate(blocks)]
         self.blocks = torch.stack([torch.cat(numbers), torch.cat(blocks)], dim=1).to(device)  # (P, 2)
 
-    def __call__(
-        self, gradients: Sequence[Tensor], numbers: Tensor, group: dict[str, Any], *, share: float | None
-    ) -> None:
+    def __call__(self, gradients: Tensors, numbers: Tensor, group: dict[str, Any], *, share: float | None) -> None:
         """Take one step.
 
         Args:
@@ -130,7 +124,7 @@ class FusedStep:
         )  # fmt: skip
 
 
-def offsets(tensors: Sequence[Tensor]) -> list[int]:
+def offsets(tensors: Tensors) -> list[int]:
     """Where tensors of one precision begin, counted in numbers from the first one."""
     begin, size = tensors[0].data_ptr(), tensors[0].element_size()
     return [(tensor.data_ptr() - begin) // size for tensor in tensors]

@@ -1,35 +1,36 @@
-"""The UNet: loaded from a checkpoint and widened for the image condition."""
+"""The UNet: loaded from a checkpoint, widened for the image condition, and where it is compiled held against itself."""
+
+from collections.abc import Callable, Iterable
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
 
-from ...encode.base.errors import ModelError, reason
+from ...encode.base.console import say
+from ...encode.base.errors import ModelError, SettingsError, TrainError, reason
 from ...encode.models.checkpoint import Checkpoint
 from ..config import TrainConfig
-from .xformers import use_xformers
 
 SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in bfloat16 (docs/log.md)
+WRONG = 0.5  # error of a parameter's gradient over its size; bfloat16 makes 0.03, a gradient that is lost 1
+NEGLIGIBLE = 1e-3  # share of the whole gradient, below which a parameter's is rounding
+# Of the loss in float16: enough that gradients are no zeros. The scale that training begins with, 65,536, makes many of
+# them overflow in the first step, and then nothing could be compared.
+SCALE = 1024
 
 
 def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionModel:
     """Load the UNet in float32 on the CPU, with input channels for noisy latent and image condition.
 
-    Raises:
-        ModelError: no UNet there, or one with neither 4 nor 8 input channels.
-        SettingsError: xformers was asked for and cannot run.
+    Raises ModelError: no UNet there, or one that cannot be widened; SettingsError: xformers cannot run.
     """
-    place, revision = str(checkpoint.folder), None
-    if config.model.non_ema_revision:
-        place, revision = config.model.pretrained_model_name_or_path, config.model.non_ema_revision
+    model, options = config.model, {"variant": config.model.variant, "cache_dir": config.model.cache_dir}
+    revision = model.non_ema_revision
+    place = model.pretrained_model_name_or_path if revision else str(checkpoint.folder)
     try:
         unet = UNet2DConditionModel.from_pretrained(
-            place,
-            subfolder="unet",
-            revision=revision,
-            variant=config.model.variant,
-            cache_dir=config.model.cache_dir,
-            dtype=torch.float32,
+            place, subfolder="unet", revision=revision, dtype=torch.float32, **options
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{place} holds no UNet: {reason(error)}") from None
@@ -37,7 +38,13 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
     if config.machine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.machine.enable_xformers_memory_efficient_attention:
-        use_xformers(unet)
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+            raise SettingsError(
+                f"--enable_xformers_memory_efficient_attention: {reason(error).rstrip(' .:')}; "
+                "pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is the same kernel"
+            ) from None
     if config.machine.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -53,10 +60,7 @@ def widen(unet: UNet2DConditionModel, latent_channels: int = 4) -> None:
     """Let `conv_in` take the image condition beside the noisy latent, in place (InstructPix2Pix, section 3.2).
 
     The first channels and the bias are copied and the new channels are zero, so that the output stays the base
-    model's, whatever the condition. A UNet that is wide already is left as it is.
-
-    Raises:
-        ModelError: the UNet has another number of input channels.
+    model's, whatever the condition. A UNet that is wide already stays; another number of channels is a ModelError.
     """
     wide = 2 * latent_channels
     narrow: torch.nn.Conv2d = unet.conv_in
@@ -74,3 +78,43 @@ def widen(unet: UNet2DConditionModel, latent_channels: int = 4) -> None:
         conv.bias.copy_(narrow.bias)  # type: ignore[union-attr, arg-type]
     unet.conv_in = conv.to(narrow.weight)
     unet.register_to_config(in_channels=wide)
+
+
+def check_gradients(unet: torch.nn.Module, loss: Callable[[], Tensor], precision: str) -> None:
+    """Compare the gradients of the compiled UNet with those of the same UNet run eagerly, before it is trained.
+
+    Compilers have been wrong, silently (PyTorch's threads 190796 and 193061). One gradient is accumulated over minus
+    the other, so that this takes no more memory than a step. Raises TrainError if one is wrong.
+
+    Args:
+        unet: compiled, without gradients, and left without.
+        loss: the loss of one batch, the same whenever it is called.
+        precision: no, fp16 or bf16, in which it computes.
+    """
+    scale = SCALE if precision == "fp16" else 1
+    with torch.compiler.set_stance("force_eager"):
+        (scale * loss()).backward()
+    gradients = {name: weight for name, weight in unet.named_parameters() if weight.grad is not None}
+    size = norms(gradients.values())
+    (-scale * loss()).backward()
+    error = norms(gradients.values())
+    unet.zero_grad(set_to_none=True)
+    finite = size.isfinite()
+    if not finite.any():
+        say("--compile: no gradient of the first batch is finite, so the compiled ones could not be checked")
+    # Not `error > …`: what is finite eagerly and not so compiled is wrong too.
+    wrong = finite & ~(error <= WRONG * size + NEGLIGIBLE * size[finite].norm())
+    if wrong.any():
+        worst = int((error / size).nan_to_num(torch.inf).where(wrong, 0).argmax())
+        device = next(unet.parameters()).device.type
+        raise TrainError(
+            f"--compile: torch {torch.__version__} compiles this UNet wrongly for {device} in {precision}: "
+            f"{int(wrong.sum())} of {len(wrong)} gradients are not those of the uncompiled UNet, most of all that of "
+            f"{list(gradients)[worst]}, by {error[worst] / size[worst]:.0%}. "
+            "Leave --compile out, set TORCHINDUCTOR_MIX_ORDER_REDUCTION=0 in the environment, or try another torch"
+        )
+
+
+def norms(weights: Iterable[Tensor]) -> Tensor:
+    """The size of each weight's gradient, on the CPU."""
+    return torch.stack([torch.linalg.vector_norm(weight.grad, dtype=torch.float32) for weight in weights]).cpu()  # type: ignore[arg-type]

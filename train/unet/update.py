@@ -1,4 +1,7 @@
-"""What an optimizer step does with the gradients: unscale, clip, AdamW, the average, the copies in half precision."""
+"""What an optimizer step does with the gradients: unscale, clip, AdamW, the average, the copies in half precision.
+
+On a GPU one kernel does it all (`fused.py`); a run holds it against PyTorch's functions before it takes it.
+"""
 
 import dataclasses
 from typing import Any
@@ -6,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .average import Average
-from .weights import Weights
+from ...encode.base.console import say
+from ...encode.base.errors import SettingsError, reason
+from ..config import TrainConfig
+from .weights import Average, Precision, Weights
 
 
 class LossScale:
@@ -60,12 +65,9 @@ class Update:
 
     @torch.no_grad()
     def __call__(self, *, averages: bool = True) -> tuple[Tensor, Tensor]:
-        """Change the weights, unless a gradient is not finite; the gradients are gone after that.
+        """Change the weights, and where `averages` their average, unless a gradient is not finite.
 
-        Nothing here waits for the device, but for an optimizer in 8 bits.
-
-        Args:
-            averages: whether the average moves in this step.
+        The gradients are gone after that. Nothing here waits for the device, but for an optimizer in 8 bits.
 
         Returns:
             The norm of the gradients before they are clipped, and 1 if the weights were left as they are, else 0;
@@ -76,11 +78,8 @@ class Update:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32))) / scale
         skipped = 1 - norm.isfinite().float()
         divisor = scale * ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # as torch.nn.utils.clip_grad_norm_
-        average = self.average if averages else None
-        if self.fused:
-            self._one_pass(gradients, divisor, skipped, average)
-        else:
-            self._by_torch(gradients, divisor, skipped, average)
+        change = self._one_pass if self.fused else self._by_torch
+        change(gradients, divisor, skipped, self.average if averages else None)
         for weight in self.weights.parameters:
             weight.grad = None
         if self.scale:
@@ -134,11 +133,7 @@ class Update:
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the optimizer of a checkpoint, whose tensors may lie in memory in another order.
-
-        Raises:
-            ValueError: it is of another optimizer.
-        """
+        """Go on with the optimizer of a checkpoint, in whatever order its tensors lie; ValueError: it is another."""
         plain = all("exp_avg" in values for values in state["state"].values())
         if plain != isinstance(self.optimizer, torch.optim.AdamW) and state["state"]:
             raise ValueError(f"it was trained {'without' if plain else 'with'} --use_8bit_adam: go on in the same way")
@@ -148,3 +143,73 @@ class Update:
                 if isinstance(value, Tensor) and value.shape == master.shape:
                     values[name] = torch.empty_like(master, dtype=value.dtype, requires_grad=False).copy_(value)
         self._kernel = None
+
+
+def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision, processes: int) -> Update:
+    """All that a step changes of a UNet, which is on its device and in float32; its weights may become copies."""
+    flags, device, weights = config.optimizer, next(unet.parameters()).device, Weights(unet, precision.half)
+    average = Average(weights.masters, flags.ema_decay) if flags.use_ema else None
+    scale = LossScale(device) if precision.name == "fp16" else None
+    optimizer = make_optimizer(config, weights, processes)
+    fused = not flags.use_8bit_adam and takes_one_pass(device, precision.half)
+    return Update(weights, optimizer, flags.max_grad_norm, average, scale, fused=fused)
+
+
+def make_optimizer(config: TrainConfig, weights: Weights, processes: int) -> torch.optim.Optimizer:
+    """AdamW over the masters, fused or in 8 bits."""
+    flags = config.optimizer
+    options: dict[str, Any] = {
+        "lr": flags.learning_rate * (config.steps.samples(processes) if flags.scale_lr else 1),
+        "betas": (flags.adam_beta1, flags.adam_beta2),
+        "weight_decay": flags.adam_weight_decay,
+        "eps": flags.adam_epsilon,
+    }
+    if not flags.use_8bit_adam:
+        return torch.optim.AdamW(weights.masters, fused=True, **options)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise SettingsError("--use_8bit_adam needs bitsandbytes (pip install 'ip2p[gpu]'), or leave it out") from None
+    return AdamW8bit(weights.masters, **options)
+
+
+def takes_one_pass(device: torch.device, half: torch.dtype | None) -> bool:
+    """Whether the kernel for one pass can be had, and does on small tensors what PyTorch's functions do."""
+    if device.type != "cuda":
+        return False
+    try:
+        error = disagreement(device, half)
+    except Exception as error:  # whatever goes wrong between a driver, a compiler and a kernel: there is another way
+        problem = reason(error)
+    else:
+        if error < 1e-5:
+            return True
+        problem = f"its kernel is off by {error:.1e}"
+    say(f"the optimizer takes several passes over the weights instead of one: {problem}")
+    return False
+
+
+def disagreement(device: torch.device, half: torch.dtype | None) -> float:
+    """How far the weights, moments and averages of both ways are apart after four steps, of which one is skipped."""
+    found = []
+    for fused in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        unet = torch.nn.Sequential(torch.nn.Conv2d(8, 20, 3), torch.nn.Linear(41, 1000), torch.nn.Linear(5, 3))
+        for weight in unet.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator)
+        unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = Weights(unet, half)
+        average = Average(weights.masters, 0.9)
+        optimizer = torch.optim.AdamW(weights.masters, lr=0.1, weight_decay=0.1, fused=True)
+        update = Update(weights, optimizer, 10.0, average, fused=fused)
+        for step in range(4):
+            for weight in weights.parameters:
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.grad = torch.empty_like(weight).copy_(noise * (torch.nan if step == 2 else 1))
+            update(averages=step != 1)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        pairs = zip(weights.parameters, weights.masters, strict=True)
+        stale = [copy.float() - master.to(copy).float() for copy, master in pairs]
+        found.append([*weights.masters, *average.tensors, *moments, *stale])
+    apart = [(one - other).abs().max() for one, other in zip(*found, strict=True)]
+    return torch.stack(apart).max().item()  # which is no number where one of them is none

@@ -1,8 +1,8 @@
-"""The float32 weights that are trained, and what the UNet computes with: themselves or copies in half precision."""
+"""The float32 weights that are trained, their average, and what the UNet computes with: them, or copies in half."""
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,19 +10,13 @@ from torch import Tensor
 
 from ...encode.base.errors import SettingsError
 from ..config import TrainConfig
-from .average import Average
 
 
 class Precision(NamedTuple):
-    """The precision that the UNet computes in, and how.
+    """The precision that the UNet computes in, and how."""
 
-    Attributes:
-        name: no, fp16 or bf16.
-        copies: by weights that are copies of float32 masters in this precision, in place of autocast.
-    """
-
-    name: str
-    copies: bool
+    name: str  # no, fp16 or bf16
+    copies: bool  # by weights that are copies of float32 masters in this precision, in place of autocast
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,10 +33,7 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
 
     On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
     several batches would lose too much in that precision, and AdamW in 8 bits takes no others than float32: there
-    autocast stays.
-
-    Raises:
-        SettingsError: the launcher's is none that is known here.
+    autocast stays. Raises SettingsError where the launcher's is none that is known here.
     """
     name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
@@ -51,21 +42,51 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     return Precision(name, cuda and name != "no" and not summed and not config.optimizer.use_8bit_adam)
 
 
+class Average:
+    """An exponential moving average with the warm-up of diffusers' `EMAModel`: equal to it for decays above a half.
+
+    It begins as a copy of the float32 `weights`, on their device or another one. `decay` is the largest; early on it
+    is (1 + update) / (10 + update).
+    """
+
+    def __init__(self, weights: Sequence[Tensor], decay: float, device: torch.device | None = None):
+        self.tensors = [weight.detach().to(device, copy=True) for weight in weights]
+        self.decay, self.updates = decay, 0
+
+    def share(self) -> float:
+        """Count an update, and say how much of it the weights of now get."""
+        self.updates += 1
+        warm = (self.updates / (self.updates + 9)) if self.updates > 1 else 0.0
+        return 1 - min(self.decay, warm)
+
+    @torch.no_grad()
+    def step(self, weights: Sequence[Tensor]) -> None:
+        """Move towards the weights: one pass, and no second copy where both are on one device."""
+        near = [weight.detach().to(mean.device) for weight, mean in zip(weights, self.tensors, strict=True)]
+        torch._foreach_lerp_(self.tensors, near, self.share())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Under the names that diffusers gives it."""
+        return {"decay": self.decay, "optimization_step": self.updates, "shadow_params": self.tensors}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; the tensors stay on their device, and `decay` what the flags say."""
+        self.updates = state["optimization_step"]
+        for mean, saved in zip(self.tensors, state["shadow_params"], strict=True):
+            mean.copy_(saved)
+
+
 class Weights:
     """The parameters of a UNet, and the float32 masters behind them.
 
-    With `half`, the UNet's own parameters become copies in that precision, so that no step casts its weights and their
-    gradients again and again, as autocast does (Micikevicius et al., arXiv 1710.03740, section 3.1). The optimizer
-    changes the masters, and checkpoints hold them. Whoever calls the UNet goes on giving and getting float32.
+    With `half`, the UNet's own `parameters`, which get the gradients, become copies in that precision, so that no step
+    casts its weights and their gradients again and again, as autocast does (arXiv 1710.03740, section 3.1). The
+    optimizer changes the float32 `masters`, and checkpoints hold them. Who calls the UNet gives and gets float32.
 
     Args:
         unet: on its device, in float32; changed in place.
         half: torch.float16 or torch.bfloat16, or None: the parameters are the masters themselves.
-
-    Attributes:
-        names: of the parameters, in the order of the lists.
-        parameters: the UNet's own, which get the gradients.
-        masters: float32.
     """
 
     def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None):
@@ -86,22 +107,21 @@ class Weights:
     @contextlib.contextmanager
     def averaged(self, average: Average | None) -> Iterator[None]:
         """Let the UNet compute with the average for a while."""
-        if average:
-            self._show(average)
+        self._exchange(average)
         try:
             yield
         finally:
-            if average:
-                self._show(average)
+            self._exchange(average)
 
     @torch.no_grad()
-    def _show(self, average: Average) -> None:
-        """Exchange the average for the masters, one tensor after the other: at no time is there a second copy."""
-        for master, mean in zip(self.masters, average.tensors, strict=True):
-            kept = master.detach().clone()
-            master.copy_(mean)
-            mean.copy_(kept)
-        self.refresh()
+    def _exchange(self, average: Average | None) -> None:
+        """Swap masters and average, one tensor after the other: at no time is there a second copy."""
+        if average:
+            for master, mean in zip(self.masters, average.tensors, strict=True):
+                kept = master.detach().clone()
+                master.copy_(mean)
+                mean.copy_(kept)
+            self.refresh()
 
     @torch.no_grad()
     def finish(self, average: Average | None) -> None:
@@ -118,12 +138,7 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the masters of a checkpoint.
-
-        Raises:
-            KeyError: one is missing.
-            RuntimeError: one has another shape.
-        """
+        """Go on with the masters of a checkpoint; KeyError: one is missing, RuntimeError: one has another shape."""
         for name, master in zip(self.names, self.masters, strict=True):
             if (shape := state[name].shape) != master.shape:  # `copy_` would repeat a smaller one
                 raise RuntimeError(f"{name} has shape {tuple(shape)}, expected {tuple(master.shape)}")

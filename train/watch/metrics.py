@@ -6,18 +6,26 @@ import math
 import resource
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...encode.base.console import bar
 from ...encode.base.errors import TrainError
+from ...encode.cache.reader import Reader
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..save.checkpoint import Checkpoints
+from ..unet.weights import Precision
 
 PATIENCE = 5  # steps in a row that may be skipped
+# Dense products of half precision with sums in float32, TFLOP/s, from the data sheets; the first name that fits.
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "RTX 4090": 165}
 
 
 class Metrics:
@@ -25,50 +33,36 @@ class Metrics:
 
     Args:
         waits: what training may have to wait for, batches and checkpoints; they count the seconds so far.
-        total: steps of the run.
-        done: of them.
-        per_step: samples that all processes see in a step.
+        steps: from those that are done already to those in all.
         share: of the GPU's peak that one sample in a second is, or None where that is not known.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
         config: TrainConfig,
+        accelerator: Accelerator,
         waits: tuple[Batches, Checkpoints],
-        total: int,
-        done: int,
-        *,
-        per_step: int,
-        share: float | None = None,
+        steps: range,
+        share: float | None,
     ):
-        self.accelerator, self.every, self.total, self.per_step = (
-            accelerator,
-            config.watching.logging_steps,
-            total,
-            per_step,
-        )
-        self.waits, self.share = waits, share
+        self.accelerator, self.waits, self.total, self.share = accelerator, waits, steps.stop, share
+        self.every, self.per_step = config.watching.logging_steps, config.steps.samples(accelerator.num_processes)
         self.file = config.saving.output_dir / "metrics.jsonl"
-        self.bar = bar(None, "train", "step", total=total, initial=done, leave=True)
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
+        self.bar = bar(None, "train", "step", total=steps.stop, initial=steps.start, leave=True)
+        self.losses, self.norms = list[Tensor](), list[Tensor]()
         self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
-        self.waited = [wait.waited for wait in self.waits]
+        self.waited = [wait.waited for wait in waits]
         self.since = time.perf_counter()
 
     def step(self, step: int, loss: Tensor, norm: Tensor, skipped: Tensor, lr: float) -> None:
-        """Take what one optimizer step yields, and report if it is time.
+        """Take what optimizer step number `step` yields, and report if it is time.
+
+        Raises TrainError where step after step is skipped.
 
         Args:
-            step: its number.
-            loss: scalar on the device, of this process's samples.
-            norm: of the gradients, scalar on the device.
-            skipped: 1 on the device if the step changed nothing, because a gradient was not finite; else 0.
+            loss: of this process's samples; it, the gradients' `norm` and `skipped` are scalars on the device.
+            skipped: 1 if the step changed nothing, because a gradient was not finite; else 0.
             lr: learning rate of the next step.
-
-        Raises:
-            TrainError: step after step is skipped.
         """
         self.losses.append(loss)
         self.norms.append(norm)
@@ -137,3 +131,39 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+
+
+def peak(device: torch.device) -> float | None:
+    """TFLOP/s that a GPU reaches at best in half precision; None for one that is not listed, and without one."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((float(tera) for part, tera in PEAKS.items() if part in name), None)
+
+
+def training_flops(config: Any, latents: tuple[int, ...], text: tuple[int, ...], pooled: int | None) -> float:
+    """TFLOP of one sample, forward and backward, which are counted and not computed.
+
+    Args:
+        config: of a UNet.
+        latents: (8, h, w), of noisy latent and image together.
+        text: (77, d).
+        pooled: width of the pooled text of SDXL.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        sample, tokens = torch.empty(1, *latents), torch.empty(1, *text)
+        timesteps, added = torch.empty(1, dtype=torch.long), dict[str, Tensor]()
+        if pooled:
+            added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        unet(sample, timesteps, tokens, added_cond_kwargs=added)  # type: ignore[operator]
+    return 3 * counter.get_total_flops() / 1e12
+
+
+def share_of_peak(config: Any, reader: Reader, precision: Precision, device: torch.device) -> float | None:
+    """The share of the GPU's peak that one sample of a UNet of some `config` in a second is, if the peak is known."""
+    tera = peak(device) if precision.name != "no" else None
+    if tera is None:
+        return None
+    shapes = {name: array.row_shape for name, array in reader.arrays.items()}
+    channels, *sides = shapes["original"]
+    return training_flops(config, (2 * channels, *sides), shapes["text"], *shapes.get("pooled", (None,))) / tera

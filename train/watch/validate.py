@@ -23,7 +23,7 @@ from ...encode.cache.reader import Reader
 from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
 from ...infer.edit import Editor
-from ..config import TrainConfig
+from ..config import TrainConfig, Watching
 from ..data.batches import gather
 from ..data.samples import Samples
 from ..objective import Objective
@@ -36,7 +36,7 @@ SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """What is looked at every `config.validation_every` steps; nothing if the flags ask for nothing."""
+    """What is looked at every `validation_every` steps; nothing if the flags ask for nothing."""
 
     config: TrainConfig
     accelerator: Accelerator
@@ -127,19 +127,23 @@ class Validation:
         yield from zip(instructions, originals, targets, strict=True)
 
 
-def open_picture(config: TrainConfig) -> Image.Image | None:
-    """The picture of --val_image_url_or_path, if there is one.
-
-    Raises:
-        SettingsError: it cannot be opened, or there is no --validation_prompt for it.
-    """
-    if not config.watching.image:
+def open_picture(flags: Watching) -> Image.Image | None:
+    """The picture of --val_image_url_or_path, if there is one; raises SettingsError where it cannot be used."""
+    if not flags.image:
         return None
-    if not config.watching.validation_prompt:
-        raise SettingsError(f"--val_image_url_or_path {config.watching.image} needs a --validation_prompt")
+    if not flags.validation_prompt:
+        raise SettingsError(f"--val_image_url_or_path {flags.image} needs a --validation_prompt")
     try:
-        return load_image(config.watching.image)
+        return load_image(flags.image)
     except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"--val_image_url_or_path {config.watching.image} cannot be opened: {reason(error)}"
-        ) from None
+        raise SettingsError(f"--val_image_url_or_path {flags.image} cannot be opened: {reason(error)}") from None
+
+
+def validation_every(config: TrainConfig, steps_per_epoch: float) -> int:
+    """Optimizer steps from one validation to the next; 0 for none."""
+    flags = config.watching
+    if not (flags.num_validation_samples or flags.image):
+        return 0
+    if flags.validation_epochs:
+        return max(1, round(flags.validation_epochs * steps_per_epoch))
+    return flags.validation_steps or config.saving.checkpointing_steps
