@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -17,8 +18,7 @@ import pyarrow.parquet as pq
 
 import tiny
 from configs import encode_config
-from ip2p.encode.data.open import open_pairs
-from ip2p.encode.data.pairs import Pair, Pairs
+from ip2p.encode.data.pairs import Pair, Pairs, open_pairs
 
 Flags = dict[str, object]
 Kind = Callable[[Path, list[Pair]], Flags]
