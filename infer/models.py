@@ -33,7 +33,7 @@ def load(
     import torch
     from diffusers import DiffusionPipeline
 
-    from ..encode.models.device import find_device
+    from ..encode.models.checkpoint import find_device
 
     with _readable(name):
         device = find_device(device)
