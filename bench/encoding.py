@@ -17,8 +17,7 @@ from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
 from ip2p.encode.cache.views import View
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.open import open_pairs
-from ip2p.encode.data.pairs import Pairs
+from ip2p.encode.data.pairs import Pairs, open_pairs
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 from ip2p.encode.models.checkpoint import Checkpoint

@@ -15,8 +15,8 @@ from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, sh
 from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.columns import Role, preset
-from ip2p.encode.data.pairs import Pairs, Rows
+from ip2p.encode.data.columns import Role, Rows, preset
+from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.plan import describe
 

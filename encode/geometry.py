@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from .cache.views import View
-from .data.pictures import decode
+from .data.pictures import open_picture
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size spread any number of random crops evenly over the places where one can lie."""
@@ -57,7 +57,7 @@ class Geometry:
         Raises:
             ImageError: a file is missing or cannot be decoded.
         """
-        images = [decode(file or b"", self.background) for file in files]
+        images = [open_picture(file or b"", self.background) for file in files]
         pixels = np.empty((len(views), len(images), 3, self.resolution, self.resolution), np.uint8)
         sizes = []
         for view, both in zip(views, pixels, strict=True):

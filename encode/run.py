@@ -17,8 +17,7 @@ from .cache.samples import Ledger, counts
 from .cache.views import View
 from .cache.writer import exclusive, share, write_state
 from .config import EncodeConfig
-from .data.open import open_pairs
-from .data.pairs import Pairs
+from .data.pairs import Pairs, open_pairs
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import check_resolution, make_plan, workers
 

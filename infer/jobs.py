@@ -12,9 +12,8 @@ from PIL import Image
 
 from ..encode.base.errors import EditError, reason
 from ..encode.config import Dataset
-from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role
-from ..encode.data.open import open_rows
-from ..encode.data.pairs import Rows, texts_of
+from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role, Rows
+from ..encode.data.pairs import open_rows, texts_of
 from .config import InferConfig
 
 

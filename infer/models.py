@@ -8,8 +8,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..encode.base.errors import EditError, reason
-from ..encode.models.checkpoint import is_place
-from ..encode.models.device import find_device
+from ..encode.models.checkpoint import find_device, is_place
 
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
 

@@ -18,8 +18,7 @@ import pyarrow.parquet as pq
 
 import tiny
 from configs import encode_config
-from ip2p.encode.data.open import open_pairs
-from ip2p.encode.data.pairs import Pair, Pairs
+from ip2p.encode.data.pairs import Pair, Pairs, open_pairs
 
 Flags = dict[str, object]
 Kind = Callable[[Path, list[Pair]], Flags]

@@ -18,8 +18,7 @@ from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.config import Model
 from ip2p.encode.models import single_file
-from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint, weight_files
-from ip2p.encode.models.identity import hash_weights
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint, hash_weights, weight_files
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags, unet_file
 

@@ -27,8 +27,7 @@ from configs import train_config
 from ip2p.encode.base.errors import CacheMismatch, ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
-from ip2p.encode.models.checkpoint import Checkpoint, weight_files
-from ip2p.encode.models.identity import hash_weights
+from ip2p.encode.models.checkpoint import Checkpoint, hash_weights, weight_files
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main as train
 from ip2p.train.data.batches import Batches, Order, Samples, null_conditioning

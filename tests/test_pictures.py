@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from ip2p.encode.base.errors import ImageError
-from ip2p.encode.data.pictures import decode
+from ip2p.encode.data.pictures import open_picture
 from ip2p.infer import EditError, Editor
 from test_images import deep_png, file_of
 
@@ -245,7 +245,7 @@ def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
     """The right pixels are those that the file was made of, whichever way it is read."""
     data = FILES[kind].picture
     (tmp_path / "picture").write_bytes(data)
-    check(decode(data), FILES[kind])
+    check(open_picture(data), FILES[kind])
     for seen in mirror.edit([data, tmp_path / "picture", Image.open(io.BytesIO(data))], "make it red"):
         check(seen, FILES[kind])
 
@@ -266,7 +266,7 @@ def test_what_cannot_be_seen_rightly_is_refused_with_the_same_words_each_time(
     messages = set()
     for _ in range(2):
         with pytest.raises(ImageError, match=reason) as refused:
-            decode(data)
+            open_picture(data)
         messages.add(str(refused.value))
     for picture in (data, tmp_path / "picture"):
         with pytest.raises(EditError, match=reason) as unedited:

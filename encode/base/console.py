@@ -29,12 +29,9 @@ def warn(sentence: str) -> None:
 
 
 def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "tqdm[Any]":
-    """A bar over `items`, or one that is told of its progress (`total`); gone once done, unless `leave` is given.
+    """A bar of tqdm over `items`, or one that is told of its progress; gone once done, unless `leave` is given.
 
-    Args:
-        what: the work, such as "encode".
-        unit: what is counted; B counts bytes.
-        options: `total`, `initial`, `leave`, `position` of tqdm.
+    `what` is the work, such as "encode"; `unit` is what is counted, B for bytes; `options` are those of tqdm.
     """
     options = {"leave": False, "unit_scale": unit == "B", "disable": not is_main_process()} | options
     return tqdm(items, desc=what, unit=unit, **options)

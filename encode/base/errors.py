@@ -1,17 +1,7 @@
 """What users read instead of a traceback.
 
-    Ip2pError
-    ├── SettingsError   a flag or a configuration file
-    ├── SourceError     a dataset
-    ├── ModelError      a checkpoint
-    ├── TrainError      a training run that cannot go on
-    ├── EditError       an edit that cannot be made
-    │   └── ImageError      a picture that cannot be decoded
-    └── CacheError      a cache
-        └── CacheMismatch   a cache that belongs to another model or other settings
-
 Each message says what was found, what was expected, and the flag or command that mends it. Any other exception
-is a bug and keeps its traceback.
+than an `Ip2pError` is a bug and keeps its traceback.
 """
 
 import contextlib
@@ -60,6 +50,18 @@ class CacheMismatch(CacheError):
 def reason(error: BaseException) -> str:
     """What an error says in its first line, or its kind where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def explained(kind: type[Ip2pError], what: str, *errors: type[Exception], hint: str = "") -> Iterator[None]:
+    """Raise errors of other libraries (these, or all) as one of ours: `what`, a colon, the reason, and the hint."""
+    meant = errors or (Exception,)
+    try:
+        yield
+    except Ip2pError:
+        raise
+    except meant as error:
+        raise kind(f"{what}: {reason(error)}{hint}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -68,29 +68,20 @@ def folder_bytes(folder: Path) -> int:
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size in bytes and crc32c of a file."""
-    checksum, size = google_crc32c.Checksum(), 0
+    checksum = google_crc32c.Checksum()
     with path.open("rb") as file:
-        while block := file.read(2**22):
-            checksum.update(block)
-            size += len(block)
+        size = sum(map(len, checksum.consume(file, 2**22)))
     return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file that carries its own checksum.
-
-    The checksum is the crc32c of the file's bytes with eight zeros in its place, at the end.
-    """
+    """Write a JSON file that ends in its own checksum: the crc32c of its bytes with eight zeros in that place."""
     with whole(path) as unfinished:
         unfinished.write_bytes(_sealed(json.dumps(record | {"crc32c": "0" * 8}, indent=1).encode()))
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read what `write_record` wrote.
-
-    Raises:
-        CacheError: unreadable, or different from what was written.
-    """
+    """Read what `write_record` wrote; a CacheError where it is unreadable, or different from what was written."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -99,11 +90,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def unseal(content: bytes, name: str) -> dict[str, Any]:
-    """The record in the bytes of a file called `name`, after a look at its checksum.
-
-    Raises:
-        CacheError: different from what was written.
-    """
+    """The record in the bytes of a file called `name`; a CacheError where its checksum is wrong."""
     if content != _sealed(content):
         raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
     record = json.loads(content)
@@ -113,5 +100,4 @@ def unseal(content: bytes, name: str) -> dict[str, Any]:
 
 def _sealed(content: bytes) -> bytes:
     head, tail = content[:-11], b'"\n}'
-    checksum = google_crc32c.value(head + b"0" * 8 + tail)
-    return head + f"{checksum:08x}".encode() + tail
+    return head + b"%08x" % google_crc32c.value(head + b"0" * 8 + tail) + tail

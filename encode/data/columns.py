@@ -1,9 +1,9 @@
 """Which column plays which role: by flag, as known of the dataset, by its usual name, else by what its name says."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from PIL import Image
@@ -12,47 +12,71 @@ from ..base.console import say
 from ..base.errors import SourceError, did_you_mean
 
 IMAGES, TEXT = "images", "string"
-ENDING = re.compile(r"[._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json)$")
+ENDING = re.compile(r"([._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json))+$")
 
 
 class Role(NamedTuple):
-    """What a column may be needed for, and how it is recognized where nothing else names it."""
+    """What a column may be needed for, and how it is recognized where nothing else names it.
+
+    Its `names` are in lower case, without endings such as _image or .jpg; the first is the usual one, as it is: of
+    diffusers' script, or for captions of the original project's dataset.
+    """
 
     flag: str
     what: str
     holds: str
-    usual: str  # the default of diffusers' script; of captions, the name in the original project's dataset
-    names: str  # in lower case, without endings such as _image or .jpg
+    names: str
 
 
-ORIGINAL = Role(
-    "original_image_column", "original images", IMAGES,
-    "input_image", "image file_name original input source src before",
-)  # fmt: skip
-EDITED = Role(
-    "edited_image_column", "edited images", IMAGES,
-    "edited_image", "edited output target tgt after cartoonized",
-)  # fmt: skip
-PROMPT = Role(
-    "edit_prompt_column", "edit instructions", TEXT,
-    "edit_prompt", "edit_prompt edit_instruction instruction prompt edit text txt",
-)  # fmt: skip
-INVERSE = Role(
-    "inverse_prompt_column", "instructions that lead back", TEXT,
-    "inverse_edit", "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse",
-)  # fmt: skip
-BEFORE = Role(
-    "original_caption_column", "captions of the originals", TEXT,
-    "original_prompt", "original_prompt original_caption source_caption input_caption",
-)  # fmt: skip
-AFTER = Role(
-    "edited_caption_column", "captions of the edited images", TEXT,
-    "edited_prompt", "edited_prompt edited_caption target_caption output_caption",
-)  # fmt: skip
+# fmt: off
+ORIGINAL = Role("original_image_column", "original images", IMAGES,
+                "input_image image file_name original input source src before")
+EDITED = Role("edited_image_column", "edited images", IMAGES,
+              "edited_image edited output target tgt after cartoonized")
+PROMPT = Role("edit_prompt_column", "edit instructions", TEXT,
+              "edit_prompt edit_instruction instruction prompt edit text txt")
+INVERSE = Role("inverse_prompt_column", "instructions that lead back", TEXT,
+               "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse")
+BEFORE = Role("original_caption_column", "captions of the originals", TEXT,
+              "original_prompt original_caption source_caption input_caption")
+AFTER = Role("edited_caption_column", "captions of the edited images", TEXT,
+             "edited_prompt edited_caption target_caption output_caption")
+# fmt: on
 
 Columns = Mapping[Role, str]
 Pick = Callable[..., dict[Role, str]]
 """`choose` for one dataset: takes what the columns hold, and maybe what is known of them."""
+
+
+class Rows:
+    """What every kind of dataset offers. It is copied into worker processes, so it holds no open files.
+
+    Attributes:
+        columns: the column of each role that has one, in the order in which the roles were asked for.
+    """
+
+    columns: Columns
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
+        """What a row holds in these roles: image files as bytes (None where one is missing), texts as they are."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Changes whenever the data may have changed; found without reading the images."""
+        raise NotImplementedError
+
+    def texts(self, role: Role) -> Iterable[Any]:
+        """What all rows hold in a role of text; no image is read."""
+        return (self.read(row, role)[0] for row in range(len(self)))
+
+    def name(self, row: int) -> str | None:
+        """The path of the original image's own file, if it has one."""
+
+    def group(self, row: int) -> str | None:
+        """The prompt that a row belongs to, if that is not its instruction."""
 
 
 def preset(*names: str) -> Columns:
@@ -99,13 +123,9 @@ def choose(
 ) -> dict[Role, str]:
     """A column for each role, in their order; a role that is merely wanted goes without where no column fits.
 
-    A flag wins, then what is known (of the name, unless it is given), then the usual name, then the only column that
-    is called like that; what was guessed so is said.
-
-    Args:
-        flags: the columns that the user names.
-        name: the dataset.
-        kinds: for each column what it holds: `IMAGES`, `TEXT` or anything else.
+    A flag wins, then what is known (of the dataset called `name`, unless it is given), then the usual name, then the
+    only column that is called like that; what was guessed so is said. `kinds` tells for each column what it holds:
+    `IMAGES`, `TEXT` or anything else.
 
     Raises:
         SourceError: no such column, none or several that may be meant, or one that holds something else.
@@ -116,11 +136,12 @@ def choose(
     chosen: dict[Role, str] = {}
     guessed: list[str] = []
     for role in (*needed, *wanted):
+        names = role.names.split()
         fitting = [column for column, kind in kinds.items() if kind == role.holds]
         there = kinds if role in needed else fitting
-        column = flags.get(role) or next((c for c in (known.get(role), role.usual) if c in there), None)
+        column = flags.get(role) or next((c for c in (known.get(role), names[0]) if c in there), None)
         if column is None:
-            found = [column for column in fitting if _stem(column) in role.names.split()]
+            found = [column for column in fitting if ENDING.sub("", column.lower()) in names]
             if not found and role not in needed:
                 continue
             column = _only(role, found, name, kinds)
@@ -133,12 +154,7 @@ def choose(
 
 
 def kinds_of(sample: pa.Table, folder: Path) -> dict[str, str]:
-    """What each column of a table holds.
-
-    Args:
-        sample: its first rows.
-        folder: what paths are relative to.
-    """
+    """What each column of a table holds, by its first rows; paths are relative to `folder`."""
     return {column: _kind(sample[column].type, sample[column].to_pylist(), folder) for column in sample.column_names}
 
 
@@ -173,19 +189,11 @@ def _check(role: Role, column: str, name: str, kinds: Mapping[str, str]) -> None
         raise SourceError(f"column {column} of {name} holds {kinds[column]}, expected {role.holds}: {choice}")
 
 
-def _stem(column: str) -> str:
-    stem = column.lower()
-    while (shorter := ENDING.sub("", stem)) != stem:
-        stem = shorter
-    return stem
-
-
 def _kind(type_: pa.DataType, values: list, folder: Path) -> str:
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_):
+    if isinstance(type_, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
         return _kind(type_.value_type, [first for value in values if value for first in value[:1]], folder)
-    if pa.types.is_struct(type_) and {"bytes", "path"} <= {field.name for field in type_}:
-        return IMAGES
-    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+    files = pa.types.is_struct(type_) and {"bytes", "path"} <= {field.name for field in type_}
+    if files or pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
         return IMAGES
     if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
         return str(type_)

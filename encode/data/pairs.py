@@ -1,12 +1,16 @@
-"""The pairs that the rows of a dataset give, whatever kind of dataset it is."""
+"""The pairs of a dataset: which kind of dataset a name means, opening it, and what its rows give."""
 
+import functools
 import hashlib
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .columns import EDITED, ORIGINAL, TEXT, Columns, Role
+from ..base.errors import SourceError
+from ..config import Dataset
+from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
 
 
 class Pair(NamedTuple):
@@ -17,33 +21,67 @@ class Pair(NamedTuple):
     instruction: Any
 
 
-class Rows(Protocol):
-    """What every kind of dataset offers. It is copied into worker processes, so it holds no open files."""
+def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
+    """Open the pairs of images and instructions that the flags name, those of the split train unless one is named.
 
-    columns: Columns
-    """The column of each role that has one, in the order in which the roles were asked for."""
+    Raises:
+        SourceError: no such dataset, split or column; the message names those there are.
+    """
+    needed = (ORIGINAL, EDITED, PROMPT, INVERSE) if dataset.reverse_pairs else (ORIGINAL, EDITED, PROMPT)
+    rows, name = open_rows(dataset, cache_dir, needed, default_split="train"), _name(dataset)
+    return Pairs(rows, name, every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
 
-    def __len__(self) -> int: ...
 
-    def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        """What a row holds in these roles: image files as bytes (None where one is missing), texts as they are."""
-        ...
+def open_rows(
+    dataset: Dataset,
+    cache_dir: Path | None,
+    needed: Collection[Role],
+    wanted: Collection[Role] = (),
+    *,
+    captions: dict[Role, str | None] | None = None,
+    default_split: str | None = None,
+) -> Rows:
+    """Open the dataset that the flags name, for encoding, editing and scoring alike.
 
-    def texts(self, role: Role) -> Iterable[Any]:
-        """What all rows hold in a role of text; no image is read."""
-        ...
+    Args:
+        cache_dir: where downloads are kept; default: where the `datasets` library keeps them.
+        needed: roles that must have a column.
+        wanted: roles that have one where the dataset offers it.
+        captions: columns that the user names beside those of `dataset`.
+        default_split: the split where none is named and there are several; by default none is taken silently.
 
-    def fingerprint(self) -> str:
-        """Changes whenever the data may have changed; found without reading the images."""
-        ...
+    Raises:
+        SourceError: no such dataset, split or column; the message names those there are.
+    """
+    name = _name(dataset)
+    if EDITED in needed and evaluation_only(name) and dataset.edited_image_column is None:
+        raise SourceError(
+            f"{name} is made for evaluation: it holds no edited images to learn from "
+            "(--edited_image_column, if your copy has some)"
+        )
+    flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | (captions or {})
+    pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
+    seeds = (Path(name) / "seeds.json").is_file()
+    tars = f"{name}/*.tar" if any(Path(name).glob("*.tar")) else name
+    in_tars = tars.endswith(".tar") or "{" in tars or "://" in tars
+    if dataset.split and (seeds or in_tars):
+        raise SourceError(f"{name} has no splits: leave out --split {dataset.split}")
+    # Each kind imports what it needs only when it is meant.
+    if seeds:
+        from .seeds import Seeds
 
-    def name(self, row: int) -> str | None:
-        """The path of the original image's own file, if it has one."""
-        return None
+        rows = Seeds(Path(name), pick)
+    elif in_tars:
+        from .tars import Tars
 
-    def group(self, row: int) -> str | None:
-        """The prompt that a row belongs to, if that is not its instruction."""
-        return None
+        rows = Tars(tars, pick, cache_dir)
+    else:
+        from .tables import open_table
+
+        rows = open_table(dataset, name, pick, cache_dir, default_split)
+    if len(rows) == 0:
+        raise SourceError(f"{name} holds no samples")
+    return rows
 
 
 def texts_of(value: Any, *, every: bool = False) -> list[Any]:
@@ -51,9 +89,7 @@ def texts_of(value: Any, *, every: bool = False) -> list[Any]:
 
     An empty list counts as one text that is missing, so that nothing vanishes.
     """
-    if not isinstance(value, list):
-        return [value]
-    return (value if every else value[:1]) or [None]
+    return ((value if every else value[:1]) or [None]) if isinstance(value, list) else [value]
 
 
 class Pairs:
@@ -106,7 +142,13 @@ class Pairs:
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def _locate(self, index: int) -> tuple[int, int]:
+        """The row of a sample, and which of the row's samples it is."""
         if not self._every:
             return divmod(index, len(self._texts))
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - (int(self._ends[row - 1]) if row else 0)
+
+
+def _name(dataset: Dataset) -> str:
+    """What the user calls the dataset."""
+    return dataset.dataset_name or str(dataset.train_data_dir)

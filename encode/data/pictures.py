@@ -1,10 +1,8 @@
 """Decodes pictures of any kind as people see them: upright, RGB, 8 bits, a background behind what is transparent."""
 
-import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,54 +14,34 @@ from ..base.errors import ImageError
 Picture: TypeAlias = Image.Image | bytes | str | os.PathLike[str]
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """Decode a picture that is a PIL image, the bytes of an image file, or a path; over white.
+def open_picture(picture: Picture, background: str = "white") -> Image.Image:
+    """Decode a PIL image, the bytes of an image file or the file at a path as it is meant to be seen.
+
+    That is its first frame, upright by its EXIF orientation, RGB, with `background` (in any of Pillow's notations)
+    behind what is transparent. `format` tells the file's.
 
     Raises:
-        ImageError: the file cannot be read, or holds no picture that can be decoded.
+        ImageError: the file cannot be read, is empty, truncated or no image, has more than 8 bits where white is not
+            known, or is so large that Pillow suspects a decompression bomb.
     """
-    if isinstance(picture, Image.Image):
-        with _refusing():
-            return _rgb(picture, "white")
-    if isinstance(picture, bytes):
-        return decode(picture)
-    try:
-        return decode(Path(picture).read_bytes())
-    except OSError as error:
-        raise ImageError(f"{os.fspath(picture)} cannot be read: {error.strerror}") from None
-
-
-def decode(data: bytes, background: str = "white") -> Image.Image:
-    """Decode an image file as it is meant to be seen: its first frame, upright by its EXIF orientation, RGB.
-
-    Args:
-        background: color that shows through transparent pixels, in any of Pillow's notations.
-
-    Returns:
-        An RGB picture whose `format` is the file's.
-
-    Raises:
-        ImageError: empty, truncated, not an image, of more than 8 bits where white is not known, or so large that
-            Pillow suspects a decompression bomb.
-    """
-    if not data:
+    if isinstance(picture, str | os.PathLike):
+        try:
+            picture = Path(picture).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{os.fspath(picture)} cannot be read: {error.strerror}") from None
+    if not picture:
         raise ImageError("the image is empty")
-    with _refusing(), warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        seen = _rgb(image, background)
-        seen.format = image.format
-        return seen
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
     try:
-        yield
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
+            image.load()
+            seen = _rgb(image, background)
     except UnidentifiedImageError:  # whose text differs each time
         raise ImageError("the image cannot be decoded (not an image file)") from None
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         raise ImageError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from None
+    seen.format = image.format
+    return seen
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:

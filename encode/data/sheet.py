@@ -9,7 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 TILE = 256  # pixels; large enough to judge an edit, small enough for a hundred of them
 GAP = 8  # between pictures; twice as much between strips
 LINE = 24
+HEADING = 20  # height of a label's line
 CAPTION_LINES = 3
+LABEL_FONT, CAPTION_FONT = ImageFont.load_default(14), ImageFont.load_default(18)
 
 
 def contact_sheet(
@@ -26,22 +28,29 @@ def contact_sheet(
     Returns:
         An RGB picture. Small pictures are enlarged by whole factors, pixel by pixel; large ones are reduced.
     """
-    from diffusers.utils import make_image_grid  # here, since it brings torch along
-
-    drawn = [_strip(caption, pictures, labels, tile) for caption, pictures in rows]
-    width, height = drawn[0][0].width, max(bottom for _, bottom in drawn)
-    strips = [strip.crop((0, 0, width, height)) for strip, _ in drawn]
+    width = 3 * GAP + len(labels) * (tile + GAP)
+    strips = [
+        (_wrap(caption, width), [picture and _fit(picture, tile) for picture in pictures]) for caption, pictures in rows
+    ]
+    below = HEADING + tile + GAP // 2
+    height = below + LINE * max(len(lines) for lines, _ in strips) + 2 * GAP
     columns = max(1, round(math.sqrt(len(strips) * height / width)))
-    strips += [Image.new("RGB", (width, height), "white")] * (-len(strips) % columns)
-    return make_image_grid(strips, rows=len(strips) // columns, cols=columns)
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(strips) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (lines, pictures) in enumerate(strips):
+        left, top = index % columns * width + 2 * GAP, index // columns * height + GAP
+        draw.multiline_text((left, top + below), "\n".join(lines), "black", CAPTION_FONT)
+        for label, picture in zip(labels, pictures, strict=True):
+            draw.text((left, top), label, "gray", LABEL_FONT)
+            if picture:
+                middle = left + (tile - picture.width) // 2, top + HEADING + (tile - picture.height) // 2
+                sheet.paste(picture, middle)
+            left += tile + GAP
+    return sheet
 
 
 def grid(
-    original: Image.Image,
-    caption: str,
-    edits: Sequence[Image.Image],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
+    original: Image.Image, caption: str, edits: Sequence[Image.Image], rows: Sequence[str], columns: Sequence[str]
 ) -> Image.Image:
     """Draw the edits of one picture over two settings, as the InstructPix2Pix paper shows its guidance scales.
 
@@ -49,59 +58,38 @@ def grid(
         original: stands at the left.
         caption: stands above, such as the prompt.
         edits: of the original's size, row by row, one for each pair of labels.
+        rows, columns: their labels.
 
     Returns:
         An RGB picture, enlarged or reduced as in `contact_sheet`.
     """
-    label_font, caption_font = ImageFont.load_default(14), ImageFont.load_default(18)
     first = _fit(original)
-    across = max(first.width, *map(math.ceil, map(label_font.getlength, column_labels))) + GAP
+    across = max(first.width, *map(math.ceil, map(LABEL_FONT.getlength, columns))) + GAP
     down = first.height + GAP
-    left = 5 * GAP + across + math.ceil(max(map(label_font.getlength, row_labels)))
-    width = max(left + len(column_labels) * across, TILE) + GAP
-    lines = _wrap(caption, caption_font, width - 4 * GAP)
-    top = 2 * GAP + len(lines) * LINE + 20
-    height = top + len(row_labels) * down + GAP
-    sheet = Image.new("RGB", (width, height), "white")
+    left = 5 * GAP + across + math.ceil(max(map(LABEL_FONT.getlength, rows)))
+    width = max(left + len(columns) * across, TILE) + GAP
+    lines = _wrap(caption, width)
+    top = 2 * GAP + len(lines) * LINE + HEADING
+    sheet = Image.new("RGB", (width, top + len(rows) * down + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((2 * GAP, GAP), "\n".join(lines), fill="black", font=caption_font)
-    middle = top + (len(row_labels) - 1) * down // 2
-    draw.text((2 * GAP, middle - 20), "original", fill="gray", font=label_font)
+    draw.multiline_text((2 * GAP, GAP), "\n".join(lines), "black", CAPTION_FONT)
+    middle = top + (len(rows) - 1) * down // 2
+    draw.text((2 * GAP, middle - HEADING), "original", "gray", LABEL_FONT)
     sheet.paste(first, (2 * GAP, middle))
-    for column, label in enumerate(column_labels):
-        draw.text((left + column * across, top - 20), label, fill="gray", font=label_font)
-    for row, label in enumerate(row_labels):
-        draw.text((left - GAP, top + row * down + first.height // 2), label, "gray", label_font, anchor="rm")
+    for column, label in enumerate(columns):
+        draw.text((left + column * across, top - HEADING), label, "gray", LABEL_FONT)
+    for row, label in enumerate(rows):
+        draw.text((left - GAP, top + row * down + first.height // 2), label, "gray", LABEL_FONT, anchor="rm")
     for index, edit in enumerate(edits):
-        row, column = divmod(index, len(column_labels))
+        row, column = divmod(index, len(columns))
         sheet.paste(_fit(edit), (left + column * across, top + row * down))
     return sheet
 
 
-def _strip(
-    caption: str, pictures: Sequence[Image.Image | None], labels: Sequence[str], side: int
-) -> tuple[Image.Image, int]:
-    """A strip with room for a caption of any length, and where its own ends, in pixels from the top."""
-    label_font, caption_font = ImageFont.load_default(14), ImageFont.load_default(18)
-    top, bottom = GAP + 20, GAP + 20 + side + GAP // 2
-    width = 3 * GAP + len(labels) * (side + GAP)
-    strip = Image.new("RGB", (width, bottom + CAPTION_LINES * LINE + GAP), "white")
-    draw = ImageDraw.Draw(strip)
-    for place, (label, picture) in enumerate(zip(labels, pictures, strict=True)):
-        left = 2 * GAP + place * (side + GAP)
-        draw.text((left, GAP), label, fill="gray", font=label_font)
-        if picture is not None:
-            tile = _fit(picture, side)
-            strip.paste(tile, (left + (side - tile.width) // 2, top + (side - tile.height) // 2))
-    lines = _wrap(caption, caption_font, width - 4 * GAP)
-    draw.multiline_text((2 * GAP, bottom), "\n".join(lines), fill="black", font=caption_font)
-    return strip, bottom + len(lines) * LINE + GAP
-
-
-def _wrap(caption: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
-    """At most `CAPTION_LINES` lines that fit into `width` pixels."""
+def _wrap(caption: str, width: int) -> list[str]:
+    """At most `CAPTION_LINES` lines that fit into `width` pixels, with margins."""
     # Letters per line, from the mean width of this caption's own; a tenth is left for lines of wider ones.
-    letters = int(width / 1.1 / max(1.0, font.getlength(caption)) * max(1, len(caption)))
+    letters = int((width - 4 * GAP) / 1.1 / max(1.0, CAPTION_FONT.getlength(caption)) * max(1, len(caption)))
     return textwrap.wrap(caption, max(letters, 8), max_lines=CAPTION_LINES, placeholder=" …")
 
 

@@ -1,6 +1,5 @@
 """Rows that the `datasets` library opens: on the Hub, in local files, as a stream, or saved by `save_to_disk`."""
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -13,11 +12,10 @@ import fsspec
 import pyarrow as pa
 from datasets.exceptions import DatasetGenerationError
 
-from ..base.errors import SourceError, reason
+from ..base.errors import SourceError, explained
 from ..base.files import file_state
 from ..config import Dataset
-from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, image_columns, kinds_of
-from .pairs import Rows
+from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, Rows, image_columns, kinds_of
 
 READERS: dict[str, dict[str, Any]] = {
     ".arrow": {"path": "arrow"},
@@ -40,8 +38,7 @@ class Table(Rows):
     """
 
     def __init__(self, table: datasets.Dataset, columns: Columns, folder: Path):
-        self.columns = columns
-        self._folder = folder
+        self.columns, self._folder = columns, folder
         # As Arrow nothing is decoded: an Image is a struct of the file's bytes and its path.
         self._table: Any = table.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
 
@@ -81,54 +78,54 @@ def open_table(dataset: Dataset, name: str, pick: Pick, cache_dir: Path | None, 
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
+    hint = " (expected a Hub id, a folder or a file; --split takes one of its splits)"
+    with explained(SourceError, f"dataset {name} cannot be opened", hint=hint):  # `datasets` raises some twenty kinds
+        try:
+            return _open(dataset, name, pick, cache_dir, default_split)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+
+
+def _open(dataset: Dataset, name: str, pick: Pick, cache_dir: Path | None, default_split: str | None) -> Table:
     path = _data_file(dataset, Path(name))
-    if any((path / state).is_file() for state in ("state.json", "dataset_dict.json")):
-        saved = _load_from_disk(name, dataset.split, default_split)
-        return _table(saved, pick, path)
-    where: dict[str, Any] = {"path": name, "name": dataset.dataset_config_name, "revision": dataset.dataset_revision}
-    if path.is_file():
-        where = {**READERS[path.suffix.lower()], "data_files": str(path)}
-    where["cache_dir"] = str(cache_dir) if cache_dir else None
     folder = path.parent if path.is_file() else path
-    with _explained(name):
-        builder = datasets.load_dataset_builder(**where)
-        where["split"] = dataset.split or _only_split(name, map(str, builder.as_streaming_dataset()), default_split)
-    if dataset.streaming:
-        return _keep_stream(name, builder, where, pick, folder, dataset.max_train_samples)
-    with _explained(name):
-        loaded = datasets.load_dataset(**where)
-    return _table(loaded, pick, folder)
+    if any((path / state).is_file() for state in ("state.json", "dataset_dict.json")):
+        table: Any = datasets.load_from_disk(name)
+        if isinstance(table, dict):  # of splits
+            split = dataset.split or _only_split(name, table, default_split)
+            if split not in table:
+                raise SourceError(f"{name} has no split {split}: choose one of {', '.join(table)} with --split")
+            table = table[split]
+    else:
+        where: dict[str, Any] = {"path": name, "name": dataset.dataset_config_name}
+        where["revision"] = dataset.dataset_revision
+        if path.is_file():
+            where = {**READERS[path.suffix.lower()], "data_files": str(path)}
+        where["cache_dir"] = str(cache_dir) if cache_dir else None
+        builder: Any = datasets.load_dataset_builder(**where)
+        where["split"] = dataset.split or _only_split(name, builder.as_streaming_dataset(), default_split)
+        if dataset.streaming:
+            return _keep_stream(builder, where, pick, folder, dataset.max_train_samples)
+        table = datasets.load_dataset(**where)
+    return Table(table, pick(kinds_of(table.with_format("arrow")[:GLANCE], folder)), folder)
 
 
-def _load_from_disk(name: str, split: str | None, default_split: str | None) -> Any:
-    with _explained(name):
-        saved = datasets.load_from_disk(name)
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    split = split or _only_split(name, map(str, saved), default_split)
-    if split not in saved:
-        raise SourceError(f"{name} has no split {split}: choose one of {', '.join(map(str, saved))} with --split")
-    return saved[split]
-
-
-def _keep_stream(name: str, builder: Any, where: dict[str, Any], pick: Pick, folder: Path, limit: int | None) -> Table:
+def _keep_stream(builder: Any, where: dict[str, Any], pick: Pick, folder: Path, limit: int | None) -> Table:
     """Read a stream into a local table, or open the table that an earlier run made of it."""
-    with _explained(name):
-        stream: Any = builder.as_streaming_dataset(split=where["split"])
-        sample = next(stream.with_format("arrow").iter(GLANCE), pa.table({}))
+    stream = builder.as_streaming_dataset(split=where["split"])
+    sample = next(stream.with_format("arrow").iter(GLANCE), pa.table({}))
     columns = pick(kinds_of(sample, folder))
     names, images = tuple(columns.values()), tuple(image_columns(columns))
     types = datasets.Features.from_arrow_schema(sample.select(names).schema)
     # What these are decides whether the stream was kept before; the hash changes with the data.
     parts = {"where": where, "names": names, "images": images, "folder": folder, "limit": limit}
-    with _explained(name):
-        kept = datasets.Dataset.from_generator(
-            _stream,
-            features=datasets.Features(types | dict.fromkeys(images, datasets.Value("binary"))),
-            cache_dir=where["cache_dir"],
-            gen_kwargs=parts | {"state": builder.hash},
-            writer_batch_size=100,  # rows in memory
-        )
+    kept = datasets.Dataset.from_generator(
+        _stream,
+        features=datasets.Features(types | dict.fromkeys(images, datasets.Value("binary"))),
+        cache_dir=where["cache_dir"],
+        gen_kwargs=parts | {"state": builder.hash},
+        writer_batch_size=100,  # rows in memory
+    )
     return Table(kept, columns, folder)
 
 
@@ -160,19 +157,15 @@ def file_bytes(image: Any, folder: Path) -> bytes | None:
         return None
 
 
-def _table(table: Any, pick: Pick, folder: Path) -> Table:
-    return Table(table, pick(kinds_of(table.with_format("arrow")[:GLANCE], folder)), folder)
-
-
 def _data_file(dataset: Dataset, path: Path) -> Path:
     """The file that lists the pairs of a folder, if it has one; else the path itself."""
     found = [path / name for name in METADATA if (path / name).is_file()]
     if len(found) > 1:
         raise SourceError(f"{path} has {' and '.join(file.name for file in found)}: expected one list of its pairs")
-    if found and found[0].stat().st_size == 0:
-        raise SourceError(f"{found[0]} is empty: expected a line for each pair, with both files and the instruction")
     if found:
-        return found[0]
+        if found[0].stat().st_size:
+            return found[0]
+        raise SourceError(f"{found[0]} is empty: expected a line for each pair, with both files and the instruction")
     if dataset.train_data_dir and not path.is_dir():
         raise SourceError(f"--train_data_dir {path} is not a folder")
     if dataset.train_data_dir:
@@ -186,7 +179,7 @@ def _data_file(dataset: Dataset, path: Path) -> Path:
 
 def _only_split(name: str, splits: Iterable[str], default: str | None) -> str:
     """The split that is meant without --split: the default, or the only one there is."""
-    names = list(splits)
+    names = list(map(str, splits))
     if default in names or len(names) == 1:
         return default if default in names else names[0]
     lack = f"no split {default}" if default else "several splits"
@@ -201,18 +194,3 @@ def _outside(images: pa.Array) -> list[str]:
         images = images.filter(images.field("bytes").is_null()).field("path")
     strings = pa.types.is_string(images.type) or pa.types.is_large_string(images.type)
     return list(filter(None, images.to_pylist())) if strings else []
-
-
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """`datasets` raises some twenty kinds of errors, all of them about what the user named."""
-    try:
-        yield
-    except SourceError:
-        raise
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-        raise SourceError(
-            f"dataset {name} cannot be opened: {reason(cause)} "
-            "(expected a Hub id, a folder or a file; --split takes one of its splits)"
-        ) from None

@@ -3,11 +3,11 @@
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets.config
 import fsspec
@@ -19,11 +19,10 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from ..base.console import bar
-from ..base.errors import SourceError, reason
+from ..base.errors import SourceError, explained
 from ..base.files import content_key, file_state, whole
 from ..cache.format import write_table
-from .columns import IMAGES, TEXT, Columns, Pick, Role, is_image_name
-from .pairs import Rows
+from .columns import IMAGES, TEXT, Pick, Role, Rows, is_image_name
 
 METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's `tar_file_iterator` passes over
 MEMBERS = pa.schema([("sample", pa.int32()), ("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -32,21 +31,25 @@ DOWNLOADS = 8  # at once
 
 
 class Tars(Rows):
-    """Rows of tar files, in order.
+    """Rows of the tar files that a name with braces, stars or neither stands for, in order; urls are copied first.
 
-    Args:
-        shards: the files.
-        indexes: for each the members of its samples, as `index` finds them.
-        columns: for each role a suffix, or for texts a key in a JSON member.
-        members: the suffix of the member that holds each column.
+    A column is a suffix, or for texts a key in a JSON member.
+
+    Raises:
+        SourceError: a file that is missing or no tar file, or another column than there is.
     """
 
-    def __init__(
-        self, shards: Sequence[Path], indexes: Sequence[pa.Table], columns: Columns, members: Mapping[str, str]
-    ):
-        self.columns = columns
-        self._shards = shards
-        self._members = {role: members[column] for role, column in columns.items()}
+    def __init__(self, name: str, pick: Pick, cache_dir: Path | None):
+        cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
+        cache.mkdir(parents=True, exist_ok=True)
+        files = _files(name)
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            copies = pool.map(lambda file: _local(file, cache), files)
+            self._shards = list(bar(copies, "fetch shards", "file", total=len(files)) if "://" in name else copies)
+        indexes = [_kept_index(shard, cache) for shard in bar(self._shards, "index shards", "file")]
+        kinds, members = _glance(self._shards[0], indexes[0])
+        self.columns = pick(kinds)
+        self._members = {role: members[column] for role, column in self.columns.items()}
         self._ends = np.cumsum([_samples(index) for index in indexes])
         self._places = {
             role: np.concatenate([_places(index, member) for index in indexes])  # (rows, 2)
@@ -57,49 +60,28 @@ class Tars(Rows):
         return int(self._ends[-1])
 
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        values: list[Any] = []
         with self._shards[int(np.searchsorted(self._ends, row, side="right"))].open("rb") as file:
-            for role in roles:
-                offset, size = self._places[role][row]
-                file.seek(max(offset, 0))
-                content = file.read(size) if size >= 0 else None
-                values.append(content if role.holds == IMAGES else self._text(role, content))
-        return tuple(values)
-
-    def texts(self, role: Role) -> Iterator[Any]:
-        return (self.read(row, role)[0] for row in range(len(self)))
+            return tuple(self._cell(file, row, role) for role in roles)
 
     def fingerprint(self) -> str:
         """Changes with name, size or time of any file."""
         return content_key(*(file_state(shard).encode() for shard in self._shards))
 
-    def _text(self, role: Role, content: bytes | None) -> Any:
-        value = None if content is None else _content(content, self._members[role])
+    def _cell(self, file: BinaryIO, row: int, role: Role) -> Any:
+        offset, size = self._places[role][row]
+        if size < 0:
+            return None
+        file.seek(offset)
+        content = file.read(size)
+        value = content if role.holds == IMAGES else _text(content, self._members[role])
         return value.get(self.columns[role]) if isinstance(value, dict) else value
-
-
-def open_tars(name: str, pick: Pick, cache_dir: Path | None) -> Tars:
-    """Open the tar files that a name with braces, stars or neither stands for; urls are copied first.
-
-    Raises:
-        SourceError: a file that is missing or no tar file, or another column than there is.
-    """
-    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tars"
-    cache.mkdir(parents=True, exist_ok=True)
-    files = _files(name)
-    with ThreadPoolExecutor(DOWNLOADS) as pool:
-        copies = pool.map(lambda file: _local(file, cache), files)
-        shards = list(bar(copies, "fetch shards", "file", total=len(files)) if "://" in name else copies)
-    indexes = [_kept_index(shard, cache) for shard in bar(shards, "index shards", "file")]
-    kinds, members = _glance(shards[0], indexes[0])
-    return Tars(shards, indexes, pick(kinds), members)
 
 
 def index(shard: Path) -> pa.Table:
     """The members of all samples of a tar file: number of the sample, suffix, offset and size in bytes.
 
     Raises:
-        SourceError: no tar file, a compressed or a truncated one, or one that holds a member of a sample twice.
+        SourceError: no tar file, a compressed or a truncated one, or one that holds a member twice.
     """
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -141,7 +123,7 @@ def _glance(shard: Path, index: pa.Table) -> tuple[dict[str, str], dict[str, str
             suffix = member["suffix"]
             file.seek(member["offset"])
             image = is_image_name(f"x.{suffix}")
-            value = None if image else _content(file.read(member["size"]), suffix)
+            value = None if image else _text(file.read(member["size"]), suffix)
             for column, text in (value if isinstance(value, dict) else {suffix: value}).items():
                 kind = IMAGES if image else TEXT if isinstance(text, str | list) else type(text).__name__
                 kinds.setdefault(column, kind)
@@ -149,7 +131,7 @@ def _glance(shard: Path, index: pa.Table) -> tuple[dict[str, str], dict[str, str
     return kinds, members
 
 
-def _content(content: bytes, member: str) -> Any:
+def _text(content: bytes, member: str) -> Any:
     """The text of a member, or the value of a JSON one; None where it cannot be read."""
     try:
         return json.loads(content) if member.endswith("json") else content.decode().strip()
@@ -171,10 +153,9 @@ def _samples(index: pa.Table) -> int:
 
 def _files(name: str) -> list[str]:
     """What a name with braces or stars stands for."""
-    try:
+    # A variable that is not set, braces without an end.
+    with explained(SourceError, f"{name} stands for no files", AssertionError, ValueError):
         names = expand_urls(name)
-    except (AssertionError, ValueError) as error:  # a variable that is not set, braces without an end
-        raise SourceError(f"{name} stands for no files: {reason(error)}") from None
     files = [file for part in names for file in ([part] if "://" in part else sorted(glob(part)) or [part])]
     if missing := [file for file in files if "://" not in file and not Path(file).is_file()]:
         raise SourceError(f"{missing[0]} is not there; {name} stands for {len(files):,} tar files")
@@ -187,10 +168,7 @@ def _local(name: str, cache: Path) -> Path:
         return Path(name)
     copy = cache / f"{content_key(name.encode())}.tar"
     if not copy.is_file():
-        try:
-            with whole(copy) as unfinished:
-                files, path = fsspec.url_to_fs(name)
-                files.get_file(path, str(unfinished))
-        except Exception as error:  # each protocol raises kinds of its own
-            raise SourceError(f"{name} cannot be fetched: {reason(error)}") from None
+        with explained(SourceError, f"{name} cannot be fetched"), whole(copy) as unfinished:
+            files, path = fsspec.url_to_fs(name)
+            files.get_file(path, str(unfinished))
     return copy

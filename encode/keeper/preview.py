@@ -13,8 +13,7 @@ from ..base.errors import CacheError
 from ..cache.format import Cache
 from ..config import EncodeConfig
 from ..data.sheet import TILE, contact_sheet
-from ..models.checkpoint import find_checkpoint
-from ..models.device import find_device
+from ..models.checkpoint import find_checkpoint, find_device
 
 
 def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:

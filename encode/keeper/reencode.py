@@ -13,8 +13,7 @@ from ..base.files import content_key
 from ..cache.format import Cache, differences
 from ..cache.views import View
 from ..config import EncodeConfig
-from ..data.open import open_pairs
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, open_pairs
 from ..geometry import Geometry
 from ..models.checkpoint import Checkpoint, find_checkpoint
 from ..models.encoders import DTYPES, Encoders

@@ -9,17 +9,15 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..base.errors import ModelError, reason
+from ..base.errors import ModelError, explained
 from .checkpoint import Checkpoint
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    try:
+    with explained(ModelError, f"{folder} holds no tokenizer", OSError, ValueError):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no tokenizer: {reason(error)}") from None
 
 
 def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -43,29 +41,22 @@ class Encoders:
     before that function is called, a GPU need not wait between two batches.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        dtype: torch.dtype,
-        vae_dtype: torch.dtype,
-    ):
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype):
         self.checkpoint, self.device, self.vae_dtype = checkpoint, device, vae_dtype
         self.vae = self._load_vae(vae_dtype)
         self.tokenizers = [_load_tokenizer(checkpoint.folder / name) for name in checkpoint.tokenizers]
-        self.text_encoders = [self._load_text_encoder(name, dtype) for name in checkpoint.text_encoders]
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        self.text_encoders = [
+            self._load(kinds[name], checkpoint.folder / name, dtype) for name in checkpoint.text_encoders
+        ]
+
+    def _load(self, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+        network = kind.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
+        return network.requires_grad_(False).eval().to(self.device)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        folder = self.checkpoint.vae_folder
-        vae = AutoencoderKL.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
-        vae.requires_grad_(False).eval()
-        return vae.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _load_text_encoder(self, name: str, dtype: torch.dtype) -> torch.nn.Module:
-        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-        folder = self.checkpoint.folder / name
-        encoder = kind.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
-        return encoder.requires_grad_(False).eval().to(self.device)  # type: ignore[arg-type]
+        vae = self._load(AutoencoderKL, self.checkpoint.vae_folder, dtype)
+        return vae.to(memory_format=torch.channels_last)
 
     @functools.cached_property
     def _float32_vae(self) -> AutoencoderKL:
@@ -110,10 +101,7 @@ class Encoders:
         """
         hidden, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            length = tokenizer.model_max_length
-            tokens = tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
+            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
             output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.checkpoint.is_sdxl)
             if self.checkpoint.is_sdxl:
                 hidden.append(output.hidden_states[-2])

@@ -1,6 +1,6 @@
 """Embeds pictures and captions as CLIP and DINO see them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,9 +8,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPModel, ViTModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..base.errors import ModelError, reason
-from .checkpoint import is_place
-from .device import find_device
+from ..base.errors import ModelError, explained
+from .checkpoint import find_device, is_place
 
 
 class Judge:
@@ -75,10 +74,7 @@ class Judge:
 
 
 def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
-    load: Callable[..., Any] = kind.from_pretrained
     if not is_place(name):
         raise ModelError(f"--{flag} {name} is no model: expected a folder or a Hub id")
-    try:
-        return load(name, **options)
-    except Exception as error:  # whatever a missing or foreign folder leads transformers to
-        raise ModelError(f"--{flag} {name} cannot be loaded: {reason(error)}") from error
+    with explained(ModelError, f"--{flag} {name} cannot be loaded"):  # whatever a foreign folder leads transformers to
+        return kind.from_pretrained(name, **options)

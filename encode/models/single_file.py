@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from ..base.console import say
-from ..base.errors import ModelError, reason
+from ..base.errors import ModelError, explained
 
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
@@ -28,26 +28,21 @@ def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
         cache_dir: where the folder is made. Default: beside the Hub's own cache.
 
     Raises:
-        ModelError: not such a checkpoint, or nothing describes it.
+        ModelError: not such a checkpoint, or nothing describes it, or the folder cannot be written.
     """
     folder = Path(cache_dir or constants.HF_HOME) / "ip2p-single-file" / _identity(file, config)
     if not folder.is_dir():
         say(f"converting {file} to diffusers' layout in {folder}")
-        try:
+        hint = " (--single_file_config names a folder in diffusers' layout, or a Hub id, that describes it)"
+        with explained(ModelError, f"{file} cannot be read as a Stable Diffusion checkpoint", hint=hint):
             pipeline = _load(file, config, cache_dir)
-        except Exception as error:  # whatever a file of another kind leads the libraries to
-            raise ModelError(
-                f"{file} cannot be read as a Stable Diffusion checkpoint: {reason(error)} "
-                "(--single_file_config names a folder in diffusers' layout, or a Hub id, that describes it)"
-            ) from None
-        try:
+        hint = " (--cache_dir names another place)"
+        with explained(ModelError, f"{folder} cannot be written", OSError, SafetensorError, hint=hint):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 pipeline.save_pretrained(made := Path(temporary, "model"))
                 with contextlib.suppress(OSError):  # another process was faster
                     made.rename(folder)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{folder} cannot be written: {error} (--cache_dir names another place)") from None
     return folder
 
 
