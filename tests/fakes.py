@@ -125,7 +125,7 @@ def seen(pair: Pair, flip: bool) -> tuple[bytes, bytes]:
 def install(monkeypatch: pytest.MonkeyPatch, source: Pairs, rows: int) -> None:
     """Let `run.encode` take `source` and the fakes, and write `rows` rows into a shard."""
     monkeypatch.setattr(run, "open_pairs", lambda *_: source)
-    monkeypatch.setattr(run, "named_checkpoint", lambda *_, **__: Checkpoint())
+    monkeypatch.setattr(run, "find_checkpoint", lambda *_, **__: Checkpoint())
     monkeypatch.setattr(models, "Encoders", Encoders)
     monkeypatch.setattr(cache, "SHARD_ROWS", rows)
     Encoders.log.clear()
