@@ -53,21 +53,13 @@ class MappedArray:
         weakref.finalize(self, _libc.munmap, self._base, self._size).atexit = False  # a thread may still be reading
         direct, foreign = [], []
         for shard in shards:
-            whole_pages = not any(n * self._row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows))
-            plain = whole_pages and _plain_bytes(shard.path, shard.array, self._row_bytes)
-            (direct if plain else foreign).append(shard)
+            (direct if _is_plain(shard, self._row_bytes) else foreign).append(shard)
         if foreign:
             self._copy(foreign)
         for shard in direct:
             with shard.path.open("rb") as file:
                 length = min(shard.rows * self._row_bytes, os.fstat(file.fileno()).st_size)
-                _map(
-                    self._base + shard.first * self._row_bytes,
-                    length,
-                    mmap.PROT_READ,
-                    mmap.MAP_SHARED | _MAP_FIXED,
-                    file.fileno(),
-                )
+                self._map_file(file.fileno(), shard.first * self._row_bytes, length)
         whole: Any = (ctypes.c_char * self._size).from_address(self._base)
         self._rows = np.frombuffer(whole, np.float16).reshape(-1, *row_shape)  # valid as long as this object lives
 
@@ -79,7 +71,10 @@ class MappedArray:
                 file.seek(shard.first * self._row_bytes)
                 file.write(np.ascontiguousarray(shard.array[shard.selection], np.float16).tobytes())
             file.flush()
-            _map(self._base, self._size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.fileno())
+            self._map_file(file.fileno(), 0, self._size)
+
+    def _map_file(self, descriptor: int, start: int, length: int) -> None:
+        _map(self._base + start, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Gather rows into `out`, (len(rows), ...) float16."""
@@ -100,34 +95,30 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
     return mapped
 
 
-def _plain_bytes(path: Path, array: zarr.Array, row_bytes: int) -> bool:
-    """Whether the data of a shard is one C-order array at offset 0, possibly cut short after some chunk.
+def _is_plain(shard: Shard, row_bytes: int) -> bool:
+    """Whether a shard is whole pages of one C-order array at offset 0, possibly cut short after some chunk.
 
     Raises:
         CacheError: the index at the end of the shard is damaged.
     """
-    codecs: Any = array.metadata.to_dict()["codecs"]
-    if array.shards is None or not _is_plain(codecs):
+    array, codecs = shard.array, shard.array.metadata.to_dict()["codecs"]
+    if array.shards is None or any(n * row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows)):
+        return False
+    layout: Any = codecs[0]["configuration"]  # type: ignore[index]
+    names = [[codec["name"] for codec in layout[part]] for part in ("codecs", "index_codecs")]
+    if names != [["bytes"], ["bytes", "crc32c"]] or layout["index_location"] != "end":
         return False
     chunks, chunk_bytes = array.shards[0] // array.chunks[0], array.chunks[0] * row_bytes
-    with path.open("rb") as file:
+    with shard.path.open("rb") as file:
         file.seek(-(16 * chunks + 4), os.SEEK_END)
         content = file.read()
     if google_crc32c.value(content[:-4]) != int.from_bytes(content[-4:], "little"):
-        raise CacheError(f"{path} is damaged (wrong checksum of its index): `ip2p-cache verify` says what is affected")
-    index = np.frombuffer(content[:-4], "<u8").reshape(chunks, 2)
-    there = index[:, 0] != 2**64 - 1
-    expected = np.arange(there.sum(), dtype=np.uint64) * np.uint64(chunk_bytes)
-    dense = there[: there.sum()].all() and (index[there, 0] == expected).all()
-    return bool(dense and (index[there, 1] == chunk_bytes).all())
-
-
-def _is_plain(codecs: Sequence[dict[str, Any]]) -> bool:
-    if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
-        return False
-    inside = codecs[0]["configuration"]
-    names = [[codec["name"] for codec in inside[part]] for part in ("codecs", "index_codecs")]
-    return names == [["bytes"], ["bytes", "crc32c"]] and inside["index_location"] == "end"
+        damage = "is damaged (wrong checksum of its index): `ip2p-cache verify` says what is affected"
+        raise CacheError(f"{shard.path} {damage}")
+    index = np.frombuffer(content[:-4], "<u8").reshape(chunks, 2)  # offset and length; all ones for an absent chunk
+    there = int((index[:, 0] != 2**64 - 1).sum())
+    expected = [(n * chunk_bytes, chunk_bytes) for n in range(there)]
+    return np.array_equal(index[:there], np.array(expected, np.uint64).reshape(-1, 2))
 
 
 class Reader:

@@ -88,13 +88,7 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
 
 
 def verify(
-    cache: Path,
-    /,
-    *,
-    repair: bool = False,
-    reencode: Whole = 0,
-    json: bool = False,
-    origin: FullOrigin = FullOrigin(),
+    cache: Path, /, *, repair: bool = False, reencode: Whole = 0, json: bool = False, origin: FullOrigin = FullOrigin()
 ) -> int:
     """Check every file of a cache against its checksum, the numbers, and the samples against the shards.
 
