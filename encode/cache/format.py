@@ -68,7 +68,7 @@ class Unit:
 
 
 Record = Mapping[str, Any]
-"""What a commit record says of its unit: key, sizes, and reason of each row, and the checksums of the files."""
+"""What a record says; a commit record, of its unit: key, sizes, and reason of each row, and checksums of the files."""
 RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of one row of each array, by kind and name."""
 
@@ -101,18 +101,12 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
-        """Open for reading.
-
-        Raises:
-            CacheError: no cache there, a small file that is damaged, or a format of another version.
-        """
+        """Open for reading; a `CacheError` where none is, it is damaged, or its format is of another version."""
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
         manifest = read_record(folder / "manifest.json")
-        if manifest.get("format") != FORMAT:
-            raise CacheError(
-                f"{folder} has cache format {manifest.get('format')}, this version of ip2p reads {FORMAT}: encode anew"
-            )
+        if (found := manifest.get("format")) != FORMAT:
+            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {FORMAT}: encode anew")
         return cls(folder, manifest)
 
     @property
@@ -140,20 +134,12 @@ class Cache:
         return "/".join(["data.zarr", array, "c", *map(str, lead + [0] * (dimensions - len(lead)))])
 
     def commits(self) -> dict[Unit, dict[str, Any]]:
-        """All commit records, each checked against its own checksum.
-
-        Raises:
-            CacheError: a damaged record.
-        """
+        """All commit records, each checked against its own checksum; a `CacheError` where that differs."""
         records = (read_record(path) for path in sorted((self.folder / "commits").glob("*.json")))
         return {Unit(record["kind"], record["shard"], record["view"]): record for record in records}
 
     def check_files(self) -> None:
-        """Check the small files against the checksums in the manifest.
-
-        Raises:
-            CacheError: the first that differs.
-        """
+        """Check the small files against the checksums in the manifest; a `CacheError` names the first that differs."""
         for path, expected in self.manifest["files"].items():
             file = self.folder / path
             if not file.is_file():
@@ -162,16 +148,18 @@ class Cache:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
 
 
-def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str], names: tuple[str, str]
-) -> list[str]:
+def differences(old: Record, new: Record, parts: Sequence[str], names: tuple[str, str]) -> list[str]:
     """Field by field, where two manifests differ in `parts`; `names` say whose value is whose."""
-    fields = [(part, field) for part in parts for field in old[part] | new[part]]
-    return [
-        f"  {field}: {old[part].get(field)} {names[0]}, {new[part].get(field)} {names[1]}"
-        for part, field in fields
-        if old[part].get(field) != new[part].get(field)
-    ]
+    fields = ((field, old[part].get(field), new[part].get(field)) for part in parts for field in old[part] | new[part])
+    return [f"  {field}: {a} {names[0]}, {b} {names[1]}" for field, a, b in fields if a != b]
+
+
+def wrong_size(file: Path, expected: Record) -> str | None:
+    """How a file differs from the size that was recorded for it."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    return None if size == expected["bytes"] else f"has {size:,} bytes, {expected['bytes']:,} were written"
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
-from .format import Cache, Unit
+from .format import Cache, Unit, wrong_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -147,12 +147,11 @@ class Reader:
         images, shards = kind == "images", []
         for cache, units, array, first in zip(self.caches, self._units, arrays, self.first_rows[kind], strict=True):
             rows = cache.shard_rows[kind]
-            for unit in units:
-                if unit.kind == kind:
-                    at = unit.view * self._rows[kind] + first + unit.shard * rows
-                    path = cache.folder / cache.shard_path(name, unit, array.ndim)
-                    where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
-                    shards.append(Shard(at, rows, path, array, where if images else where[:1]))
+            for unit in (unit for unit in units if unit.kind == kind):
+                at = unit.view * self._rows[kind] + first + unit.shard * rows
+                path = cache.folder / cache.shard_path(name, unit, array.ndim)
+                where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
+                shards.append(Shard(at, rows, path, array, where if images else where[:1]))
         views = max(len(cache.views) for cache in self.caches) if images else 1
         return MappedArray(arrays[0].shape[2 if images else 1 :], views * self._rows[kind], shards)
 
@@ -167,20 +166,15 @@ class Reader:
             for number, (cache, first) in enumerate(zip(self.caches, self.first_rows[kind], strict=True)):
                 shards = np.unique((wanted[owners == number] - first) // cache.shard_rows[kind]).tolist()
                 views = range(len(cache.views) if kind == "images" else 1)
-                for unit in (Unit(kind, shard, view) for shard in shards for view in views):
-                    if unit not in self._units[number]:
-                        raise CacheError(
-                            f"{cache.folder}/commits/{unit.name}.json is missing: run the same ip2p-encode again, it "
-                            f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
-                        )
+                needed = {Unit(kind, shard, view) for shard in shards for view in views}
+                if absent := sorted(needed - self._units[number]):
+                    raise CacheError(
+                        f"{cache.folder}/commits/{absent[0].name}.json is missing: run the same ip2p-encode again, it "
+                        f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
+                    )
 
     def take(self, out: dict[str, np.ndarray], rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
-        """Gather a batch into `out`, which holds an array (B, ...) float16 by name for each of `arrays`.
-
-        Args:
-            rows, views: of the images, (B,) integers.
-            text_rows: of the instructions, (B,) integers.
-        """
+        """Gather a batch into `out`, arrays (B, ...) float16 by name; the rest are (B,) integers."""
         for name, buffer in out.items():
             self.arrays[name].take(self._place(name, rows, views, text_rows), buffer)
 
@@ -199,8 +193,7 @@ def _whole_units(cache: Cache) -> set[Unit]:
     for record in commits.values():
         for path, expected in record["files"].items():
             file = cache.folder / path
-            size = file.stat().st_size if file.is_file() else None
-            if size != expected["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes, {expected['bytes']:,} were written"
-                raise CacheError(f"{file} {found}: `ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again")
+            if problem := wrong_size(file, expected):
+                mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
+                raise CacheError(f"{file} {problem}: {mend}")
     return set(commits)

@@ -15,7 +15,7 @@ import zarr
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
-from ..cache.format import Cache, Record, Unit
+from ..cache.format import Cache, Record, Unit, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.writer import write_state
 
@@ -100,12 +100,9 @@ def unit_of(path: str) -> Unit | None:
 
 def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
     """How a file differs from the size and checksum that were recorded for it."""
-    if not file.is_file():
-        return "is missing"
-    found = file_record(file)
-    if found["bytes"] != expected["bytes"]:
-        return f"has {found['bytes']:,} bytes, {expected['bytes']:,} were written"
-    return None if found == expected else DAMAGED
+    if problem := wrong_size(file, expected):
+        return problem
+    return None if file_record(file) == expected else DAMAGED
 
 
 def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, dict[str, Any]], list[Finding]]:
