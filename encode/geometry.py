@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .cache.views import View
+from .cache.format import View
 from .data.pictures import decode
 
 GOLDEN = (5**0.5 - 1) / 2
