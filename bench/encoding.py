@@ -15,7 +15,7 @@ from common import DEVICE, GPU, take_turns
 
 from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
-from ip2p.encode.cache.views import View
+from ip2p.encode.cache.format import View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.pairs import Pairs, open_pairs
 from ip2p.encode.geometry import Geometry

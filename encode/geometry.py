@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .cache.views import View
-from .data.pictures import open_picture
+from .cache.format import View
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size spread any number of random crops evenly over the places where one can lie."""

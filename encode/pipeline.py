@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .base.errors import ImageError, SourceError
 from .base.files import content_key
-from .cache.format import Cache
+from .cache.format import Cache, View
 from .cache.samples import Item, Work, text_key
-from .cache.views import View
 from .cache.writer import UnitWriter
 from .data.pairs import Pairs
 from .geometry import Geometry
@@ -34,7 +33,7 @@ class Read(NamedTuple):
 
 
 class _Images(Dataset):
-    """The images of rows, read and resized in worker processes."""
+    """The images of rows, read and resized in worker processes, (V, 2, 3, H, W) each."""
 
     def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
         self.source, self.rows, self.geometry = source, rows, geometry
@@ -48,7 +47,7 @@ class _Images(Dataset):
             pixels, sizes = self.geometry.read(files, item.pair, views)
         except ImageError as error:
             return Read(row, item, [], str(error)), None
-        return Read(row, item, sizes, None), pixels  # (V, 2, 3, H, W)
+        return Read(row, item, sizes, None), pixels
 
 
 def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor]:
@@ -62,11 +61,9 @@ def _quiet_worker(_: int) -> None:
 
 
 class Pipeline:
-    """Encodes units of a cache, one after the other.
+    """Encodes units of a cache, whose arrays are large enough, one after the other.
 
     Args:
-        cache: an open cache whose arrays are large enough.
-        encoders: VAE and text encoder(s).
         batch_size: pairs in one batch of the VAE.
         workers: processes that read images.
         fail: stop at the first sample that cannot be encoded, instead of setting it aside.
@@ -75,15 +72,15 @@ class Pipeline:
     def __init__(self, cache: Cache, encoders: Encoders, *, batch_size: int, workers: int, fail: bool):
         self.cache, self.encoders = cache, encoders
         self.batch_size, self.workers, self.fail = batch_size, workers, fail
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1)
+        self._written: Future[None] = self._thread.submit(lambda: None)
 
     def run(self, work: Sequence[Work], source: Pairs, done: Done) -> None:
         """Encode and commit all of `work`; tells `done` how many more texts or pairs are."""
-        with self._writer:
+        with self._thread:
             self._encode_texts([item for item in work if item[0][0].kind == "text"], done)
             self._encode_images([item for item in work if item[0][0].kind == "images"], source, done)
-            self._wait()
+            self._written.result()
 
     def _encode_texts(self, work: Sequence[Work], done: Done) -> None:
         size = 2 * self.batch_size
@@ -96,10 +93,9 @@ class Pipeline:
                 text, pooled = finish()
                 for n, (row, instruction) in enumerate(batch):
                     values = {"text": text[n].numpy()} | ({} if pooled is None else {"pooled": pooled[n].numpy()})
-                    if not writer.put(row, text_key(instruction), values):
-                        self._set_aside(
-                            row, text_key(instruction), f"instruction {instruction!r}", NOT_FINITE, [writer]
-                        )
+                    key, name = text_key(instruction), f"instruction {instruction!r}"
+                    if not writer.put(row, key, values):
+                        self._set_aside(row, key, name, NOT_FINITE, [writer])
                 done(len(batch))
             self._commit([writer])
 
@@ -152,28 +148,21 @@ class Pipeline:
 
     def _commit(self, writers: Sequence[UnitWriter]) -> None:
         """Write while the next unit is being encoded."""
-        self._wait()
-        self._writing = self._writer.submit(commit, writers)
 
-    def _wait(self) -> None:
-        if self._writing:
-            self._writing.result()
-        self._writing = None
+        def commit() -> None:
+            for writer in writers:
+                writer.commit()
 
-
-def commit(writers: Iterable[UnitWriter]) -> None:
-    """Write units one after the other."""
-    for writer in writers:
-        writer.commit()
+        self._written.result()
+        self._written = self._thread.submit(commit)
 
 
 def one_behind(begun: Iterable[Begun]) -> Iterator[Begun]:
     """Each batch once the next one is begun, so that the device has work while the numbers of this one are stored."""
     waiting: list[Begun] = []
     for batch in begun:
-        waiting.append(batch)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
+        yield from waiting
+        waiting = [batch]
     yield from waiting
 
 

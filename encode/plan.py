@@ -1,26 +1,39 @@
 """Which sample goes where: what the cache holds stays, what the dataset has beyond that gets free rows."""
 
 import dataclasses
+import itertools
 import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from torch.utils.data import DataLoader
 
-from .base.console import say
+from .base.console import bar, say
 from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .base.files import content_key
 from .base.flags import dump
-from .cache.format import CONVENTION, FORMAT, Cache, RowShapes, differences, row_shapes, shard_rows
+from .cache.format import (
+    CONVENTION,
+    FORMAT,
+    SAMPLES,
+    Cache,
+    RowShapes,
+    differences,
+    joined_views,
+    row_shapes,
+    shard_rows,
+    view_names,
+)
 from .cache.samples import Ledger, counts
-from .cache.views import joined_views, view_names
-from .cache.writer import prepare, write_state
 from .config import EncodeConfig
-from .data.identify import identify
-from .data.pairs import Pairs
+from .data.pairs import Pair, Pairs
 from .models.checkpoint import Checkpoint
 
 
@@ -51,11 +64,7 @@ class Plan:
         return needed
 
     def announce(self, config: EncodeConfig) -> None:
-        """Say how much is to be done and what it takes on the disk.
-
-        Raises:
-            CacheError: less is free than needed.
-        """
+        """Say how much is to be done and what it takes on the disk; a `CacheError` if less is free."""
         pending, needed = counts(self.samples).get("pending", 0), self.needed_bytes()
         if not pending:
             return
@@ -64,19 +73,11 @@ class Plan:
         work = f"{pending:,} of {len(self.samples):,} samples to encode"
         say(f"{work}: {size} in {config.cache}, {free / 2**30:,.1f} GiB free")
         if needed > free:
-            raise CacheError(
-                f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: make space or move --cache"
-            )
+            mend = "make space or move --cache"
+            raise CacheError(f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: {mend}")
         if self.manifest["encoding"]["vae_precision"] != (config.run.vae_precision or config.run.mixed_precision):
-            say(
-                "the VAE runs in float32, since this one overflows in half precision "
-                "(--vae_precision decides otherwise)"
-            )
-
-    def write(self, folder: Path) -> None:
-        """Write manifest and samples, and make room in the arrays."""
-        prepare(folder, self.shapes, self.samples, self.ledger)
-        write_state(folder, self.manifest, self.samples)
+            why = "since this one overflows in half precision (--vae_precision decides otherwise)"
+            say(f"the VAE runs in float32, {why}")
 
 
 def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes: int) -> Plan:
@@ -87,20 +88,23 @@ def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, proce
         CacheMismatch: it was encoded by another model or with other settings.
         SourceError: a sample cannot be encoded, and `on_error` is fail.
     """
-    side = config.pictures.resolution // checkpoint.vae_scale_factor
+    side, retry = config.pictures.resolution // checkpoint.vae_scale_factor, config.run.retry_quarantined
     shapes = row_shapes(checkpoint.latent_channels, side, *checkpoint.text_shape())
     old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
     if old:
-        check_same(old, manifest)
+        if lines := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
+            mend = "name another folder with --cache, or encode as it was made"
+            raise CacheMismatch("\n".join([f"{old.folder} was encoded differently: {mend}", *lines]))
         manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
-    samples = known_samples(old, manifest, config.run.retry_quarantined) if old else None
+    samples = known_samples(old, manifest, retry) if old else None
     if samples is None:
         samples = identify(source, workers(config))
-    samples = ledger.assign(samples, retry=config.run.retry_quarantined)
+    samples = ledger.assign(samples, retry=retry)
     samples = ledger.settle(mark_flips(samples, config.pictures.no_flip_regex))
-    if config.run.on_error == "fail":
-        stop_at_quarantined(samples)
+    if config.run.on_error == "fail" and (aside := samples.filter(samples["reason"].is_valid()).to_pylist()):
+        why = f"{aside[0]['reason']} (--on_error quarantine would go on without it)"
+        raise SourceError(f"sample {aside[0]['key']}: {why}")
     return Plan(manifest, shapes, samples, ledger)
 
 
@@ -143,11 +147,7 @@ def describe(
 
 
 def open_existing(folder: Path) -> Cache | None:
-    """The cache as it is, or None where there is none yet.
-
-    Raises:
-        CacheError: a folder of something else, or a cache without its manifest.
-    """
+    """The cache as it is, None where none is yet; a `CacheError` if its manifest is gone or it is something else."""
     if (folder / "manifest.json").is_file():
         return Cache.open(folder)
     if any((folder / "commits").glob("*.json")):
@@ -156,19 +156,6 @@ def open_existing(folder: Path) -> Cache | None:
     if stray := [path.name for path in folder.iterdir() if path.name not in own and not path.name.startswith(".")]:
         raise CacheError(f"--cache {folder} holds other files ({stray[0]}, …): name a new or an empty folder")
     return None
-
-
-def check_same(old: Cache, manifest: dict[str, Any]) -> None:
-    """Refuse to mix two encodings in one cache, and say where they differ.
-
-    Raises:
-        CacheMismatch: the cache was made by another model or with other settings.
-    """
-    if different := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
-        raise CacheMismatch(
-            f"{old.folder} was encoded differently: name another folder with --cache, or encode as it was made\n"
-            + "\n".join(different)
-        )
 
 
 def known_samples(old: Cache, manifest: dict[str, Any], retry: bool) -> pa.Table | None:
@@ -186,18 +173,44 @@ def known_samples(old: Cache, manifest: dict[str, Any], retry: bool) -> pa.Table
     return None if retry and -1 in samples["row"].to_pylist() else samples
 
 
+def identify(source: Pairs, workers: int, batch_size: int = 64) -> pa.Table:
+    """Read every sample once, in `workers` processes; returns the samples table, in which no sample has a row yet."""
+    positions: Any = range(len(source))
+    loader = DataLoader(positions, batch_size, num_workers=workers, collate_fn=partial(_identities, source))
+    rows = itertools.chain.from_iterable(loader)
+    shown = bar(rows, "identify samples", "pair", total=len(source), leave=True)
+    return pa.Table.from_pylist(list(shown), schema=SAMPLES)
+
+
+def _identities(source: Pairs, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of the samples table, made where the images are read: in worker processes."""
+    rows = []
+    for position in positions:
+        pair = source[position]
+        key = content_key(pair.original or b"", pair.edited or b"")
+        instruction = pair.instruction if isinstance(pair.instruction, str) else repr(pair.instruction)
+        reason = _unusable(pair)
+        row = {"key": content_key(key.encode(), instruction.encode()), "pair": key, "position": position}
+        row |= {"instruction": instruction, "group": source.group(position), "row": -1, "text_row": -1}
+        rows.append(row | {"status": "quarantined" if reason else "pending", "reason": reason})
+    return rows
+
+
+def _unusable(pair: Pair) -> str | None:
+    """Why a sample cannot even be tried, or None."""
+    for side in ("original", "edited"):
+        if getattr(pair, side) is None:
+            return f"the {side} image is missing"
+    if not isinstance(pair.instruction, str):
+        return f"the instruction is {type(pair.instruction).__name__}, expected text"
+    return None if pair.instruction.strip() else "the instruction is empty"
+
+
 def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
     """Note which samples may be shown flipped: those whose instruction does not match `pattern`, if it is not none."""
     never = re.compile(pattern, re.IGNORECASE) if pattern not in ("none", "") else None
     flip = [not (never and never.search(instruction)) for instruction in samples["instruction"].to_pylist()]
     return samples.set_column(samples.column_names.index("flip"), "flip", pa.array(flip, pa.bool_()))
-
-
-def stop_at_quarantined(samples: pa.Table) -> None:
-    """For --on_error fail: stop at the first sample that stands aside before anything is encoded."""
-    for key, reason in zip(samples["key"].to_pylist(), samples["reason"].to_pylist(), strict=True):
-        if reason:
-            raise SourceError(f"sample {key}: {reason} (--on_error quarantine would go on without it)")
 
 
 def check_resolution(resolution: int, factor: int) -> None:

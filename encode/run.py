@@ -12,10 +12,9 @@ from accelerate.utils import parse_flag_from_env
 
 from .base.console import bar, say
 from .base.errors import CacheError
-from .cache.format import Cache, Unit
+from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
-from .cache.views import View
-from .cache.writer import exclusive, share, write_state
+from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.pairs import Pairs, open_pairs
 from .models.checkpoint import Checkpoint, find_checkpoint
@@ -23,11 +22,7 @@ from .plan import check_resolution, make_plan, workers
 
 
 def encode(config: EncodeConfig) -> None:
-    """Encode what the cache lacks of the dataset, on any number of processes, and say what was done.
-
-    Raises:
-        Ip2pError: anything the user can mend.
-    """
+    """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
@@ -40,7 +35,8 @@ def encode(config: EncodeConfig) -> None:
         if lock:
             plan = make_plan(config, source, checkpoint, state.num_processes)
             plan.announce(config)
-            plan.write(config.cache)
+            prepare(config.cache, plan.shapes, plan.samples, plan.ledger)
+            write_state(config.cache, plan.manifest, plan.samples)
             share(lock)
         state.wait_for_everyone()
         with nullcontext() if main else exclusive(config.cache, shared=True):

@@ -14,7 +14,7 @@ import tiny
 from configs import encode_config
 from ip2p.encode import run
 from ip2p.encode.cache import format as cache
-from ip2p.encode.cache.views import View
+from ip2p.encode.cache.format import View
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models

@@ -11,8 +11,7 @@ import fakes
 import tiny
 from ip2p.encode.base.errors import CacheMismatch, SettingsError
 from ip2p.encode.base.flags import parse
-from ip2p.encode.cache.format import Cache
-from ip2p.encode.cache.views import View
+from ip2p.encode.cache.format import Cache, View
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.geometry import Geometry

@@ -23,8 +23,7 @@ from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.samples import text_key
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.keeper.repair import repair
-from ip2p.encode.keeper.verify import Finding
+from ip2p.encode.keeper.verify import Finding, repair
 
 ROWS = 4  # of a shard
 Texts = st.sampled_from(["make it red", "make it blue", "add a hat", "turn it into a dog", "snow", "night", "day"])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tiny
-from ip2p.encode.cache.views import View, joined_views, view_names
+from ip2p.encode.cache.format import View, joined_views, view_names
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders

@@ -150,8 +150,8 @@ def test_only_what_encodes_or_decodes_waits_for_torch(verb: str, cache: Path, tm
         (["verify", "nowhere"], "nowhere is not a cache"),
         (["preview", "nowhere"], "nowhere is not a cache"),
         (["diff", "CACHE", "nowhere"], "nowhere is not a cache"),
-        (["verify", "CACHE", "--reencode", "-1"], "--reencode -1: expected a number of samples"),
-        (["preview", "CACHE", "--samples", "0"], "--samples 0: expected a number above 0"),
+        (["verify", "CACHE", "--reencode", "-1"], "--reencode -1: expected 0 or more"),
+        (["preview", "CACHE", "--samples", "0"], "--samples 0: expected 1 or more"),
     ],
 )
 def test_wrong_use_is_answered_in_a_line(

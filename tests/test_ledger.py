@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fakes import Pairs
 from ip2p.encode.cache.format import SAMPLES, Unit
 from ip2p.encode.cache.samples import NULL_PROMPT, Ledger, text_key
-from ip2p.encode.data.identify import identify
 from ip2p.encode.data.pairs import Pair
+from ip2p.encode.plan import identify
 
 ROWS = {"images": 4, "text": 3}
 SIZES = [12, 8, 10, 6, 0, 1]  # original width and height, edited width and height, crop top and left

@@ -14,7 +14,7 @@ from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.reencode import reencode
-from ip2p.encode.keeper.verbs import Origin, WholeOrigin, recorded_config
+from ip2p.encode.keeper.verbs import FullOrigin, Origin, recorded_config
 from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]
@@ -116,9 +116,9 @@ def test_a_given_folder_of_images_takes_the_place_of_the_dataset(
 ) -> None:
     """--train_data_dir and --dataset_name exclude each other, whichever was recorded."""
     manifest = Cache.open(cache).manifest
-    config = recorded_config(manifest, WholeOrigin(train_data_dir=Path("images")))
+    config = recorded_config(manifest, FullOrigin(train_data_dir=Path("images")))
     assert (config.dataset.dataset_name, config.dataset.train_data_dir) == (None, Path("images"))
-    assert recorded_config(manifest, WholeOrigin()).dataset.dataset_name == manifest["settings"]["dataset_name"]
+    assert recorded_config(manifest, FullOrigin()).dataset.dataset_name == manifest["settings"]["dataset_name"]
     with pytest.raises(SystemExit) as stopped:
         main(["verify", str(cache), "--train_data_dir", "images", "--dataset_name", "pairs"])
     assert stopped.value.code == 2

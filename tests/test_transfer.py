@@ -13,9 +13,8 @@ import tiny
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.cache.store import Place
 from ip2p.encode.keeper.__main__ import main
-from ip2p.encode.keeper.transfer import copy
+from ip2p.encode.keeper.transfer import Place, copy
 from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]

@@ -19,8 +19,7 @@ from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.keeper.__main__ import main
-from ip2p.encode.keeper.repair import repair
-from ip2p.encode.keeper.verify import verify
+from ip2p.encode.keeper.verify import repair, verify
 
 Encode = Callable[..., None]
 

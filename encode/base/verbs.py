@@ -28,7 +28,8 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
         raise SettingsError(f"no verb {name}: expected one of {', '.join(verbs)}{did_you_mean(name, verbs)}")
     import tyro
 
-    verb, places, flags = verbs[name], _places(verbs[name]), get_type_hints(verbs[name])
+    verb, places = verbs[name], _places(verbs[name])
+    flags = get_type_hints(verb, include_extras=True)
     expected = " ".join((prog, name, *map(str.upper, places)))
     if {"--help", "-h"} & set(arguments):
         arguments = [*places, "--help"]
@@ -37,8 +38,6 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
         raise SettingsError(f"expected `{expected}`, then flags")
     first = [flags.pop(place)(value) for place, value in zip(places, given, strict=True)]
     del flags["return"]
-    for group in [name for name, hint in flags.items() if dataclasses.is_dataclass(hint)]:
-        flags |= get_type_hints(flags.pop(group))
     known = dataclasses.make_dataclass(name, [(flag, hint, None) for flag, hint in flags.items()])
     arguments = expand(arguments[len(places) :])
     check(known, arguments, expected, {})

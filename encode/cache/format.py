@@ -19,7 +19,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -68,7 +68,7 @@ class Unit:
 
 
 Record = Mapping[str, Any]
-"""What a commit record says of its unit: key, sizes, and reason of each row, and the checksums of the files."""
+"""What a record says; a commit record, of its unit: key, sizes, and reason of each row, and checksums of the files."""
 RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of one row of each array, by kind and name."""
 
@@ -93,6 +93,37 @@ def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, i
     return fit // step * step, chunk
 
 
+class View(NamedTuple):
+    """What is seen of a pair: which of its random crops, if there are any, and whether it is flipped."""
+
+    crop: int | None
+    flip: bool
+
+    @classmethod
+    def parse(cls, name: str) -> "View":
+        """The view called plain, flip, crop0, crop0-flip, ..."""
+        crop = name.removesuffix("-flip").removeprefix("crop")
+        return cls(int(crop) if crop.isdecimal() else None, name.endswith("flip"))
+
+    @property
+    def name(self) -> str:
+        if self.crop is None:
+            return "flip" if self.flip else "plain"
+        return f"crop{self.crop}" + ("-flip" if self.flip else "")
+
+
+def view_names(crops: int | None, flip: bool) -> list[str]:
+    """The views of a pair with some number of random crops, or none, and perhaps their flips."""
+    return [View(crop, f).name for f in (False, True)[: 1 + flip] for crop in (range(crops) if crops else [None])]
+
+
+def joined_views(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """All views of a cache that has `old` ones and is asked for `new` ones; each crop has its flip, or none has."""
+    views = [View.parse(name) for name in (*old, *new)]
+    crops = max((view.crop + 1 for view in views if view.crop is not None), default=None)
+    return list(dict.fromkeys([*old, *view_names(crops, any(view.flip for view in views))]))
+
+
 class Cache:
     """A cache folder, opened and checked: manifest, samples and commit records agree with what lies on the disk."""
 
@@ -101,18 +132,12 @@ class Cache:
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
-        """Open for reading.
-
-        Raises:
-            CacheError: no cache there, a small file that is damaged, or a format of another version.
-        """
+        """Open for reading; a `CacheError` where none is, it is damaged, or its format is of another version."""
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
         manifest = read_record(folder / "manifest.json")
-        if manifest.get("format") != FORMAT:
-            raise CacheError(
-                f"{folder} has cache format {manifest.get('format')}, this version of ip2p reads {FORMAT}: encode anew"
-            )
+        if (found := manifest.get("format")) != FORMAT:
+            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {FORMAT}: encode anew")
         return cls(folder, manifest)
 
     @property
@@ -140,20 +165,12 @@ class Cache:
         return "/".join(["data.zarr", array, "c", *map(str, lead + [0] * (dimensions - len(lead)))])
 
     def commits(self) -> dict[Unit, dict[str, Any]]:
-        """All commit records, each checked against its own checksum.
-
-        Raises:
-            CacheError: a damaged record.
-        """
+        """All commit records, each checked against its own checksum; a `CacheError` where that differs."""
         records = (read_record(path) for path in sorted((self.folder / "commits").glob("*.json")))
         return {Unit(record["kind"], record["shard"], record["view"]): record for record in records}
 
     def check_files(self) -> None:
-        """Check the small files against the checksums in the manifest.
-
-        Raises:
-            CacheError: the first that differs.
-        """
+        """Check the small files against the checksums in the manifest; a `CacheError` names the first that differs."""
         for path, expected in self.manifest["files"].items():
             file = self.folder / path
             if not file.is_file():
@@ -162,16 +179,18 @@ class Cache:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
 
 
-def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], parts: Sequence[str], names: tuple[str, str]
-) -> list[str]:
+def differences(old: Record, new: Record, parts: Sequence[str], names: tuple[str, str]) -> list[str]:
     """Field by field, where two manifests differ in `parts`; `names` say whose value is whose."""
-    fields = [(part, field) for part in parts for field in old[part] | new[part]]
-    return [
-        f"  {field}: {old[part].get(field)} {names[0]}, {new[part].get(field)} {names[1]}"
-        for part, field in fields
-        if old[part].get(field) != new[part].get(field)
-    ]
+    fields = ((field, old[part].get(field), new[part].get(field)) for part in parts for field in old[part] | new[part])
+    return [f"  {field}: {a} {names[0]}, {b} {names[1]}" for field, a, b in fields if a != b]
+
+
+def wrong_size(file: Path, expected: Record) -> str | None:
+    """How a file differs from the size that was recorded for it."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    return None if size == expected["bytes"] else f"has {size:,} bytes, {expected['bytes']:,} were written"
 
 
 def write_table(path: Path, table: pa.Table) -> None:

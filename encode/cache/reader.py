@@ -21,7 +21,7 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
-from .format import Cache, Unit
+from .format import Cache, Unit, wrong_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -53,21 +53,13 @@ class MappedArray:
         weakref.finalize(self, _libc.munmap, self._base, self._size).atexit = False  # a thread may still be reading
         direct, foreign = [], []
         for shard in shards:
-            whole_pages = not any(n * self._row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows))
-            plain = whole_pages and _plain_bytes(shard.path, shard.array, self._row_bytes)
-            (direct if plain else foreign).append(shard)
+            (direct if _is_plain(shard, self._row_bytes) else foreign).append(shard)
         if foreign:
             self._copy(foreign)
         for shard in direct:
             with shard.path.open("rb") as file:
                 length = min(shard.rows * self._row_bytes, os.fstat(file.fileno()).st_size)
-                _map(
-                    self._base + shard.first * self._row_bytes,
-                    length,
-                    mmap.PROT_READ,
-                    mmap.MAP_SHARED | _MAP_FIXED,
-                    file.fileno(),
-                )
+                self._map_file(file.fileno(), shard.first * self._row_bytes, length)
         whole: Any = (ctypes.c_char * self._size).from_address(self._base)
         self._rows = np.frombuffer(whole, np.float16).reshape(-1, *row_shape)  # valid as long as this object lives
 
@@ -79,7 +71,10 @@ class MappedArray:
                 file.seek(shard.first * self._row_bytes)
                 file.write(np.ascontiguousarray(shard.array[shard.selection], np.float16).tobytes())
             file.flush()
-            _map(self._base, self._size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.fileno())
+            self._map_file(file.fileno(), 0, self._size)
+
+    def _map_file(self, descriptor: int, start: int, length: int) -> None:
+        _map(self._base + start, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Gather rows into `out`, (len(rows), ...) float16."""
@@ -100,34 +95,30 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
     return mapped
 
 
-def _plain_bytes(path: Path, array: zarr.Array, row_bytes: int) -> bool:
-    """Whether the data of a shard is one C-order array at offset 0, possibly cut short after some chunk.
+def _is_plain(shard: Shard, row_bytes: int) -> bool:
+    """Whether a shard is whole pages of one C-order array at offset 0, possibly cut short after some chunk.
 
     Raises:
         CacheError: the index at the end of the shard is damaged.
     """
-    codecs: Any = array.metadata.to_dict()["codecs"]
-    if array.shards is None or not _is_plain(codecs):
+    array, codecs = shard.array, shard.array.metadata.to_dict()["codecs"]
+    if array.shards is None or any(n * row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows)):
+        return False
+    layout: Any = codecs[0]["configuration"]  # type: ignore[index]
+    names = [[codec["name"] for codec in layout[part]] for part in ("codecs", "index_codecs")]
+    if names != [["bytes"], ["bytes", "crc32c"]] or layout["index_location"] != "end":
         return False
     chunks, chunk_bytes = array.shards[0] // array.chunks[0], array.chunks[0] * row_bytes
-    with path.open("rb") as file:
+    with shard.path.open("rb") as file:
         file.seek(-(16 * chunks + 4), os.SEEK_END)
         content = file.read()
     if google_crc32c.value(content[:-4]) != int.from_bytes(content[-4:], "little"):
-        raise CacheError(f"{path} is damaged (wrong checksum of its index): `ip2p-cache verify` says what is affected")
-    index = np.frombuffer(content[:-4], "<u8").reshape(chunks, 2)
-    there = index[:, 0] != 2**64 - 1
-    expected = np.arange(there.sum(), dtype=np.uint64) * np.uint64(chunk_bytes)
-    dense = there[: there.sum()].all() and (index[there, 0] == expected).all()
-    return bool(dense and (index[there, 1] == chunk_bytes).all())
-
-
-def _is_plain(codecs: Sequence[dict[str, Any]]) -> bool:
-    if [codec["name"] for codec in codecs] != ["sharding_indexed"]:
-        return False
-    inside = codecs[0]["configuration"]
-    names = [[codec["name"] for codec in inside[part]] for part in ("codecs", "index_codecs")]
-    return names == [["bytes"], ["bytes", "crc32c"]] and inside["index_location"] == "end"
+        damage = "is damaged (wrong checksum of its index): `ip2p-cache verify` says what is affected"
+        raise CacheError(f"{shard.path} {damage}")
+    index = np.frombuffer(content[:-4], "<u8").reshape(chunks, 2)  # offset and length; all ones for an absent chunk
+    there = int((index[:, 0] != 2**64 - 1).sum())
+    expected = [(n * chunk_bytes, chunk_bytes) for n in range(there)]
+    return np.array_equal(index[:there], np.array(expected, np.uint64).reshape(-1, 2))
 
 
 class Reader:
@@ -156,12 +147,11 @@ class Reader:
         images, shards = kind == "images", []
         for cache, units, array, first in zip(self.caches, self._units, arrays, self.first_rows[kind], strict=True):
             rows = cache.shard_rows[kind]
-            for unit in units:
-                if unit.kind == kind:
-                    at = unit.view * self._rows[kind] + first + unit.shard * rows
-                    path = cache.folder / cache.shard_path(name, unit, array.ndim)
-                    where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
-                    shards.append(Shard(at, rows, path, array, where if images else where[:1]))
+            for unit in (unit for unit in units if unit.kind == kind):
+                at = unit.view * self._rows[kind] + first + unit.shard * rows
+                path = cache.folder / cache.shard_path(name, unit, array.ndim)
+                where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
+                shards.append(Shard(at, rows, path, array, where if images else where[:1]))
         views = max(len(cache.views) for cache in self.caches) if images else 1
         return MappedArray(arrays[0].shape[2 if images else 1 :], views * self._rows[kind], shards)
 
@@ -176,20 +166,15 @@ class Reader:
             for number, (cache, first) in enumerate(zip(self.caches, self.first_rows[kind], strict=True)):
                 shards = np.unique((wanted[owners == number] - first) // cache.shard_rows[kind]).tolist()
                 views = range(len(cache.views) if kind == "images" else 1)
-                for unit in (Unit(kind, shard, view) for shard in shards for view in views):
-                    if unit not in self._units[number]:
-                        raise CacheError(
-                            f"{cache.folder}/commits/{unit.name}.json is missing: run the same ip2p-encode again, it "
-                            f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
-                        )
+                needed = {Unit(kind, shard, view) for shard in shards for view in views}
+                if absent := sorted(needed - self._units[number]):
+                    raise CacheError(
+                        f"{cache.folder}/commits/{absent[0].name}.json is missing: run the same ip2p-encode again, it "
+                        f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
+                    )
 
     def take(self, out: dict[str, np.ndarray], rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
-        """Gather a batch into `out`, which holds an array (B, ...) float16 by name for each of `arrays`.
-
-        Args:
-            rows, views: of the images, (B,) integers.
-            text_rows: of the instructions, (B,) integers.
-        """
+        """Gather a batch into `out`, arrays (B, ...) float16 by name; the rest are (B,) integers."""
         for name, buffer in out.items():
             self.arrays[name].take(self._place(name, rows, views, text_rows), buffer)
 
@@ -208,8 +193,7 @@ def _whole_units(cache: Cache) -> set[Unit]:
     for record in commits.values():
         for path, expected in record["files"].items():
             file = cache.folder / path
-            size = file.stat().st_size if file.is_file() else None
-            if size != expected["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes, {expected['bytes']:,} were written"
-                raise CacheError(f"{file} {found}: `ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again")
+            if problem := wrong_size(file, expected):
+                mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
+                raise CacheError(f"{file} {problem}: {mend}")
     return set(commits)

@@ -59,11 +59,7 @@ class Ledger:
 
     @classmethod
     def of(cls, cache: Cache) -> "Ledger":
-        """What is committed now.
-
-        Raises:
-            CacheError: a damaged record.
-        """
+        """What is committed now; a `CacheError` where a record is damaged."""
         return cls(cache.commits(), cache.shard_rows, len(cache.views))
 
     def units(self, row: int, text_row: int) -> list[Unit]:
@@ -92,10 +88,8 @@ class Ledger:
         size, rows = self.shard_rows[kind], self._located(kind, retry)
         taken = {unit.shard for unit in self.commits if unit.kind == kind}
         free = (shard * size + i for shard in itertools.count() if shard not in taken for i in range(size))
-        for key in keys:
-            if key not in rows:
-                rows[key] = next(free)
-        return rows
+        new = (key for key in dict.fromkeys(keys) if key not in rows)
+        return rows | dict(zip(new, free, strict=False))
 
     def _located(self, kind: str, retry: bool) -> dict[str, int]:
         """Content that has a row: good where all views that are there hold it, bad where it was quarantined."""
@@ -150,10 +144,8 @@ class Ledger:
             if status == "pending":
                 texts[text_row // self.shard_rows["text"]][text_row] = instruction
                 images[row // self.shard_rows["images"]].setdefault(row, Item(*item))
-        for shard, rows in sorted(texts.items()):
-            if Unit("text", shard) not in self.commits:
-                yield [Unit("text", shard)], rows
-        for shard, rows in sorted(images.items()):
-            units = [Unit("images", shard, view) for view in range(self.views)]
-            if absent := [unit for unit in units if unit not in self.commits]:
-                yield absent, rows
+        for kind, shards, views in (("text", texts, 1), ("images", images, self.views)):
+            for shard, rows in sorted(shards.items()):
+                units = [Unit(kind, shard, view) for view in range(views)]
+                if absent := [unit for unit in units if unit not in self.commits]:
+                    yield absent, rows

@@ -1,6 +1,7 @@
 """Writes a cache: the empty arrays, whole units with their commit records, and one encode at a time."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import math
@@ -40,8 +41,7 @@ def exclusive(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
     """Hold a cache for oneself, or `shared` with the other processes of one encode.
 
     Raises:
-        CacheError: another process writes to this cache, the folder cannot be written, or the disk is full;
-            everything committed so far stays.
+        CacheError: another process writes to it, it cannot be written, or the disk is full; what is committed stays.
     """
     try:
         with locked(folder, shared=shared) as lock:
@@ -50,8 +50,8 @@ def exclusive(folder: Path, *, shared: bool = False) -> Iterator[TextIO]:
         raise CacheError(f"{folder} is being written by another ip2p-encode: wait for it or stop it") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            mend = f"no space left for {folder}: free some and run the same command, it goes on from here"
-            raise CacheError(mend) from None
+            mend = "free some and run the same command, it goes on from here"
+            raise CacheError(f"no space left for {folder}: {mend}") from None
         if Path(str(error.filename)).is_relative_to(folder):
             raise CacheError(f"--cache {folder} cannot be written: {error.strerror}") from None
         raise
@@ -79,18 +79,11 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, ledger: Ledg
         for unit, record in ledger.commits.items():
             if unit.kind == kind:
                 used += [unit.shard * shard + n for n, key in enumerate(record["keys"]) if key]
+        views, one = ((ledger.views,), (1,)) if kind == "images" else ((), ())
         for name, shape in shapes.items():
-            lead = (max(used) + 1, ledger.views) if kind == "images" else (max(used) + 1,)
-            one = (1,) * (len(lead) - 1)
-            group.create_array(
-                name,
-                shape=(*lead, *shape),
-                shards=(shard, *one, *shape),
-                chunks=(chunk, *one, *shape),
-                dtype="float16",
-                compressors=None,
-                fill_value=math.nan,
-            )
+            size, shards, chunks = (max(used) + 1, *views, *shape), (shard, *one, *shape), (chunk, *one, *shape)
+            how = {"dtype": "float16", "compressors": None, "fill_value": math.nan}
+            group.create_array(name, shape=size, shards=shards, chunks=chunks, **how)
     for name, content in metadata.items():
         file = folder / "data.zarr" / name
         if not file.is_file() or file.read_bytes() != content.to_bytes():
@@ -119,14 +112,12 @@ class UnitWriter:
         self.rows = cache.shard_rows[unit.kind]
         self.first = unit.shard * self.rows
         self.stop = min(self.first + self.rows, next(iter(self.arrays.values())).shape[0])
-        lead = self.stop - self.first
         self.keys: list[str | None] = [None] * self.rows
         self.sizes: list[Sequence[int] | None] = [None] * self.rows
         self.quarantined: dict[str, str] = {}
-        self.buffers = {
-            name: np.full((lead, *array.shape[2 if unit.kind == "images" else 1 :]), np.nan, np.float16)
-            for name, array in self.arrays.items()
-        }
+        shapes = {name: array.shape[2 if unit.kind == "images" else 1 :] for name, array in self.arrays.items()}
+        rows = self.stop - self.first
+        self.buffers = {name: np.full((rows, *shape), np.nan, np.float16) for name, shape in shapes.items()}
 
     def put(self, row: int, key: str, values: dict[str, np.ndarray], sizes: Sequence[int] | None = None) -> bool:
         """Take one row, unless a value is not finite; returns whether it was taken."""
@@ -145,27 +136,19 @@ class UnitWriter:
 
     def commit(self) -> None:
         """Write all arrays, wait for the disk, then write the record."""
-        paths = {name: self.cache.shard_path(name, self.unit, array.ndim) for name, array in self.arrays.items()}
-        files = {path: self._write(name, path) for name, path in paths.items()}
-        record = {
-            "kind": self.unit.kind,
-            "shard": self.unit.shard,
-            "view": self.unit.view,
-            "keys": self.keys,
-            "sizes": self.sizes if self.unit.kind == "images" else None,
-            "quarantined": self.quarantined,
-            "files": files,
-        }
+        files = {}
+        for name, array in self.arrays.items():
+            path = self.cache.shard_path(name, self.unit, array.ndim)
+            file = self.cache.folder / path
+            file.unlink(missing_ok=True)  # torn, of a killed process: zarr-python would try to merge with it
+            if self.unit.kind == "images":
+                array[self.first : self.stop, self.unit.view : self.unit.view + 1] = self.buffers[name][:, None]
+            else:
+                array[self.first : self.stop] = self.buffers[name]
+            sync(file)
+            sync(file.parent)
+            files[path] = file_record(file)
+        sizes = self.sizes if self.unit.kind == "images" else None
+        content = {"keys": self.keys, "sizes": sizes, "quarantined": self.quarantined, "files": files}
+        record = dataclasses.asdict(self.unit) | content
         write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
-
-    def _write(self, name: str, path: str) -> dict[str, Any]:
-        values, array = self.buffers[name], self.arrays[name]
-        file = self.cache.folder / path
-        file.unlink(missing_ok=True)  # torn, of a killed process: zarr-python would try to merge with it
-        if self.unit.kind == "images":
-            array[self.first : self.stop, self.unit.view : self.unit.view + 1] = values[:, None]
-        else:
-            array[self.first : self.stop] = values
-        sync(file)
-        sync(file.parent)
-        return file_record(file)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from ..base.console import bar
@@ -20,7 +21,6 @@ def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
     """A contact sheet of `count` samples, spread evenly over the dataset.
 
     Args:
-        cache: a cache with encoded samples.
         config: names the model whose VAE decodes.
 
     Raises:
@@ -31,8 +31,8 @@ def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
         raise CacheError(f"{cache.folder} holds no encoded sample to show: run the same ip2p-encode again")
     chosen = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     checkpoint = find_checkpoint(config.model, without=("unet", "text_encoder", "text_encoder_2"))
-    folder = checkpoint.vae_folder
-    vae = AutoencoderKL.from_pretrained(folder, variant=checkpoint.variant_in(folder))
+    variant = checkpoint.variant_in(checkpoint.vae_folder)
+    vae = AutoencoderKL.from_pretrained(checkpoint.vae_folder, variant=variant)
     vae.eval().to(find_device())  # type: ignore[call-overload]
     labels = [f"{side}, {view}" for view in cache.views for side in ("original", "edited")]
     side = max(TILE, cache.manifest["encoding"]["resolution"])  # no pixel is left out
@@ -53,6 +53,5 @@ def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator
 @torch.inference_mode()
 def _decode(vae: Any, latent: np.ndarray) -> Image.Image:
     """The picture of an unscaled latent (4, h, w)."""
-    pixels = vae.decode(torch.from_numpy(latent[None]).to(vae.device, vae.dtype)).sample[0]  # (3, H, W)
-    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.cpu().numpy())
+    pixels = vae.decode(torch.from_numpy(latent[None]).to(vae.device, vae.dtype)).sample  # (1, 3, H, W)
+    return VaeImageProcessor().postprocess(pixels)[0]  # type: ignore[return-value]

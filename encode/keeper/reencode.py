@@ -10,12 +10,11 @@ from accelerate import PartialState
 from ..base.console import bar
 from ..base.errors import CacheMismatch, ImageError, SourceError
 from ..base.files import content_key
-from ..cache.format import Cache, differences
-from ..cache.views import View
+from ..cache.format import Cache, View, differences
 from ..config import EncodeConfig
 from ..data.pairs import Pairs, open_pairs
 from ..geometry import Geometry
-from ..models.checkpoint import Checkpoint, find_checkpoint
+from ..models.checkpoint import find_checkpoint
 from ..models.encoders import DTYPES, Encoders
 
 TOLERANCE = 16
@@ -46,7 +45,11 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         SourceError: the dataset is another one.
     """
     checkpoint = find_checkpoint(config.model, without=("unet",))
-    _check_identity(cache, checkpoint, config.model.pretrained_model_name_or_path)
+    identity = {"identity": checkpoint.identity()}
+    if lines := differences(cache.manifest, identity, ("identity",), ("in the cache", "in the model")):
+        made = f"{cache.folder} was not made by {config.model.pretrained_model_name_or_path}"
+        mend = "name its model with --pretrained_model_name_or_path"
+        raise CacheMismatch("\n".join([f"{made}: {mend}", *lines]))
     source = open_pairs(config.dataset, config.model.cache_dir)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
@@ -63,15 +66,6 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
     return worst
 
 
-def _check_identity(cache: Cache, checkpoint: Checkpoint, model: str) -> None:
-    identity = {"identity": checkpoint.identity()}
-    if different := differences(cache.manifest, identity, ("identity",), ("in the cache", "in the model")):
-        raise CacheMismatch(
-            f"{cache.folder} was not made by {model}: name its model with --pretrained_model_name_or_path\n"
-            + "\n".join(different)
-        )
-
-
 def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a cache holds of a sample, by array, (views or 1, ...)."""
     images = {name: np.asarray(array[sample["row"]]) for name, array in cache.arrays("images").items()}
@@ -80,18 +74,12 @@ def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The same, encoded now.
-
-    Raises:
-        SourceError: the dataset holds something else where this sample was.
-    """
+    """The same, encoded now."""
     position = sample["position"]
     pair = source[position] if position < len(source) else None
     if pair is None or content_key(pair.original or b"", pair.edited or b"") != sample["pair"]:
-        raise SourceError(
-            f"{source.name} holds another pair than {cache.folder} at position {position:,}: "
-            "name the dataset that was encoded with --dataset_name"
-        )
+        other = f"{source.name} holds another pair than {cache.folder} at position {position:,}"
+        raise SourceError(f"{other}: name the dataset that was encoded with --dataset_name")
     try:
         views = [View.parse(name) for name in cache.views]
         pixels, _ = Geometry.of(cache.manifest["encoding"]).read(pair[:2], sample["pair"], views)  # (V, 2, 3, H, W)

@@ -1,17 +1,83 @@
-"""Copies a cache between folders and object stores, file by file with its checksum, the manifest last."""
+"""Copies a cache between any places that fsspec knows, file by file with its checksum, the manifest last."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import google_crc32c
+from fsspec import AbstractFileSystem, url_to_fs
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
 from ..base.console import bar
-from ..base.errors import CacheError, CacheMismatch
-from ..base.files import unseal
+from ..base.errors import CacheError, CacheMismatch, reason
+from ..base.files import unseal, whole
 from ..cache.format import differences
-from ..cache.store import Place, checksum
 
 T = TypeVar("T")
+Files = Mapping[str, Any]  # by path
 THREADS = 8  # files in flight, each at most a shard (32 MiB) in memory
+
+
+class Place:
+    """A folder on any file system that fsspec knows: an object store, a server, a disk, memory.
+
+    Raises:
+        CacheError: the store cannot be reached or refuses, in its own words; from all methods.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+        with self._errors():
+            fs, root = url_to_fs(url)
+        self.fs: AbstractFileSystem = fs
+        self.root = root.rstrip("/")
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each file, by path."""
+        with self._errors():
+            self.fs.invalidate_cache()
+            found: dict[str, Any] = self.fs.find(self.root, detail=True)  # type: ignore[assignment]
+            return {name[len(self.root) + 1 :]: info["size"] for name, info in found.items()}
+
+    def read(self, path: str) -> bytes:
+        """The content of a file."""
+        with self._errors():
+            return bytes(self.fs.cat_file(f"{self.root}/{path}"))  # type: ignore[arg-type]
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a whole file, over an older one; on the disk when this returns if the place is a local folder."""
+        target = f"{self.root}/{path}"
+        with self._errors():
+            if isinstance(self.fs, LocalFileSystem):
+                with whole(Path(target)) as unfinished:
+                    unfinished.write_bytes(content)
+                return
+            if not isinstance(self.fs, AsyncFileSystem):  # object stores have no folders, and would make a bucket
+                self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(target, content)
+
+    def delete(self, path: str) -> None:
+        """Delete a file."""
+        with self._errors():
+            self.fs.rm_file(f"{self.root}/{path}")
+
+    def manifest(self) -> bytes:
+        """The manifest as it is written; a `CacheError` where there is none."""
+        with self._errors():
+            is_cache = self.fs.exists(f"{self.root}/manifest.json")
+        if not is_cache:
+            raise CacheError(f"{self.url} is not a cache: it has no manifest.json")
+        return self.read("manifest.json")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # each store has exceptions of its own, all of them about what the user named
+            raise CacheError(f"{self.url}: {reason(error)}") from None
 
 
 class Copied(NamedTuple):
@@ -36,79 +102,69 @@ def copy(source: Place, target: Place) -> Copied:
     """
     seal, there, found = source.manifest(), source.sizes(), target.sizes()
     manifest = unseal(seal, f"{source.url}/manifest.json")
-    commits = _each(source.read, filter(is_commit, there), "read records")
+    commits = _each(source.read, filter(_is_commit, there), "read records")
     expected = dict(manifest["files"])
     for path, content in commits.items():
         expected |= unseal(content, f"{source.url}/{path}")["files"]
-    _check_target(source, target, found, manifest, commits, expected)
-    expected |= {path: checksum(content) for path, content in commits.items()}
+    if "manifest.json" in found:
+        other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
+        if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
+            raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
+    _check_target(source, target, found, commits, expected)
+    expected |= {path: _checksum(content) for path, content in commits.items()}
 
     def is_there(path: str) -> bool:
-        return found.get(path) == expected[path]["bytes"] and target.holds(path, expected[path])
+        return _checksum(target.read(path)) == expected[path]
 
     def transfer(path: str) -> None:
         content = source.read(path)
-        if checksum(content) != expected[path]:
+        if _checksum(content) != expected[path]:
             raise CacheError(f"{source.url}/{path} is damaged, or being written: look with `ip2p-cache verify`")
         target.write(path, content)
-        if not target.holds(path, expected[path]):
+        if not is_there(path):
             raise CacheError(f"{target.url}/{path} arrived damaged: run the same command again")
 
-    present = _each(is_there, expected, "compare")
-    absent = [path for path in expected if not present[path]]
+    present = _each(is_there, [path for path in expected if found.get(path) == expected[path]["bytes"]], "compare")
+    absent = [path for path in expected if not present.get(path)]
     if "manifest.json" in found:
         if not absent and target.read("manifest.json") == seal:
             return Copied(0, 0, len(expected) + 1)
         target.delete("manifest.json")
     sizes = {path: expected[path]["bytes"] for path in absent}
-    _each(transfer, [path for path in absent if not is_commit(path)], "copy", sizes)
-    _each(transfer, filter(is_commit, absent), "copy records")
+    _each(transfer, [path for path in absent if not _is_commit(path)], "copy", sizes)
+    _each(transfer, filter(_is_commit, absent), "copy records")
     target.write("manifest.json", seal)
     return Copied(len(absent) + 1, sum(sizes.values()) + len(seal), len(expected) - len(absent))
 
 
-def is_commit(path: str) -> bool:
-    """Whether a file of a cache is a commit record, by its path."""
+def _check_target(source: Place, target: Place, found: Files, commits: Files, expected: Files) -> None:
+    """Refuse to write over other files, or over a cache that holds what the source does not."""
+    is_cache = "manifest.json" in found or any(map(_is_commit, found))
+    if not is_cache and (others := sorted(set(found) - set(expected) - {".lock", ""})):
+        raise CacheError(f"{target.url} holds other files ({others[0]}, …): name an empty place")
+    for path, content in _each(target.read, filter(_is_commit, found), "compare records").items():
+        if content == commits.get(path):
+            continue
+        try:
+            unseal(content, "")
+        except CacheError:  # damaged: it is replaced
+            continue
+        raise CacheError(
+            f"{target.url} holds {path}, which {source.url} {'holds otherwise' if path in commits else 'lacks'}: "
+            "name an empty place, or copy the other way"
+        )
+
+
+def _is_commit(path: str) -> bool:
     return path.startswith("commits/") and path.endswith(".json")
 
 
-def _check_target(
-    source: Place,
-    target: Place,
-    found: Collection[str],
-    manifest: dict[str, Any],
-    commits: Mapping[str, bytes],
-    expected: Collection[str],
-) -> None:
-    """Refuse to write over anything that the source does not hold as well.
-
-    Raises:
-        CacheError: another cache, a cache that has grown since, or other files.
-    """
-    if "manifest.json" in found:
-        other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
-        if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
-            raise CacheMismatch(f"{target.url} holds another cache: name an empty place\n" + "\n".join(lines))
-    elif not any(map(is_commit, found)) and (others := sorted(set(found) - set(expected) - {".lock", ""})):
-        raise CacheError(f"{target.url} holds other files ({others[0]}, …): name an empty place")
-    for path, content in _each(target.read, filter(is_commit, found), "compare records").items():
-        if content != commits.get(path) and _is_whole(content):
-            raise CacheError(
-                f"{target.url} holds {path}, which {source.url} {'holds otherwise' if path in commits else 'lacks'}: "
-                "name an empty place, or copy the other way"
-            )
+def _checksum(content: bytes) -> dict[str, Any]:
+    """Size and crc32c of the content of a file, as commit records hold them."""
+    return {"bytes": len(content), "crc32c": f"{google_crc32c.value(content):08x}"}
 
 
-def _is_whole(record: bytes) -> bool:
-    try:
-        return bool(unseal(record, ""))
-    except CacheError:
-        return False
-
-
-def _each(
-    work: Callable[[str], T], paths: Iterable[str], label: str, sizes: Mapping[str, int] | None = None
-) -> dict[str, T]:
+def _each(work: Callable[[str], T], paths: Iterable[str], label: str, sizes: Files | None = None) -> dict[str, T]:
     """Do something to files, several at a time, and count them, or their bytes, on a bar."""
     pool, results = ThreadPoolExecutor(THREADS), {}
     futures = {pool.submit(work, path): path for path in paths}

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import SettingsError
-from ..base.flags import build
+from ..base.files import folder_bytes
+from ..base.flags import Count, Whole, build
 from ..config import EncodeConfig
 
 # The rest is imported by the verb that needs it: `info` shall not wait for torch, nor `push` for diffusers.
@@ -27,7 +28,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeOrigin(Origin):
+class FullOrigin(Origin):
     """Where model and dataset of a cache are now; by default where they were when the cache was made."""
 
     dataset_name: str | None = None
@@ -56,21 +57,27 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
         json: Print JSON.
     """
     from ..cache.format import Cache
-    from .inventory import describe
-    from .inventory import quarantined as those_aside
+    from ..cache.samples import counts
 
     opened = Cache.open(cache)
-    found = describe(opened)
+    opened.check_files()
+    table, parts = opened.samples(), ("model", "identity", "dataset", "encoding")
+    status, arrays = counts(table), opened.arrays("images") | opened.arrays("text")
+    sizes = {name: folder_bytes(cache / "data.zarr" / name) for name in arrays}
+    found: dict[str, Any] = {"samples": status, "views": opened.views, "bytes": folder_bytes(cache)}
+    found["arrays"] = {name: {"shape": list(array.shape), "bytes": sizes[name]} for name, array in arrays.items()}
+    found |= {part: opened.manifest[part] for part in parts}
     if quarantined:
-        found["quarantined"] = those_aside(opened)
+        rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
+        found["quarantined"] = [row for row in rows if row.pop("status") == "quarantined"]
     if json:
         print(dumps(found, indent=1))
         return 0
-    samples = ", ".join(f"{count:,} {status}" for status, count in found["samples"].items())
-    print(f"{cache}: {samples}; views: {', '.join(found['views'])}; {found['bytes'] / 2**20:,.1f} MiB")
-    for name, array in found["arrays"].items():
-        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {array['bytes'] / 2**20:,.1f} MiB")
-    for part in ("model", "identity", "dataset", "encoding"):
+    samples = ", ".join(f"{count:,} {name}" for name, count in status.items())
+    print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {found['bytes'] / 2**20:,.1f} MiB")
+    for name, array in arrays.items():
+        print(f"  {name:<9} {' x '.join(map(str, array.shape)):<28} {sizes[name] / 2**20:,.1f} MiB")
+    for part in parts:
         print(part)
         for field, value in found[part].items():
             if value is not None:
@@ -81,13 +88,7 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
 
 
 def verify(
-    cache: Path,
-    /,
-    *,
-    repair: bool = False,
-    reencode: int = 0,
-    json: bool = False,
-    origin: WholeOrigin = WholeOrigin(),
+    cache: Path, /, *, repair: bool = False, reencode: Whole = 0, json: bool = False, origin: FullOrigin = FullOrigin()
 ) -> int:
     """Check every file of a cache against its checksum, the numbers, and the samples against the shards.
 
@@ -96,18 +97,15 @@ def verify(
         reencode: If all is well, encode this many random samples afresh and compare them with the cache.
         json: Print JSON.
     """
-    if reencode < 0:
-        raise SettingsError(f"--reencode {reencode}: expected a number of samples")
     from ..cache.format import Cache
     from ..cache.writer import exclusive
-    from .repair import repair as drop
-    from .verify import verify as find_damage
+    from . import verify as checks
 
     if not cache.is_dir():
         Cache.open(cache)  # says that there is none
     with exclusive(cache) if repair else nullcontext():
-        findings = find_damage(cache)
-        dropped = drop(cache, findings) if repair else []
+        findings = checks.verify(cache)
+        dropped = checks.repair(cache, findings) if repair else []
     deviations = {}
     if reencode and not findings:
         from .reencode import reencode as compare
@@ -131,15 +129,15 @@ def verify(
     return int(bool(lines))
 
 
-def preview(cache: Path, /, *, output: Path = Path("preview.png"), samples: int = 8, origin: Origin = Origin()) -> int:
+def preview(
+    cache: Path, /, *, output: Path = Path("preview.png"), samples: Count = 8, origin: Origin = Origin()
+) -> int:
     """Decode samples to a contact sheet: original and edited with the instruction, in every view.
 
     Args:
         output: The picture to write.
         samples: How many samples, spread evenly over the dataset.
     """
-    if samples < 1:
-        raise SettingsError(f"--samples {samples}: expected a number above 0")
     from ..cache.format import Cache
     from .preview import preview as draw
 
@@ -162,23 +160,30 @@ def diff(a: Path, b: Path, /, *, json: bool = False) -> int:
         json: Print JSON.
     """
     from ..cache.format import Cache
-    from .inventory import compare
 
-    found = compare(Cache.open(a), Cache.open(b))
+    fields, keys = [], []
+    for cache in map(Cache.open, (a, b)):
+        cache.check_files()
+        parts = {part: cache.manifest[part] for part in ("model", "identity", "encoding", "dataset", "counts")}
+        flat = {f"{part}.{field}": value for part, values in parts.items() for field, value in values.items()}
+        fields.append(flat | {"views": cache.views})
+        keys.append(set(cache.samples()["key"].to_pylist()))
+    values = {field: [side.get(field) for side in fields] for field in fields[0] | fields[1]}
+    different = {field: both for field, both in values.items() if both[0] != both[1]}
+    shared, left, right = (len(some) for some in (keys[0] & keys[1], keys[0] - keys[1], keys[1] - keys[0]))
     if json:
-        print(dumps(found, indent=1))
+        samples = {"shared": shared, "only in a": left, "only in b": right}
+        print(dumps({"fields": different, "samples": samples}, indent=1))
     else:
-        for field, (left, right) in found["fields"].items():
-            print(f"{field}\n  {a}: {left}\n  {b}: {right}")
-        shared, left, right = found["samples"].values()
+        for field, both in different.items():
+            print(f"{field}\n  {a}: {both[0]}\n  {b}: {both[1]}")
         print(f"samples: {shared:,} in both, {left:,} only in {a}, {right:,} only in {b}")
-    return int(bool(found["fields"] or found["samples"]["only in a"] or found["samples"]["only in b"]))
+    return int(bool(different or left or right))
 
 
 def push(cache: str, url: str, /) -> int:
     """Copy a cache to any place that fsspec knows, with checksums; what is there already is skipped."""
-    from ..cache.store import Place
-    from .transfer import copy
+    from .transfer import Place, copy
 
     print(f"{url}: {copy(Place(cache), Place(url))}")
     return 0
@@ -186,9 +191,8 @@ def push(cache: str, url: str, /) -> int:
 
 def pull(url: str, cache: Path, /) -> int:
     """Copy a cache from any place that fsspec knows, with checksums; what is there already is skipped."""
-    from ..cache.store import Place
     from ..cache.writer import exclusive
-    from .transfer import copy
+    from .transfer import Place, copy
 
     source = Place(url)
     source.manifest()  # before a folder is made

@@ -1,9 +1,9 @@
-"""Checks every byte of a cache and names what is wrong."""
+"""Checks every byte of a cache, names what is wrong, and drops what is torn, so that `ip2p-encode` makes it again."""
 
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,13 @@ import zarr
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
-from ..cache.format import Cache, Record, Unit
+from ..cache.format import Cache, Record, Unit, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
+from ..cache.writer import write_state
 
 RECORD = re.compile(r"(?:images-v(\d+)|text)-(\d{6,})\.json")
 SMALL = re.compile(r"samples\.parquet|data\.zarr/(.*/)?zarr\.json")
+DAMAGED = "is damaged (its checksum differs from what was written)"
 Records = Mapping[Unit, Record]
 
 
@@ -39,26 +41,48 @@ def verify(folder: Path) -> list[Finding]:
         CacheError: no cache there, or one of another format.
     """
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    cache, findings = None, []
     try:
         whole = "format" in read_record(folder / "manifest.json")
     except CacheError:
         whole = False
-    if not whole:
-        if not any(map(unit_of, files)):
-            Cache.open(folder)  # says that this is none
-        findings.append(Finding("manifest.json", "is missing or damaged: delete it and pull a copy, or encode anew"))
+    cache = Cache.open(folder) if whole or not any(map(unit_of, files)) else None  # `open` says where there is none
+    if cache:
+        described = cache.manifest["files"].items()
+        problems = ((path, _difference(folder / path, expected)) for path, expected in described)
+        findings = [Finding(path, problem, drop=True) for path, problem in problems if problem]
     else:
-        cache = Cache.open(folder)
-        findings += _small_files(cache)
+        findings = [Finding("manifest.json", "is missing or damaged: delete it and pull a copy, or encode anew")]
     sound = cache if not findings else None
     records, damaged = _read_records(folder, files)
-    findings += damaged
-    findings += _shards(folder, records, sound)
+    known = {finding.unit for finding in damaged}
+    findings += damaged + _shards(folder, records, sound)
     if sound:
-        findings += _samples(sound.samples(), sound.manifest, records, {finding.unit for finding in damaged})
-    findings += _strays(files, cache, records, {finding.unit for finding in damaged})
-    return findings
+        findings += _samples(sound.samples(), sound.manifest, records, known)
+    return [*findings, *_strays(files, cache, records, known)]
+
+
+def repair(folder: Path, findings: Sequence[Finding]) -> list[str]:
+    """Delete torn units and damaged files as far as `ip2p-encode` can make them again; returns their paths.
+
+    The samples whose numbers are gone become pending, so that no training takes them for encoded.
+    """
+    if not findings:
+        return []
+    units = {finding.unit for finding in findings if finding.unit}
+    alone = {finding.path for finding in findings if finding.drop}
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    # Records first: a unit without its record does not exist, whenever this is interrupted.
+    dropped = sorted(path for path in paths if path in alone or unit_of(path) in units)
+    for path in dropped:
+        (folder / path).unlink()
+    try:
+        cache = Cache.open(folder)
+        cache.check_files()
+        ledger = Ledger.of(cache)
+    except CacheError:
+        return dropped  # ip2p-encode builds the samples anew; until then no training opens this cache
+    write_state(folder, cache.manifest, ledger.settle(cache.samples()))
+    return dropped
 
 
 def unit_of(path: str) -> Unit | None:
@@ -74,56 +98,44 @@ def unit_of(path: str) -> Unit | None:
     return None
 
 
-def compare(file: Path, expected: Mapping[str, Any]) -> str | None:
+def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
     """How a file differs from the size and checksum that were recorded for it."""
-    if not file.is_file():
-        return "is missing"
-    found = file_record(file)
-    if found["bytes"] != expected["bytes"]:
-        return f"has {found['bytes']:,} bytes, {expected['bytes']:,} were written"
-    return None if found == expected else "is damaged (its checksum differs from what was written)"
-
-
-def _small_files(cache: Cache) -> Iterator[Finding]:
-    for path, expected in cache.manifest["files"].items():
-        if problem := compare(cache.folder / path, expected):
-            yield Finding(path, problem, drop=True)
+    if problem := wrong_size(file, expected):
+        return problem
+    return None if file_record(file) == expected else DAMAGED
 
 
 def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, dict[str, Any]], list[Finding]]:
     """All commit records that are whole, and what is wrong with the others."""
     records, damaged = {}, []
-    for path in sorted(path for path in files if path.startswith("commits/")):
-        if not (unit := unit_of(path)):
-            continue
+    for path, unit in sorted((path, unit) for path in files if path.startswith("commits/") and (unit := unit_of(path))):
         try:
             record = read_record(folder / path)
         except CacheError:
-            damaged.append(Finding(path, "is damaged (its checksum differs from what was written)", unit))
+            damaged.append(Finding(path, DAMAGED, unit))
             continue
-        if [record.get(name) for name in ("kind", "shard", "view")] != [unit.kind, unit.shard, unit.view]:
-            damaged.append(Finding(path, "is the record of another unit", unit))
-        else:
+        if [record.get(name) for name in ("kind", "shard", "view")] == [unit.kind, unit.shard, unit.view]:
             records[unit] = record
+        else:
+            damaged.append(Finding(path, "is the record of another unit", unit))
     return records, damaged
 
 
 def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding]:
     """Compare all shards with their records; their numbers too where the metadata is sound (`cache`)."""
     arrays = {kind: cache.arrays(kind) if cache else {} for kind in ("images", "text")}
-    findings = []
+    findings, cores = [], len(os.sched_getaffinity(0))
 
     def check(unit: Unit) -> tuple[int, list[Finding]]:
         files = records[unit]["files"]
-        torn = [Finding(path, what, unit) for path, record in files.items() if (what := compare(folder / path, record))]
-        scanned = torn or (list(_scan(cache, unit, records[unit], arrays[unit.kind])) if cache else [])
-        return sum(record["bytes"] for record in files.values()), scanned
+        compared = ((path, _difference(folder / path, record)) for path, record in files.items())
+        found = [Finding(path, problem, unit) for path, problem in compared if problem]
+        if cache and not found:
+            found += _scan(cache, unit, records[unit], arrays[unit.kind])
+        return sum(record["bytes"] for record in files.values()), found
 
     total = sum(file["bytes"] for record in records.values() for file in record["files"].values())
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        bar(None, "verify", "B", total=total) as progress,
-    ):
+    with ThreadPoolExecutor(cores) as pool, bar(None, "verify", "B", total=total) as progress:
         for size, found in pool.map(check, sorted(records)):
             findings += found
             progress.update(size)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...encode.base.errors import CacheError, SettingsError
-from ...encode.cache.format import Cache
+from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
-from ...encode.cache.views import View
 
 
 class Samples(NamedTuple):
