@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from .base.errors import SettingsError
 from .cache.format import View
+from .data.pictures import open_picture
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size spread any number of random crops evenly over the places where one can lie."""
@@ -89,3 +91,11 @@ class Geometry:
         box = left * image.width, top * image.height, right * image.width, bottom * image.height
         pixels = np.asarray(image.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC, box))
         return pixels.transpose(2, 0, 1)
+
+
+def check_resolution(resolution: int, factor: int) -> None:
+    """Refuse a resolution that the VAE cannot divide."""
+    if resolution % factor:
+        lower = resolution // factor * factor
+        near = f"{lower} or {lower + factor}" if lower else str(factor)
+        raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {factor}, such as {near}")

@@ -16,7 +16,7 @@ import pyarrow as pa
 from torch.utils.data import DataLoader
 
 from .base.console import bar, say
-from .base.errors import CacheError, CacheMismatch, SettingsError, SourceError
+from .base.errors import CacheError, CacheMismatch, SourceError
 from .base.files import content_key
 from .base.flags import dump
 from .cache.format import (
@@ -211,14 +211,6 @@ def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
     never = re.compile(pattern, re.IGNORECASE) if pattern not in ("none", "") else None
     flip = [not (never and never.search(instruction)) for instruction in samples["instruction"].to_pylist()]
     return samples.set_column(samples.column_names.index("flip"), "flip", pa.array(flip, pa.bool_()))
-
-
-def check_resolution(resolution: int, factor: int) -> None:
-    """Refuse a resolution that the VAE cannot divide."""
-    if resolution % factor:
-        lower = resolution // factor * factor
-        near = f"{lower} or {lower + factor}" if lower else str(factor)
-        raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {factor}, such as {near}")
 
 
 def workers(config: EncodeConfig) -> int:

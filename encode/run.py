@@ -17,8 +17,9 @@ from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.pairs import Pairs, open_pairs
+from .geometry import check_resolution
 from .models.checkpoint import Checkpoint, find_checkpoint
-from .plan import check_resolution, make_plan, workers
+from .plan import make_plan, workers
 
 
 def encode(config: EncodeConfig) -> None:

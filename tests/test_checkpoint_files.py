@@ -1,4 +1,4 @@
-"""Tests of encode/checkpoint.py and encode/single_file.py: which files a checkpoint's parts come from."""
+"""Tests of encode/models/checkpoint.py and single_file.py: which files a checkpoint's parts come from."""
 
 import json
 import shutil

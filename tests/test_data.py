@@ -1,4 +1,4 @@
-"""Tests of train/data.py: what batches hold."""
+"""Tests of train/data/batches.py: what batches hold."""
 
 import threading
 from pathlib import Path

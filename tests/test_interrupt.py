@@ -1,4 +1,4 @@
-"""Tests of train/interrupt.py: a signal at any moment leaves a run that goes on exactly."""
+"""Tests of train/watch/interrupt.py: a signal at any moment leaves a run that goes on exactly."""
 
 import os
 import signal

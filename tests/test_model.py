@@ -1,4 +1,4 @@
-"""Tests of train/model.py: the UNet before the first step."""
+"""Tests of train/unet/load.py: the UNet before the first step."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tests of train/order.py: which samples come when."""
+"""Tests of train/data/order.py: which samples come when."""
 
 from pathlib import Path
 from typing import Any

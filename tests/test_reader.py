@@ -1,4 +1,4 @@
-"""Tests of encode/reader.py: our reader and zarr-python see the same numbers."""
+"""Tests of encode/cache/reader.py: our reader and zarr-python see the same numbers."""
 
 import shutil
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Tests of train/samples.py: the samples of one cache and of several."""
+"""Tests of train/data/samples.py: the samples of one cache and of several."""
 
 from collections.abc import Callable
 from pathlib import Path

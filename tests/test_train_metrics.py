@@ -1,4 +1,4 @@
-"""Tests of train/metrics.py: what a run tells is the same on the bar, in metrics.jsonl and in the trackers."""
+"""Tests of train/watch/metrics.py: what a run tells is the same on the bar, in metrics.jsonl and in the trackers."""
 
 import json
 import re

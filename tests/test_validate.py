@@ -1,4 +1,4 @@
-"""Tests of train/validate.py: looking at a run without touching it."""
+"""Tests of train/watch/validate.py: looking at a run without touching it."""
 
 import json
 from collections.abc import Callable

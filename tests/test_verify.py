@@ -1,4 +1,4 @@
-"""Tests of encode/verify.py and encode/repair.py: no damage goes unnamed, and what is dropped comes back equal."""
+"""Tests of encode/keeper/verify.py: no damage goes unnamed, and what is dropped comes back equal."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Tests of train/weights.py: what is trained stays float32, whatever the UNet computes in."""
+"""Tests of train/unet/weights.py: what is trained stays float32, whatever the UNet computes in."""
 
 import contextlib
 import copy
