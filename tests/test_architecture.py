@@ -124,11 +124,9 @@ def uses(source: str, module: str, name: str) -> bool:
     if any(name in (found, found.partition(".")[0], found.rpartition(".")[2]) for found in imported):
         return True
     owner, _, last = name.rpartition(".")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and node.attr == last:
-            if not owner or (owner in imported and ast.unparse(node.value) == owner.rpartition(".")[2]):
-                return True
-    return False
+    nodes = ast.walk(ast.parse(source))
+    holders = {ast.unparse(node.value) for node in nodes if isinstance(node, ast.Attribute) and node.attr == last}
+    return bool(holders) and (not owner or (owner in imported and owner.rpartition(".")[2] in holders))
 
 
 def tree(document: str) -> set[str]:
