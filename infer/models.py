@@ -2,15 +2,21 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import hf_hub_download
 
-from ..encode.base.errors import EditError, reason
-from ..encode.models.checkpoint import find_device, is_place
+from ..encode.base.errors import EditError, ModelError, reason
+from ..encode.models.checkpoint import Checkpoint, download, find_device, is_place, read_index
+from ..encode.models.parts import check_complete, read_config
+from ..encode.models.weights import load_whole
 
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
 
 
 def load(
@@ -24,10 +30,20 @@ def load(
     check_model(name, revision)
     with _readable(name):
         device = find_device(device)
-        dtype = dtype or ("float16" if device.type == "cuda" else "float32")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant, revision=revision)
-        return pipeline.to(device)
+        wanted = dtype or ("float16" if device.type == "cuda" else "float32")
+        precision = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
+        checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else download(name, revision, variant), variant)
+        folder, index = checkpoint.folder, read_index(checkpoint.folder)
+        check_complete(folder / "scheduler" / "scheduler_config.json")
+        if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
+            raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")
+        parts = {part: checkpoint.network(part, precision) for part in ("unet", "vae", *checkpoint.text_encoders)}
+        parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
+        if index.get("safety_checker", [None])[-1]:
+            parts["safety_checker"] = load_whole(
+                StableDiffusionSafetyChecker, folder / "safety_checker", variant, precision
+            )
+        return DiffusionPipeline.from_pretrained(folder, dtype=precision, variant=variant, **parts).to(device)
 
 
 def check_model(name: str, revision: str | None) -> None:
@@ -35,11 +51,16 @@ def check_model(name: str, revision: str | None) -> None:
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
     with _readable(name):
-        index: Any = DiffusionPipeline.load_config(name, revision=revision)
-        unet: Any = {}
+        index = read_index(_file(name, "model_index.json", revision).parent)
+        unet: dict[str, Any] = {}
         if "unet" in index:
-            unet = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
-    check_kind(name, index.get("_class_name"), unet.get("in_channels"))
+            unet = read_config(_file(name, "unet/config.json", revision).parent, "unet")
+    check_kind(name, index["_class_name"], unet.get("in_channels"))
+
+
+def _file(name: str, path: str, revision: str | None) -> Path:
+    """A file of a model, in its folder or fetched from the Hub."""
+    return Path(name, path) if Path(name).is_dir() else Path(hf_hub_download(name, path, revision=revision))
 
 
 def check_kind(name: str, kind: str | None, channels: int | None) -> None:
@@ -67,5 +88,7 @@ def scheduler_like(current: Any, name: str) -> Any:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
+    except ModelError as error:
+        raise EditError(str(error)) from error
     except Exception as error:  # whatever a damaged or foreign folder leads the libraries to
         raise EditError(f"the model {name} cannot be loaded: {reason(error)}") from error

@@ -18,7 +18,8 @@ from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.config import Model
 from ip2p.encode.models import single_file
-from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint, hash_weights, weight_files
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
+from ip2p.encode.models.weights import hash_weights, variant_in, weight_files
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags, unet_file
 
@@ -159,7 +160,8 @@ def test_a_variant_is_taken_part_by_part(sd: Path, tmp_path: Path, data: Path, e
     for vae in (other, other / "vae"):
         model = Model(str(tmp_path / "half"), variant="fp16", pretrained_vae_model_name_or_path=str(vae))
         found = find_checkpoint(model)
-        assert (found.variant_in(found.folder / "text_encoder"), found.variant_in(found.vae_folder)) == ("fp16", None)
+        folders = found.folder / "text_encoder", found.vae_folder
+        assert [variant_in(folder, "fp16") for folder in folders] == ["fp16", None]
         assert found.identity()["vae"] == hash_part(other / "vae")
     cache, out = tmp_path / "cache", tmp_path / "out"
     encode(tmp_path / "half", data, cache, variant="fp16", pretrained_vae_model_name_or_path=other)

@@ -114,6 +114,7 @@ def test_a_tokenizer_that_works_otherwise_is_another(change: str, copy: Path, sd
     match change:
         case "merge":
             merges.append(["m", "n"])
+            whole["model"]["vocab"]["mn"] = len(whole["model"]["vocab"])
         case "order of merges":
             merges[0], merges[1] = merges[1], merges[0]
         case "pad token":
@@ -133,6 +134,7 @@ def test_training_refuses_another_tokenizer(
     file = copy / "tokenizer" / "tokenizer.json"
     whole = json.loads(file.read_text())
     whole["model"]["merges"].append(["m", "n"])
+    whole["model"]["vocab"]["mn"] = len(whole["model"]["vocab"])
     file.write_text(json.dumps(whole))
     with pytest.raises(SystemExit):
         run_train(copy, cache, tmp_path / "out")

@@ -13,8 +13,9 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from ..encode.base.errors import ModelError, SettingsError
+from ..encode.base.errors import ModelError, SettingsError, explained
 from ..encode.models.checkpoint import Checkpoint
+from ..encode.models.parts import check_complete
 from .config import Objective as Flags
 
 
@@ -111,10 +112,10 @@ def noise_scheduler(flags: Flags, checkpoint: Checkpoint) -> DDPMScheduler:
     """
     zero_snr = flags.rescale_betas_zero_snr
     options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
-    kind = scheduler.config["prediction_type"]
-    if kind not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{checkpoint.folder}/scheduler predicts {kind}, expected epsilon or v_prediction")
+    kind = checkpoint.prediction_type()
+    check_complete(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    with explained(ModelError, f"{checkpoint.folder}/scheduler cannot be read"):
+        scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
     if zero_snr and kind != "v_prediction":
         raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
     return scheduler

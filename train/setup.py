@@ -128,7 +128,7 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator)
     recorded, model = cache.manifest["model"], config.model
     name = model.pretrained_model_name_or_path
     vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
-    single_file = model.single_file_config or recorded["single_file_config"]
+    single_file = model.single_file_config or (recorded["single_file_config"] if Path(name).is_file() else None)
     with accelerator.main_process_first():
         checkpoint = find_checkpoint(
             dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -31,9 +30,7 @@ def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
         raise CacheError(f"{cache.folder} holds no encoded sample to show: run the same ip2p-encode again")
     chosen = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     checkpoint = find_checkpoint(config.model, without=("unet", "text_encoder", "text_encoder_2"))
-    variant = checkpoint.variant_in(checkpoint.vae_folder)
-    vae = AutoencoderKL.from_pretrained(checkpoint.vae_folder, variant=variant)
-    vae.eval().to(find_device())  # type: ignore[call-overload]
+    vae = checkpoint.network("vae", torch.float32).to(find_device())
     labels = [f"{side}, {view}" for view in cache.views for side in ("original", "edited")]
     side = max(TILE, cache.manifest["encoding"]["resolution"])  # no pixel is left out
     return contact_sheet(_rows(cache, vae, [samples[n] for n in chosen]), labels, side)

@@ -1,19 +1,32 @@
 """A Stable Diffusion checkpoint on the disk, found or fetched: where its parts are, and what identifies them."""
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 
 from ..base.errors import ModelError, explained
 from ..config import Model
+from .parts import read_config, read_json
 from .single_file import converted
+from .tokenizer import hash_tokenizer, load_tokenizer
+from .weights import hash_weights, load_part, weight_files
+
+PARTS = {
+    "SD": {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "scheduler": r"\w+Scheduler",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer(Fast)?",
+    },
+    "SDXL": {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer(Fast)?"},
+}
+"""Regular expressions of the class of each part; SDXL has those of SD, too."""
+TIME_IDS = 6  # SDXL's original height and width, crop top and left, target height and width
 
 
 class Checkpoint:
@@ -29,40 +42,53 @@ class Checkpoint:
     def __init__(self, folder: Path, variant: str | None = None, vae_folder: Path | None = None):
         self.folder, self.variant = folder, variant
         self.vae_folder = vae_folder or folder / "vae"
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ModelError(
-                f"{folder} is not a checkpoint in diffusers' layout: it has no model_index.json "
-                "(--pretrained_model_name_or_path takes a Hub id or such a folder)"
-            )
-        self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
-        self.is_sdxl = self.index.get("text_encoder_2", [None, None])[1] is not None
+        self.is_sdxl = _family(folder) == "SDXL"
         self.text_encoders = ["text_encoder", "text_encoder_2"] if self.is_sdxl else ["text_encoder"]
         self.tokenizers = [encoder.replace("text_encoder", "tokenizer") for encoder in self.text_encoders]
-        vae = _config(self.vae_folder)
+        vae = read_config(self.vae_folder, "vae")
         self.latent_channels: int = vae["latent_channels"]
         self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
         self.scaling_factor: float = vae.get("scaling_factor", 0.18215)
         self.shift_factor: float | None = vae.get("shift_factor")
         self.vae_overflows: bool = self.is_sdxl and vae.get("force_upcast", True)
 
-    def variant_in(self, folder: Path) -> str | None:
-        """The variant, if this part has it: another checkpoint's VAE need not."""
-        there = self.variant and any(f".{self.variant}" in path.name for path in folder.iterdir())
-        return self.variant if there else None
+    def network(self, part: str, dtype: torch.dtype, folder: Path | None = None) -> Any:
+        """A network: vae, text_encoder, text_encoder_2 or unet, on the CPU; perhaps from another folder.
+
+        Raises ModelError: it is not all there, or a UNet that does not take the text of these encoders.
+        """
+        folder = folder or (self.vae_folder if part == "vae" else self.folder / part)
+        network = load_part(part, folder, self.variant, dtype)
+        if part == "unet":
+            _, width, pooled = self.text_shape()
+            found = network.config["cross_attention_dim"], network.config["projection_class_embeddings_input_dim"]
+            times = TIME_IDS * (network.config["addition_time_embed_dim"] or 0)
+            if found != (width, pooled and pooled + times):
+                raise ModelError(
+                    f"{folder}/config.json takes text and added conditions of {found[0]} and {found[1]} numbers, the "
+                    f"text encoders give {width} and {pooled}: the parts of this model do not belong together"
+                )
+        return network
+
+    def tokenizer(self, part: str) -> Any:
+        """A tokenizer: tokenizer or tokenizer_2; a ModelError if it does not fit its text encoder."""
+        return load_tokenizer(self.folder / part, self.text_shape()[0])
 
     def vae_precision(self, asked: str | None, mixed: str) -> str:
         """The precision of the VAE: as asked for, or else float32 if it overflows and that of the rest if not."""
         return asked or ("no" if self.vae_overflows else mixed)
 
     def prediction_type(self) -> str:
-        """What the UNet predicts: epsilon or v_prediction."""
-        scheduler = self.folder / "scheduler" / "scheduler_config.json"
-        return json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        """What the UNet predicts, epsilon or v_prediction; a ModelError for another process than theirs."""
+        scheduler = read_config(folder := self.folder / "scheduler", "scheduler")
+        predicted = scheduler.get("prediction_type", "epsilon")
+        if predicted not in ("epsilon", "v_prediction") or scheduler.get("use_flow_sigmas"):
+            raise ModelError(f"{folder}/scheduler_config.json predicts {predicted}, expected epsilon or v_prediction")
+        return predicted
 
     def text_shape(self) -> tuple[int, int, int | None]:
         """Length and width of an encoded instruction, and the width of the pooled one (SDXL)."""
-        configs = [_config(self.folder / encoder) for encoder in self.text_encoders]
+        configs = [read_config(self.folder / encoder, encoder) for encoder in self.text_encoders]
         pooled = configs[-1]["projection_dim"] if self.is_sdxl else None
         return configs[0]["max_position_embeddings"], sum(config["hidden_size"] for config in configs), pooled
 
@@ -72,58 +98,102 @@ class Checkpoint:
         identity |= {"scaling_factor": self.scaling_factor, "shift_factor": self.shift_factor}
         for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
             identity[encoder] = hash_weights(weight_files(self.folder / encoder, self.variant))
-            identity[tokenizer] = _hash_tokenizer(self.folder / tokenizer)
+            identity[tokenizer] = hash_tokenizer(self.folder / tokenizer)
         return identity
 
 
-def _config(part: Path) -> dict[str, Any]:
-    with explained(ModelError, f"{part}/config.json cannot be read", OSError, ValueError):
-        return json.loads((part / "config.json").read_text(encoding="utf-8"))
+def _family(folder: Path) -> str:
+    """SD or SDXL: by model_index.json, which must name all parts of that family; else a ModelError."""
+    index, file = read_index(folder), folder / "model_index.json"
+    family = "SDXL" if "StableDiffusionXL" in index["_class_name"] else "SD"
+    expected = PARTS["SD"] | (PARTS["SDXL"] if family == "SDXL" else dict.fromkeys(PARTS["SDXL"], "None"))
+    for part, kind in expected.items():
+        found = (index.get(part) or [None, None])[-1]
+        if not re.fullmatch(kind, str(found)):
+            raise ModelError(
+                f"{file} describes a {index['_class_name']} whose {part} is {found or 'missing'}, expected {kind}: "
+                "ip2p trains Stable Diffusion 1.x, 2.x and the base of SDXL"
+            )
+    return family
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What model_index.json says of a pipeline: its class, and library and class of each part."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} is not a checkpoint in diffusers' layout: it has no model_index.json (expected a "
+            "Hub id, such a folder, or a .safetensors file)"
+        )
+    index = read_json(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelError(f"{file} does not say of which class the pipeline is: fetch or save the model again")
+    return index
 
 
 def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
 
     Raises:
-        ModelError: neither a folder, nor a single file, nor a model that the Hub answers for.
+        ModelError: neither a folder, nor a single file, nor a model that the Hub answers for; or a flag that is for
+            another of these.
     """
-    name, variant, vae = model.pretrained_model_name_or_path, model.variant, model.pretrained_vae_model_name_or_path
+    name, variant = model.pretrained_model_name_or_path, model.variant
     folder = Path(name)
-    if folder.suffix == ".safetensors" and folder.is_file():
-        if variant:
-            raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file")
+    is_file = folder.suffix == ".safetensors" and folder.is_file()
+    if model.revision and folder.exists():
+        raise ModelError(f"--revision {model.revision} belongs to Hub ids, {name} is a path: leave it out")
+    if variant and is_file:
+        raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file: leave it out")
+    if model.single_file_config and not is_file:
+        raise ModelError(f"--single_file_config describes a single .safetensors file, {name} is none: leave it out")
+    if is_file:
         folder = converted(folder, model.single_file_config, model.cache_dir)
     elif not folder.is_dir():
-        from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
+        skipped = (*without, "safety_checker", "feature_extractor", "image_encoder")
+        folder = download(name, model.revision, variant, model.cache_dir, skipped)
+    vae = model.pretrained_vae_model_name_or_path
+    found = Checkpoint(folder, variant, _find_vae(vae, folder, model) if vae else None)
+    config = read_config(found.vae_folder, "vae")
+    if shifts := [key for key in ("shift_factor", "latents_mean", "latents_std") if config.get(key)]:
+        raise ModelError(
+            f"{found.vae_folder}/config.json shifts latents by its {', '.join(shifts)}, expected one that scales them "
+            "alone: diffusers' InstructPix2Pix pipelines would not shift them back"
+        )
+    return found
 
-        which = {"revision": model.revision, "variant": variant, "cache_dir": model.cache_dir}
-        skipped = dict.fromkeys((*without, "safety_checker", "feature_extractor"))
-        nowhere = f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for"
-        with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_model_name_or_path)"):
-            folder = Path(DiffusionPipeline.download(name, **which, **skipped))
-    return Checkpoint(folder, variant, _find_vae(vae, model.cache_dir) if vae else None)
+
+def download(
+    name: str, revision: str | None, variant: str | None, cache_dir: Path | None = None, without: Sequence[str] = ()
+) -> Path:
+    """The folder of a pipeline of the Hub, downloaded; a ModelError where the Hub does not answer for one."""
+    from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
+
+    nowhere = f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for"
+    with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_model_name_or_path)"):
+        options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+        return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(without)))
 
 
-def _find_vae(vae: str, cache_dir: Path | None) -> Path:
-    """The folder of a VAE, which may be that of a whole checkpoint."""
+def _find_vae(vae: str, base: Path, model: Model) -> Path:
+    """The folder of a VAE, which may be that of a whole checkpoint; of the Hub's files the first of those that fit.
+
+    A single file holds weights alone: the VAE of the model that it takes the place of describes it.
+    """
     folder = Path(vae)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return converted(folder, str(base / "vae"), model.cache_dir, "vae")
     if not folder.is_dir():
-        files = ["config.json", "diffusion_pytorch_model*.safetensors"]
-        patterns = [*files, *(f"vae/{file}" for file in files)]
-        nowhere = f"the VAE {vae} is neither a folder here nor a model that the Hub answers for"
+        nowhere = f"the VAE {vae} is neither a folder nor a file here, nor a model that the Hub answers for"
         with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_vae_model_name_or_path)"):
-            folder = Path(snapshot_download(vae, cache_dir=cache_dir, allow_patterns=patterns))
+            for infix in ([f".{model.variant}"] if model.variant else []) + [""]:
+                for suffix in ("safetensors", "bin"):
+                    files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
+                    patterns = [*files, *(f"vae/{file}" for file in files)]
+                    folder = Path(snapshot_download(vae, cache_dir=model.cache_dir, allow_patterns=patterns))
+                    if any(folder.glob(f"**/{files[1]}")):
+                        return folder / "vae" if (folder / "vae").is_dir() else folder
     return folder / "vae" if (folder / "vae").is_dir() else folder
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of one part as diffusers would choose them: the variant if there is one, safetensors first."""
-    for infix in ([rf"\.{re.escape(variant)}"] if variant else []) + [""]:
-        for suffix in ("safetensors", "bin"):
-            pattern = rf"(diffusion_pytorch_model|model|pytorch_model){infix}(-\d+-of-\d+)?\.{suffix}"
-            if files := sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name)):
-                return files
-    raise ModelError(f"{folder} holds no weights: expected *.safetensors or *.bin there")
 
 
 def is_place(name: str) -> bool:
@@ -135,38 +205,3 @@ def is_place(name: str) -> bool:
 def find_device(name: str | torch.device | None = None) -> torch.device:
     """The device called `name`, such as "cuda:1"; by default this machine's accelerator if there is one."""
     return torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-
-def hash_weights(files: Iterable[Path]) -> str:
-    """Hash of all parameters in the weight files of one part, changed by any single value; no model is built.
-
-    Names do not enter it: libraries rename parameters when they save a checkpoint anew, and the numbers stay.
-    """
-    digests = []
-    for file in files:
-        weights = torch.load(file, "cpu", mmap=True, weights_only=True) if file.suffix == ".bin" else load_file(file)
-        for name, tensor in weights.items():
-            if name.endswith("position_ids"):  # a constant that only old checkpoints store
-                continue
-            digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            digests.append(digest.digest())
-    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
-
-
-def _hash_tokenizer(folder: Path) -> str:
-    """Hash of what a tokenizer does: vocabulary, merges, special tokens, length; not of how its files are laid out."""
-    with explained(ModelError, f"{folder} holds no CLIP tokenizer", OSError, ValueError, KeyError):
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if (folder / "vocab.json").is_file():
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
-        else:
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            vocabulary = model["vocab"]
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    special = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
-    content = [vocabulary, merges, special, config.get("model_max_length")]
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -2,22 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection
 
-from ..base.errors import ModelError, explained
 from .checkpoint import Checkpoint
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    with explained(ModelError, f"{folder} holds no tokenizer", OSError, ValueError):
-        return AutoTokenizer.from_pretrained(folder)
 
 
 def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -44,19 +36,14 @@ class Encoders:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype):
         self.checkpoint, self.device, self.vae_dtype = checkpoint, device, vae_dtype
         self.vae = self._load_vae(vae_dtype)
-        self.tokenizers = [_load_tokenizer(checkpoint.folder / name) for name in checkpoint.tokenizers]
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        self.text_encoders = [
-            self._load(kinds[name], checkpoint.folder / name, dtype) for name in checkpoint.text_encoders
-        ]
+        self.tokenizers = [checkpoint.tokenizer(name) for name in checkpoint.tokenizers]
+        self.text_encoders = [self._load(name, dtype) for name in checkpoint.text_encoders]
 
-    def _load(self, kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-        network = kind.from_pretrained(folder, variant=self.checkpoint.variant_in(folder), dtype=dtype)
-        return network.requires_grad_(False).eval().to(self.device)
+    def _load(self, part: str, dtype: torch.dtype) -> Any:
+        return self.checkpoint.network(part, dtype).requires_grad_(False).to(self.device)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        vae = self._load(AutoencoderKL, self.checkpoint.vae_folder, dtype)
-        return vae.to(memory_format=torch.channels_last)
+        return self._load("vae", dtype).to(memory_format=torch.channels_last)
 
     @functools.cached_property
     def _float32_vae(self) -> AutoencoderKL:

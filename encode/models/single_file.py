@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants
@@ -16,15 +16,16 @@ from ..base.errors import ModelError, explained
 PARTS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
-def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
-    """The folder that a single-file checkpoint was turned into, by its content; made if it is not there yet.
+def converted(file: Path, config: str | None, cache_dir: Path | None, part: Literal["vae"] | None = None) -> Path:
+    """The folder that a single file was turned into, by its content; made if it is not there yet.
 
     The file holds weights alone. Shapes, noise schedule and tokenizer come from `config`, or from the Hub repository
     that diffusers takes for the origin of such weights.
 
     Args:
-        file: a Stable Diffusion 1.x, 2.x or SDXL checkpoint in its original layout.
+        file: a Stable Diffusion 1.x, 2.x or SDXL checkpoint in its original layout, or a VAE in any layout.
         config: a folder in diffusers' layout, which need not hold weights, or a Hub id.
+        part: what alone the file holds; `config` is the folder of such a part.
         cache_dir: where the folder is made. Default: beside the Hub's own cache.
 
     Raises:
@@ -34,13 +35,14 @@ def converted(file: Path, config: str | None, cache_dir: Path | None) -> Path:
     if not folder.is_dir():
         say(f"converting {file} to diffusers' layout in {folder}")
         hint = " (--single_file_config names a folder in diffusers' layout, or a Hub id, that describes it)"
-        with explained(ModelError, f"{file} cannot be read as a Stable Diffusion checkpoint", hint=hint):
-            pipeline = _load(file, config, cache_dir)
+        what = f"the {part} of a Stable Diffusion" if part else "a Stable Diffusion checkpoint"
+        with explained(ModelError, f"{file} cannot be read as {what}", hint="" if part else hint):
+            found = _load_vae(file, config) if part else _load(file, config, cache_dir)
         hint = " (--cache_dir names another place)"
         with explained(ModelError, f"{folder} cannot be written", OSError, SafetensorError, hint=hint):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                pipeline.save_pretrained(made := Path(temporary, "model"))
+                found.save_pretrained(made := Path(temporary, "model"))
                 with contextlib.suppress(OSError):  # another process was faster
                     made.rename(folder)
     return folder
@@ -55,6 +57,18 @@ def _identity(file: Path, config: str | None) -> str:
     return digest.hexdigest()
 
 
+def _load_vae(file: Path, config: str | None) -> Any:
+    from diffusers import AutoencoderKL
+
+    with safe_open(file, framework="pt") as opened:
+        dtype = _widest({opened.get_slice(name).get_dtype() for name in opened.keys()})  # noqa: SIM118
+    return AutoencoderKL.from_single_file(str(file), config=config, torch_dtype=dtype)
+
+
+def _widest(kinds: set[str]) -> torch.dtype:
+    return torch.float16 if kinds == {"F16"} else torch.bfloat16 if kinds == {"BF16"} else torch.float32
+
+
 def _load(file: Path, config: str | None, cache_dir: Path | None) -> Any:
     """The pipeline in a file, its weights in the widest precision that they have there."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # seconds to import
@@ -62,8 +76,7 @@ def _load(file: Path, config: str | None, cache_dir: Path | None) -> Any:
     with safe_open(file, framework="pt") as opened:
         names = [name for name in opened.keys() if name.startswith(PARTS)]  # noqa: SIM118
         kinds = {opened.get_slice(name).get_dtype() for name in names}
-    dtype = torch.float16 if kinds == {"F16"} else torch.bfloat16 if kinds == {"BF16"} else torch.float32
-    options: dict[str, Any] = {"config": config, "cache_dir": cache_dir, "torch_dtype": dtype}
+    options: dict[str, Any] = {"config": config, "cache_dir": cache_dir, "torch_dtype": _widest(kinds)}
     if any(name.startswith("conditioner.") for name in names):
         return StableDiffusionXLPipeline.from_single_file(str(file), **options)
     if config is None and any(name.startswith("cond_stage_model.model.") for name in names):

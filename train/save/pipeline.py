@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
@@ -15,12 +15,12 @@ from diffusers import (
 )
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 
-from ...encode.base.errors import TrainError, reason
+from ...encode.base.errors import ModelError, TrainError, explained, reason
 from ...encode.base.flags import dump
 from ...encode.cache.format import Cache
-from ...encode.models.checkpoint import Checkpoint, weight_files
+from ...encode.models.checkpoint import Checkpoint, read_index
+from ...encode.models.weights import dtype_of
 from ..config import TrainConfig
 
 TEXT = """---
@@ -74,18 +74,19 @@ def make_pipeline(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, dtype: torch.dtype | dict[str, Any]
 ) -> Any:
     """The pipeline that a UNet in training belongs to, with the base model's frozen parts."""
-    options: dict[str, Any] = {"unet": unet, "variant": checkpoint.variant, "dtype": dtype}
-    if (folder := checkpoint.vae_folder) != checkpoint.folder / "vae":  # the cache was encoded with another VAE
-        of_vae = dtype["vae"] if isinstance(dtype, dict) else dtype
-        options["vae"] = AutoencoderKL.from_pretrained(folder, variant=checkpoint.variant_in(folder), dtype=of_vae)
+    folder, parts = checkpoint.folder, dict[str, Any](unet=unet)
+    for name in ("vae", *checkpoint.text_encoders):
+        parts[name] = checkpoint.network(name, dtype[name] if isinstance(dtype, dict) else dtype)
+    parts |= {name: checkpoint.tokenizer(name) for name in checkpoint.tokenizers}
+    with explained(ModelError, f"{folder}/scheduler cannot be read"):
+        kind = getattr(diffusers, read_index(folder)["scheduler"][1])
+        parts["scheduler"] = kind.from_pretrained(folder, subfolder="scheduler")
     if checkpoint.is_sdxl:
-        pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(checkpoint.folder, **options)
         # Training drops text to the encoding of "", so that is what guidance must use, not zeros.
-        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+        pipeline: Any = StableDiffusionXLInstructPix2PixPipeline(**parts, force_zeros_for_empty_prompt=False)
     else:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            checkpoint.folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **options
-        )
+        absent: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline = StableDiffusionInstructPix2PixPipeline(**parts, **absent)
     if scheduler.config["rescale_betas_zero_snr"]:  # inference must end where training did
         changed = {name: scheduler.config[name] for name in ("rescale_betas_zero_snr", "timestep_spacing")}
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changed)
@@ -94,14 +95,8 @@ def make_pipeline(
 
 def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
     """The precision of each frozen part's weight files."""
-    parts = {name: checkpoint.folder / name for name in checkpoint.text_encoders} | {"vae": checkpoint.vae_folder}
-    found = {"default": torch.float32, "vae": torch.float32}
-    for name, folder in parts.items():
-        file = weight_files(folder, checkpoint.variant)[0]
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                found[name] = opened.get_tensor(next(iter(opened.keys()))).dtype
-    return found
+    folders = {name: checkpoint.folder / name for name in checkpoint.text_encoders} | {"vae": checkpoint.vae_folder}
+    return {name: dtype_of(folder, checkpoint.variant) for name, folder in folders.items()}
 
 
 def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: int) -> None:

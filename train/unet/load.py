@@ -1,6 +1,7 @@
 """The UNet: loaded from a checkpoint, widened for the image condition, and where it is compiled held against itself."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from ...encode.base.console import say
 from ...encode.base.errors import ModelError, SettingsError, TrainError, reason
-from ...encode.models.checkpoint import Checkpoint
-from ..config import TrainConfig
+from ...encode.models.checkpoint import Checkpoint, download
+from ..config import BaseModel, TrainConfig
 
 SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in bfloat16 (docs/log.md)
 WRONG = 0.5  # error of a parameter's gradient over its size; bfloat16 makes 0.03, a gradient that is lost 1
@@ -25,15 +26,7 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
 
     Raises ModelError: no UNet there, or one that cannot be widened; SettingsError: xformers cannot run.
     """
-    model, options = config.model, {"variant": config.model.variant, "cache_dir": config.model.cache_dir}
-    revision = model.non_ema_revision
-    place = model.pretrained_model_name_or_path if revision else str(checkpoint.folder)
-    try:
-        unet = UNet2DConditionModel.from_pretrained(
-            place, subfolder="unet", revision=revision, dtype=torch.float32, **options
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{place} holds no UNet: {reason(error)}") from None
+    unet = checkpoint.network("unet", torch.float32, _non_ema(config.model))
     widen(unet, checkpoint.latent_channels)
     if config.machine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -48,6 +41,17 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
     if config.machine.compile:
         unet.compile()  # in place, so that parameter names and the saved model stay as they are
     return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _non_ema(model: BaseModel) -> Path | None:
+    """Where --non_ema_revision lies, if it is asked for: another revision on the Hub, whose UNet alone is taken."""
+    name, revision = model.pretrained_model_name_or_path, model.non_ema_revision
+    if not revision:
+        return None
+    if Path(name).exists():
+        raise ModelError(f"--non_ema_revision {revision} belongs to Hub ids, {name} is a path: leave it out")
+    without = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "feature_extractor", "image_encoder")
+    return download(name, revision, model.variant, model.cache_dir, without) / "unet"
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:
