@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub import hf_hub_download
 
-from ..encode.base.errors import EditError, ModelError, reason
+from ..encode.base.errors import EditError, ModelError, explained, reason
 from ..encode.models.checkpoint import Checkpoint, download, find_device, is_place, read_index
 from ..encode.models.parts import check_complete, read_config
 from ..encode.models.weights import load_whole
@@ -28,10 +28,12 @@ def load(
         EditError: there is none, or it is damaged or of another kind, or the device is not there.
     """
     check_model(name, revision)
-    with _readable(name):
+    unloadable = f"the model {name} cannot be loaded"
+    with explained(EditError, unloadable):
         device = find_device(device)
         wanted = dtype or ("float16" if device.type == "cuda" else "float32")
         precision = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
+    with _as_edit_error():
         checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else download(name, revision, variant), variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
         check_complete(folder / "scheduler" / "scheduler_config.json")
@@ -40,9 +42,9 @@ def load(
         parts = {part: checkpoint.network(part, precision) for part in ("unet", "vae", *checkpoint.text_encoders)}
         parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
         if index.get("safety_checker", [None])[-1]:
-            parts["safety_checker"] = load_whole(
-                StableDiffusionSafetyChecker, folder / "safety_checker", variant, precision
-            )
+            place = folder / "safety_checker"
+            parts["safety_checker"] = load_whole(StableDiffusionSafetyChecker, place, variant, precision)
+    with explained(EditError, unloadable):
         return DiffusionPipeline.from_pretrained(folder, dtype=precision, variant=variant, **parts).to(device)
 
 
@@ -50,7 +52,7 @@ def check_model(name: str, revision: str | None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
-    with _readable(name):
+    with _as_edit_error():
         index = read_index(_file(name, "model_index.json", revision).parent)
         unet: dict[str, Any] = {}
         if "unet" in index:
@@ -60,7 +62,10 @@ def check_model(name: str, revision: str | None) -> None:
 
 def _file(name: str, path: str, revision: str | None) -> Path:
     """A file of a model, in its folder or fetched from the Hub."""
-    return Path(name, path) if Path(name).is_dir() else Path(hf_hub_download(name, path, revision=revision))
+    if Path(name).is_dir():
+        return Path(name, path)
+    with explained(EditError, f"the model {name} cannot be loaded"):
+        return Path(hf_hub_download(name, path, revision=revision))
 
 
 def check_kind(name: str, kind: str | None, channels: int | None) -> None:
@@ -85,10 +90,9 @@ def scheduler_like(current: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _as_edit_error() -> Iterator[None]:
+    """An `Editor` raises one kind of error."""
     try:
         yield
     except ModelError as error:
         raise EditError(str(error)) from error
-    except Exception as error:  # whatever a damaged or foreign folder leads the libraries to
-        raise EditError(f"the model {name} cannot be loaded: {reason(error)}") from error

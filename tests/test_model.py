@@ -94,7 +94,7 @@ def test_a_missing_unet_is_one_clear_line(sd: Path, tmp_path: Path) -> None:
     """A checkpoint without a UNet folder is answered with the folder's name."""
     shutil.copytree(sd, tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / "unet")
-    with pytest.raises(ModelError, match="unet/config.json cannot be read"):
+    with pytest.raises(ModelError, match=r"unet/config\.json cannot be read"):
         load_unet(config(tmp_path / "sd"), Checkpoint(tmp_path / "sd"))
 
 

@@ -98,6 +98,8 @@ def load_whole(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype)
     files, name = weight_files(folder, variant), f"{folder} cannot be loaded as {kind.__name__}"
     with explained(ModelError, name):
         options = {"variant": variant_in(folder, variant), "dtype": dtype, "output_loading_info": True}
+        if kind.__module__.startswith("transformers"):  # which else says no more than that it will not go on
+            options["ignore_mismatched_sizes"] = True
         network, found = kind.from_pretrained(folder, **options)
     unexpected = [key for key in found["unexpected_keys"] if not IDLE.fullmatch(key)]
     if unexpected and files[0].suffix == ".bin":  # such files may hold numbers and texts, too
@@ -105,7 +107,8 @@ def load_whole(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype)
     wrong = {"no": found["missing_keys"], "unknown": unexpected, "misshapen": found["mismatched_keys"]}
     for what, keys in wrong.items():
         if keys:
-            first, more = min(map(str, keys)), f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            first = min(key if isinstance(key, str) else key[0] for key in keys)
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             described = f"they are not the weights of the {kind.__name__} in config.json"
             raise ModelError(f"{files[0]} holds {what} {first}{more}: {described}; fetch or save the model again")
     return network.eval()
