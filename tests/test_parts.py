@@ -16,7 +16,7 @@ import tiny
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.config import Model
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
-from ip2p.encode.models.tokenizer import load_tokenizer
+from ip2p.encode.models.tokenizer import hash_tokenizer, load_tokenizer
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags
 
@@ -47,6 +47,17 @@ def to_bin(folder: Path, part: str, **options: Any) -> Path:
     torch.save(load_file(old) | extra, new, **options)
     old.unlink()
     return new
+
+
+def early_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer as releases of Stable Diffusion hold it, padded with "!" by its token map alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    tiny.tokenizer(folder)
+    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names | {"pad_token": "!"}))
+    settings = names | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def use(model: Path, **flags: Any) -> Checkpoint:
@@ -226,13 +237,7 @@ def test_early_releases_keep_the_defaults_that_they_were_made_with(
 
 def test_a_tokenizer_of_the_older_layout_is_read_with_its_special_tokens(tmp_path: Path) -> None:
     """Of SD 2.x one file names another padding than the other, and transformers takes that of the token map."""
-    tiny.tokenizer(folder := tmp_path / "old")
-    names = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(names | {"pad_token": "!"}))
-    settings = names | {"pad_token": "<|endoftext|>", "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    from ip2p.encode.models.tokenizer import hash_tokenizer
-
+    folder = early_tokenizer(tmp_path / "old")
     found, hashed = load_tokenizer(folder, 77), hash_tokenizer(folder)
     assert found.pad_token == "!"
     found.save_pretrained(tmp_path / "new")

@@ -68,6 +68,8 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> tuple[dict[str, int], l
     known = {token for token in vocabulary if len(token.removesuffix(END)) > 1}  # which no single letter is
     if lost := (made ^ known) - {_text(config[f"{name}_token"]) for name in TOKENS}:
         raise ModelError(f"{file} and its vocabulary do not belong together: {min(lost)!r} is in one of them alone")
+    if gaps := set(range(len(vocabulary))) - set(vocabulary.values()):
+        raise ModelError(f"{file}: no token of its vocabulary has number {min(gaps)}")
     return vocabulary, merges
 
 
