@@ -101,18 +101,22 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         nowhere = f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for"
         with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_model_name_or_path)"):
             folder = Path(DiffusionPipeline.download(name, **which, **skipped))
-    return Checkpoint(folder, variant, _find_vae(vae, model.cache_dir) if vae else None)
+    return Checkpoint(folder, variant, _find_vae(vae, model.cache_dir, variant) if vae else None)
 
 
-def _find_vae(vae: str, cache_dir: Path | None) -> Path:
-    """The folder of a VAE, which may be that of a whole checkpoint."""
+def _find_vae(vae: str, cache_dir: Path | None, variant: str | None) -> Path:
+    """The folder of a VAE, which may be that of a whole checkpoint; of the Hub's files the first of those that fit."""
     folder = Path(vae)
     if not folder.is_dir():
-        files = ["config.json", "diffusion_pytorch_model*.safetensors"]
-        patterns = [*files, *(f"vae/{file}" for file in files)]
         nowhere = f"the VAE {vae} is neither a folder here nor a model that the Hub answers for"
         with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_vae_model_name_or_path)"):
-            folder = Path(snapshot_download(vae, cache_dir=cache_dir, allow_patterns=patterns))
+            for infix in ([f".{variant}"] if variant else []) + [""]:
+                for suffix in ("safetensors", "bin"):
+                    files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
+                    patterns = [*files, *(f"vae/{file}" for file in files)]
+                    folder = Path(snapshot_download(vae, cache_dir=cache_dir, allow_patterns=patterns))
+                    if any(folder.glob(f"**/{files[1]}")):
+                        return folder / "vae" if (folder / "vae").is_dir() else folder
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
