@@ -69,6 +69,8 @@ class Outputs:
     """Pictures to make of each input."""
     sheet: str | None = None
     """PNG file for a labeled contact sheet of originals, edits and targets (of the first 100 inputs)."""
+    keep_blacked_out: bool = False
+    """Write black pictures, too, that the model's safety checker made of edits. They are never scored."""
     sweep: bool = False
     """Make each picture a labeled grid of edits over both guidance scales, as the paper shows them."""
     sweep_image_guidance_scale: tuple[float, ...] = (1.0, 1.3, 1.6, 1.9, 2.2)

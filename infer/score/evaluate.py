@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
     judge = Judge(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
-    results: list[dict[str, Any]] = []
+    scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
@@ -74,9 +74,13 @@ def evaluate(config: EvaluateConfig) -> int:
                 warn("ip2p-infer: no pair could be scored")
                 return 1
             jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
-            there = (name for name in SCORES if name not in left_out)
-            means = {name: statistics.fmean(record[name] for record in records.values()) for name in there}
-            results.append({"model": model, "image_guidance_scale": scale, "pairs": len(records), **means})
+            scored.append((model, scale, records))
+    results: list[dict[str, Any]] = []
+    for model, scale, records in scored:
+        means = {
+            name: statistics.fmean(records[job.stem][name] for job in jobs) for name in SCORES if name not in left_out
+        }
+        results.append({"model": model, "image_guidance_scale": scale, "pairs": len(jobs), **means})
     report(config, results, left_out)
     return 0
 
