@@ -13,12 +13,13 @@ from PIL import Image, ImageDraw
 
 from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.files import check_file
 from ..encode.base.flags import changed
 from ..encode.data.pictures import open_picture
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
 from .jobs import Job, find_jobs
-from .outputs import model_stamp, output_paths, save, settings_in, settings_of
+from .outputs import model_stamp, output_paths, output_place, save, settings_in, settings_of
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -30,6 +31,9 @@ Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the file
 
 def edit(config: InferConfig) -> int:
     """Edit everything that `config` names, and report; the exit status is 1 if there is no edited picture."""
+    output_place(config.outputs.output)  # before datasets are opened
+    if config.outputs.sheet:
+        check_file(Path(config.outputs.sheet), "--sheet")
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
     done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...encode.base.console import bar, warn
 from ...encode.base.errors import EditError
-from ...encode.base.files import whole
+from ...encode.base.files import check_folder, whole
 from ...encode.base.flags import dump
 from ...encode.data.pictures import open_picture
 from ...encode.models.judge import Judge
@@ -51,6 +51,7 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     scoring, text = config.scoring, config.editing.guidance_scale
     folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
+    check_folder(folder, "--output")
     for model in config.model:
         check_model(model, config.loading.revision)
     captions = scoring.original_caption_column, scoring.edited_caption_column
