@@ -4,6 +4,7 @@ import gc
 import sys
 from collections.abc import Sequence
 
+from .base.console import quiet_libraries
 from .base.errors import user_errors
 from .base.flags import parse
 from .config import REFUSED, EncodeConfig
@@ -16,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(EncodeConfig, arguments, PROG, REFUSED)
+        quiet_libraries()
         from .run import encode  # only now: torch takes seconds to import, and --help shall not
 
         gc.freeze()  # what was imported stays: the collector needs a second to go through it, again and again

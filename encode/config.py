@@ -1,14 +1,16 @@
 """The flags of `ip2p-encode`, in groups. Training reads the same `Model`."""
 
 import dataclasses
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from PIL import ImageColor
 
 from .base.errors import SettingsError
-from .base.flags import Count, Whole
+from .base.flags import Count, Whole, idle
 
 TRAIN_ONLY = """
     output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps
@@ -50,6 +52,14 @@ class Model:
     cache_dir: Path | None = None
     """Where the datasets and huggingface_hub libraries keep downloads."""
 
+    def idle(self) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
+        place = self.pretrained_model_name_or_path
+        if os.path.exists(place):
+            yield from idle(self, f"is for models on the Hub, {place} is one here: leave it out", "revision")
+        if not os.path.isfile(place):
+            yield from idle(self, f"describes a single file, {place} is none: leave it out", "single_file_config")
+
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
@@ -68,6 +78,14 @@ class Columns:
     """Column of the edited images. Default: likewise, edited_image."""
     edit_prompt_column: str | None = None
     """Column of the edit instructions. Default: likewise, edit_prompt."""
+
+    def idle(self, dataset: str) -> Iterator[str]:
+        """What is said of flags that are set and cannot act on a dataset of this name."""
+        why = f"is for datasets on the Hub, not for {dataset}: leave it out"
+        if os.path.exists(dataset):
+            yield from idle(self, why, "dataset_revision")
+        if os.path.isfile(dataset):
+            yield from idle(self, why, "dataset_config_name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,3 +187,12 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if not (self.dataset.dataset_name or self.dataset.train_data_dir):
             raise SettingsError("give either --dataset_name or --train_data_dir: where the image pairs come from")
+
+    def idle(self) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
+        yield from self.model.idle()
+        yield from self.dataset.idle(self.dataset.dataset_name or str(self.dataset.train_data_dir))
+        if self.pictures.resizing != "random_crop":
+            yield from idle(self.pictures, "belongs to --resize_mode random_crop: add that, or leave it out", "crops")
+        if not self.pictures.random_flip:
+            yield from idle(self.pictures, "belongs to --random_flip: add that, or leave it out", "no_flip_regex")

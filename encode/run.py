@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .base.console import bar, say
 from .base.errors import CacheError
+from .base.files import check_folder
 from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state
@@ -24,6 +25,7 @@ from .plan import make_plan, workers
 
 def encode(config: EncodeConfig) -> None:
     """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
+    check_folder(config.cache, "--cache")  # before anything is downloaded
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long

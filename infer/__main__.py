@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
 from .config import EvaluateConfig, InferConfig
@@ -20,10 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         if arguments and arguments[0] == "evaluate":
             scoring = parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate")
+            quiet_libraries()
             from .score.evaluate import evaluate
 
             return evaluate(scoring)
         config = parse(InferConfig, arguments, PROG)
+        quiet_libraries()
         if config.page.ui:
             from .ui.serve import serve
 

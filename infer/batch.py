@@ -3,21 +3,23 @@
 import contextlib
 import functools
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
+from ..encode.base.files import check_file
 from ..encode.base.flags import changed
 from ..encode.data.pictures import open_picture
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
 from .jobs import Job, find_jobs
-from .outputs import model_stamp, output_paths, save, settings_in, settings_of
+from .outputs import model_stamp, output_paths, output_place, save, settings_in, settings_of
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -29,6 +31,9 @@ Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the file
 
 def edit(config: InferConfig) -> int:
     """Edit everything that `config` names, and report; the exit status is 1 if there is no edited picture."""
+    output_place(config.outputs.output)  # before datasets are opened
+    if config.outputs.sheet:
+        check_file(Path(config.outputs.sheet), "--sheet")
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
     done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))
@@ -48,14 +53,15 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
         load: gives the editor, the same each time; called where there is anything to edit.
 
     Returns:
-        The part of `work` whose pictures are there, and how many inputs of it had them before.
+        The part of `work` whose pictures are there, and how many inputs of it had them before. Where a safety checker
+        blacked one out, its input is not among them.
     """
     stamp, size = model_stamp(config.model), config.editing.batch_size
-    done, kept = [], 0
+    done, kept, lost = [], 0, set[str]()
     make = sweep if config.outputs.sweep else edit_with
     with bar(None, "editing", "picture", total=len(work)) as shown:
         for start in range(0, len(work), size):
-            batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
+            batch: list[tuple[Image.Image, Job, list[tuple[Path, str]]]] = []
             for job, paths in work[start : start + size]:
                 with skipping(job):
                     if not job.prompt.strip():
@@ -65,15 +71,41 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
                     if [settings_in(path) for path in paths] == settings:
                         kept += 1
                     else:
-                        batch.append((open_picture(content), job.prompt, list(zip(paths, settings, strict=True))))
+                        batch.append((open_picture(content), job, list(zip(paths, settings, strict=True))))
                     done.append((job, paths))
             if batch:
-                images, prompts, files = zip(*batch, strict=True)
-                pictures = make(load(), config, images, prompts)
-                for picture, (path, settings) in zip(pictures, itertools.chain(*files), strict=True):
-                    save(picture, path, settings)
+                images, inputs, files = zip(*batch, strict=True)
+                pictures = iter(make(load(), config, images, [job.prompt for job in inputs]))
+                for job, places in zip(inputs, files, strict=True):
+                    lost.add(job.stem)
+                    with skipping(job):
+                        save_all(config, list(itertools.islice(pictures, len(places))), places)
+                        lost.remove(job.stem)
             shown.update(min(size, len(work) - start))
-    return done, kept
+    return [(job, paths) for job, paths in done if job.stem not in lost], kept
+
+
+def save_all(config: InferConfig, pictures: Images, places: Sequence[tuple[Path, str]]) -> None:
+    """Write the pictures of one input, each with its file and settings.
+
+    Raises:
+        EditError: the safety checker blacked some out; the others are written, and these if that is asked for.
+    """
+    black = []
+    for number, (picture, (path, settings)) in enumerate(zip(pictures, places, strict=True)):
+        if blacked_out(picture):
+            black.append(f"{config.editing.seed + number}")
+            settings = json.dumps(json.loads(settings) | {"blacked_out": True})  # so that it is not taken for an edit
+        if not blacked_out(picture) or config.outputs.keep_blacked_out:
+            save(picture, path, settings)
+    if black:
+        seeds = f"{len(black)} of {len(pictures)} pictures, seed {', '.join(black)}"
+        raise EditError(f"the model's safety checker blacked out {seeds}: another --seed or prompt may do")
+
+
+def blacked_out(picture: Image.Image) -> bool:
+    """Whether a picture is a black one in the place of an edit that the model's safety checker did not like."""
+    return "blacked_out" in picture.info
 
 
 @contextlib.contextmanager
@@ -106,6 +138,11 @@ def sweep(editor: "Editor", config: InferConfig, images: Images, prompts: Sequen
         edit_with(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
         for row, column in bar(list(itertools.product(rows, columns)), "sweep", "scale", position=2)
     ]
+    black = [picture for picture in itertools.chain(*cells) if blacked_out(picture)]
+    for picture in black:
+        ImageDraw.Draw(picture).text((4, 4), "blacked out", "white")
+    if black:
+        warn(f"the model's safety checker blacked out {len(black)} of {sum(map(len, cells))} edits of this sweep")
     labels = [f"image guidance {row:g}" for row in rows], [f"text guidance {column:g}" for column in columns]
     pairs = [pair for pair in zip(images, prompts, strict=True) for _ in range(config.outputs.num_images)]
     return [grid(*pair, edits, *labels) for pair, edits in zip(pairs, zip(*cells, strict=True), strict=True)]

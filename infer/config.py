@@ -1,11 +1,13 @@
 """The flags of ip2p-infer, in groups. `Editing` and `Loading` are the arguments of `Editor.edit` and `Editor`."""
 
 import dataclasses
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from ..encode.base.errors import SettingsError
-from ..encode.base.flags import Count
+from ..encode.base.flags import Count, idle
 from ..encode.config import Columns
 
 
@@ -46,6 +48,13 @@ class Loading:
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub."""
 
+    def idle(self, models: Iterable[str], editing: Editing) -> Iterator[str]:
+        """What is said of flags that are set and cannot act, of both groups."""
+        if all(map(os.path.exists, models)):
+            yield from idle(self, f"is for models on the Hub, not for {' or '.join(models)}: leave it out", "revision")
+        if editing.image_guidance_scale == editing.guidance_scale == 1:
+            yield from idle(editing, "acts by guidance: raise --guidance_scale", "negative_prompt", "guidance_rescale")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -69,6 +78,8 @@ class Outputs:
     """Pictures to make of each input."""
     sheet: str | None = None
     """PNG file for a labeled contact sheet of originals, edits and targets (of the first 100 inputs)."""
+    keep_blacked_out: bool = False
+    """Write black pictures, too, that the model's safety checker made of edits. They are never scored."""
     sweep: bool = False
     """Make each picture a labeled grid of edits over both guidance scales, as the paper shows them."""
     sweep_image_guidance_scale: tuple[float, ...] = (1.0, 1.3, 1.6, 1.9, 2.2)
@@ -134,6 +145,24 @@ class InferConfig:
         if not self.outputs.output:
             raise SettingsError("give --output, a folder, or NAME.png for a single picture")
 
+    def idle(self) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
+        outputs, scales = self.outputs, ("image_guidance_scale", "guidance_scale")
+        if self.page.ui:
+            one = "cannot act with --ui, which makes one picture at a time: leave it out"
+            yield from (*idle(outputs, one, "num_images", "keep_blacked_out"), *idle(self.editing, one, "batch_size"))
+        else:
+            yield from idle(self.page, "belongs to --ui: add that, or leave it out")
+        if outputs.sweep:
+            yield from idle(self.editing, "cannot act with --sweep, whose scales are --sweep_…", *scales)
+        else:
+            wanted = "belongs to --sweep: add that, or leave it out"
+            yield from idle(outputs, wanted, *(f"sweep_{name}" for name in scales))
+        table, of_table = self.inputs.table, "says where a table holds what: it belongs to --table"
+        yield from self.columns.idle(table) if table else idle(self.columns, of_table)
+        editing = Editing() if outputs.sweep or self.page.ui else self.editing
+        yield from self.loading.idle((self.model, *self.page.compare), editing)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
@@ -177,6 +206,12 @@ class EvaluateConfig:
     editing: Editing = Editing(num_inference_steps=100, guidance_scale=7.5)
     columns: Columns = Columns()  # noqa: RUF009 (frozen)
     loading: Loading = Loading()
+
+    def idle(self) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
+        if self.scoring.curve:
+            yield from idle(self.editing, "cannot act with --curve, whose scales are fixed", "image_guidance_scale")
+        yield from (*self.columns.idle(self.dataset), *self.loading.idle(self.model, self.editing))
 
     def infer(self, model: str, image_guidance_scale: float, folder: Path) -> InferConfig:
         """The run of `ip2p-infer` that makes one model's pictures at one scale."""

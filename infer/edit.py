@@ -112,7 +112,8 @@ class Editor:
             batch_size: pictures edited at once; those of one working size share a batch.
 
         Returns:
-            `num_images` RGB pictures for each pair, of the size of its input, in the order of the pairs.
+            `num_images` RGB pictures for each pair, of the size of its input, in the order of the pairs. Those that the
+            model's safety checker put black ones in the place of have `info["blacked_out"]`.
 
         Raises:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
@@ -152,10 +153,15 @@ class Editor:
         arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
         try:
             with guidance.inside(pipeline.unet) if guidance.changes else contextlib.nullcontext():
-                return pipeline(image=image, **arguments).images
+                made = pipeline(image=image, **arguments)
         except torch.OutOfMemoryError:
             found = f"out of memory with {len(image)} pictures of {width} x {height} at once"
             raise EditError(f"{found}: lower --batch_size or --resolution") from None
+        # Flagged pictures alone, not black ones: an edit may be black by itself. SDXL has no such checker.
+        flags = getattr(made, "nsfw_content_detected", None) or itertools.repeat(False)
+        for picture, flagged in zip(made.images, flags, strict=False):
+            picture.info |= {"blacked_out": True} if flagged else {}
+        return made.images
 
     def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
         scheduler = self.pipeline.scheduler

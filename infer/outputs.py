@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..encode.base.errors import EditError
-from ..encode.base.files import whole
+from ..encode.base.files import check_file, check_folder, whole
 from ..encode.base.flags import dump
 from .config import InferConfig
 from .jobs import Job
@@ -25,23 +26,38 @@ SETTINGS = (
 )  # fmt: skip
 
 
+def output_place(output: str) -> tuple[Path, str | None]:
+    """The folder that `--output` means, and the stem of the one picture in it, or None where each has its input's.
+
+    It is a file if it ends as pictures do, unless a folder of that name is there or a slash follows; else a folder.
+
+    Raises:
+        EditError: an ending other than .png.
+        SettingsError: that cannot be written.
+    """
+    path = Path(output)
+    if output.endswith(("/", os.sep)) or path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+        check_folder(path, "--output")
+        return path, None
+    if path.suffix.lower() != ".png":
+        raise EditError(f"--output {path}: expected a folder, or a name that ends in .png; a folder ends in a slash")
+    check_file(path, "--output")
+    return path.parent, path.stem
+
+
 def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     """The files of each job's pictures, `config.outputs.num_images` each.
 
     Raises:
         EditError: one file for several inputs, an ending other than .png, or an input would be overwritten.
+        SettingsError: the place cannot be written.
     """
-    output = Path(config.outputs.output)
-    if output.is_dir() or not output.suffix:
-        folder, stems = output, [job.stem for job in jobs]
-    elif output.suffix.lower() != ".png":
-        raise EditError(f"--output {output}: expected a folder, or a name that ends in .png")
-    elif len(jobs) > 1:
+    output = config.outputs.output
+    folder, stem = output_place(output)
+    if stem and len(jobs) > 1:
         raise EditError(f"--output {output} is one file for {len(jobs)} inputs: give a folder")
-    else:
-        folder, stems = output.parent, [output.stem]
     endings = [""] if config.outputs.num_images == 1 else [f"_{k}" for k in range(config.outputs.num_images)]
-    paths = [[folder / f"{stem}{ending}.png" for ending in endings] for stem in stems]
+    paths = [[folder / f"{stem or job.stem}{ending}.png" for ending in endings] for job in jobs]
     inputs = {job.path.resolve() for job in jobs if job.path}
     if taken := next((path for path in itertools.chain(*paths) if path.resolve() in inputs), None):
         raise EditError(f"--output {output} would overwrite the input {taken}: give another folder or name")

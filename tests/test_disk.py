@@ -14,7 +14,7 @@ import pytest
 
 import fakes
 from ip2p.encode import plan
-from ip2p.encode.base.errors import CacheError
+from ip2p.encode.base.errors import CacheError, SettingsError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.data.pairs import Pair
 from ranks import FORKS, hold
@@ -94,7 +94,7 @@ def test_a_read_only_disk_is_named(monkeypatch: pytest.MonkeyPatch, small_disk: 
     fakes.encode(small_disk / "cache")
     for name in ("cache", "new"):
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-        with pytest.raises(CacheError, match=rf"--cache .*/{name} cannot be written: Read-only file system"):
+        with pytest.raises(SettingsError, match=rf"--cache .*/{name} cannot be written: Read-only file system"):
             fakes.encode(small_disk / name)
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         fakes.encode(small_disk / name)

@@ -217,8 +217,8 @@ def test_every_setting_of_an_edit_reaches_it(evaluate: Evaluate, out: Path) -> N
         "negative_prompt": "night",
         "resolution": 32,
         "scheduler": "DPMSolverMultistep",
+        "dtype": "bfloat16",
     }
-    settings |= {"dtype": "bfloat16", "revision": "main"}
     assert evaluate(**settings, split="test[:1]") == 0
     (picture,) = out.glob("*/image_0.5_text_3/00000.png")
     assert settings_of(picture).items() >= settings.items()

@@ -334,7 +334,9 @@ def archive(folder: Path) -> Flags:
         (broken("pairs-1.tar", lambda path: os.truncate(path, 9000)), {}, ["pairs-1.tar cannot be read", "tar file"]),
         (broken("pairs-0.tar", lambda path: path.write_bytes(gzip.compress(b"x"))), {}, ["as an uncompressed tar"]),
         (lambda folder: shards(folder, PAIRS[:3]), {"edit_prompt_column": "text"}, ["did you mean txt?", "edited.jpg"]),
-        (lambda folder: shards(folder, PAIRS[:3]), {"split": "train"}, ["has no splits: leave out --split train"]),
+        (lambda folder: shards(folder, PAIRS[:3]), {"split": "train"}, ["has no splits: leave out --split"]),
+        (lambda folder: shards(folder, PAIRS[:3]), {"streaming": True}, ["leave out --streaming"]),
+        (lambda folder: shards(folder, PAIRS[:3]), {"dataset_config_name": "all"}, ["leave out --dataset_config_name"]),
         (lambda folder: {"dataset_name": "gopher://x/a.tar"}, {}, ["gopher://x/a.tar cannot be fetched"]),
     ],
 )

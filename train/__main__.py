@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
 from .config import TrainConfig, refused
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(TrainConfig, arguments, PROG, refused())
+        quiet_libraries()
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
         from .run import train  # only now: torch takes seconds to import, and --help shall not

@@ -1,8 +1,13 @@
 """What users see while a command runs: bars and sentences, by the main process alone."""
 
+import importlib
 import os
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
@@ -35,3 +40,46 @@ def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "t
     """
     options = {"leave": False, "unit_scale": unit == "B", "disable": not is_main_process()} | options
     return tqdm(items, desc=what, unit=unit, **options)
+
+
+LOGGING = ("transformers.utils.logging", "diffusers.utils.logging")  # which log, and draw bars while they load and save
+
+
+def quiet_libraries() -> None:
+    """Leave it to us to speak: libraries tell of errors alone, and draw no bars but those of downloads and datasets.
+
+    For commands, before anything large is imported. Processes that they start take most of this over. Whoever sets a
+    library's own variable, such as TRANSFORMERS_VERBOSITY=info, or asks Python for warnings, is told more.
+    """
+    for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning, append=True)  # what will change in libraries concerns us
+    warnings.filterwarnings("ignore", ".*deprecated", UserWarning, append=True)
+    for module in filter(None, map(sys.modules.get, LOGGING)):
+        _take_bars(module)
+    if not any(isinstance(finder, _Imports) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Imports())
+
+
+class _Imports(MetaPathFinder):
+    """Waits for the libraries to be imported, which takes seconds: earlier there is no switch to turn."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path) if name in LOGGING else None
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def execute_and_take(module: ModuleType) -> None:
+                execute(module)
+                _take_bars(module)
+
+            spec.loader.exec_module = execute_and_take  # type: ignore[method-assign]
+        return spec
+
+
+def _take_bars(logging: ModuleType) -> None:
+    hub = importlib.import_module("huggingface_hub.utils")
+    hidden = hub.are_progress_bars_disabled()
+    logging.disable_progress_bar()  # transformers' takes those of downloads along
+    if not hidden:
+        hub.enable_progress_bars()

@@ -6,9 +6,13 @@ than an `Ip2pError` is a bug and keeps its traceback.
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What no program can help: disks that are full, broken or read-only, names and permissions."""
 
 
 class Ip2pError(Exception):
@@ -74,7 +78,8 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 def user_errors(prog: str) -> Iterator[None]:
     """Show `Ip2pError` and Ctrl-C as a line instead of a traceback; exit with status 2 and 130.
 
-    Whoever stops reading the output, as `| head` does, ends the command quietly.
+    So are errors of the disk, wherever they come up. Whoever stops reading the output, as `| head` does, ends the
+    command quietly.
     """
     try:
         try:
@@ -87,6 +92,12 @@ def user_errors(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped; the same command continues from what is saved", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno in REFUSALS:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"{prog}: {where}{error.strerror}; what is finished is kept", file=sys.stderr)
+            raise SystemExit(2) from None
+        if not isinstance(error, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         raise SystemExit(141) from None  # as a shell reports SIGPIPE

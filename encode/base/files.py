@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and their checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import google_crc32c
 
-from .errors import CacheError
+from .errors import CacheError, SettingsError
 
 UNFINISHED = re.compile(r"\..+\.\d+|.+\.partial")
 """Names of files that were being written when their process was killed: by `whole`, or by zarr-python."""
@@ -23,15 +24,52 @@ def whole(path: Path) -> Iterator[Path]:
 
     The folder is made if need be. The data is on the disk before the name is, and both are when this returns.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    short = path.name.encode()[:128].decode(errors="ignore")  # a name may have 255 bytes
+    unfinished = path.with_name(f".{short}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         sync(unfinished)
         unfinished.replace(path)
         sync(path.parent)
+    except OSError as error:  # in the words of whoever asked for the file
+        error.filename = str(path) if error.filename in (None, str(unfinished)) else error.filename
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a place where no folder can be, or none that can be written in, before any work; nothing is made.
+
+    Raises:
+        SettingsError: a file is there, or above it; permission is lacking; no such name can be.
+    """
+    try:
+        there = next(path for path in (folder, *folder.parents) if _is_there(path))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(why, os.strerror(why))
+    except (OSError, ValueError) as error:  # also a name that is too long, a loop of links, a zero byte
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"{flag} {folder} cannot be written: {why}") from None
+
+
+def check_file(file: Path, flag: str) -> None:
+    """Refuse, as `check_folder` does, a place where no file can be written."""
+    check_folder(file.parent, flag)
+    if file.is_dir():
+        raise SettingsError(f"{flag} {file} cannot be written: it is a folder, expected the name of a file")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path.is_symlink()  # to nowhere: no folder can be made in its place
+    return True
 
 
 def sync(path: Path) -> None:

@@ -35,17 +35,30 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     """Read `argv` into an instance of the dataclass `config`.
 
     `--config run.yaml` stands for the flags that the file holds; later flags win, and `--no_x` takes back `--x`.
-    `refused` maps flags that users may know from elsewhere to the reason why they are not taken here.
+    `refused` maps flags that users may know from elsewhere to the reason why they are not taken here. A method `idle`
+    of `config`, if there is one, yields a sentence for each flag that is set and cannot act.
 
     Raises:
-        SettingsError: an unknown flag or value, with the nearest right one; a flag of another command; one missing.
+        SettingsError: an unknown flag or value, with the nearest right one; a flag of another command; one missing; one
+            that cannot act.
     """
     import tyro  # here, because nothing else in a worker process needs it
 
     arguments = expand(list(argv))
     check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(config, args=arguments, prog=prog, description=config.__doc__, use_underscores=True, config=options)
+    cli = {"prog": prog, "description": config.__doc__, "use_underscores": True}
+    found = tyro.cli(config, args=arguments, config=options, **cli)
+    for sentence in getattr(found, "idle", tuple)():
+        raise SettingsError(sentence)
+    return found
+
+
+def idle(group: Any, why: str, *names: str) -> Iterator[str]:
+    """A sentence for each of these flags of a group, or of all, that is not left as it is: `why` says what to do."""
+    for field in dataclasses.fields(group):
+        if field.name in (names or vars(group)) and getattr(group, field.name) != field.default:
+            yield f"--{field.name} {why}"
 
 
 def flags_of(config: type) -> dict[str, Any]:

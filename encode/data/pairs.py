@@ -12,6 +12,14 @@ from ..base.errors import SourceError
 from ..config import Dataset
 from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
 
+NOT_THERE = {
+    "split": "splits",
+    "dataset_config_name": "configurations",
+    "dataset_revision": "revisions",
+    "streaming": "second way to be read",
+}
+"""Flags that cannot act on tar files and seeds.json, and what these lack."""
+
 
 class Pair(NamedTuple):
     """One sample as it was found: image files as bytes, `None` where a side is missing."""
@@ -64,8 +72,9 @@ def open_rows(
     seeds = (Path(name) / "seeds.json").is_file()
     tars = f"{name}/*.tar" if any(Path(name).glob("*.tar")) else name
     in_tars = tars.endswith(".tar") or "{" in tars or "://" in tars
-    if dataset.split and (seeds or in_tars):
-        raise SourceError(f"{name} has no splits: leave out --split {dataset.split}")
+    for flag, what in NOT_THERE.items() if seeds or in_tars else ():
+        if getattr(dataset, flag):
+            raise SourceError(f"{name} has no {what}: leave out --{flag}")
     # Each kind imports what it needs only when it is meant.
     if seeds:
         from .seeds import Seeds

@@ -6,6 +6,7 @@ The exit status is 1 where `verify` finds something or `diff` a difference, and 
 import sys
 from collections.abc import Sequence
 
+from ..base.console import quiet_libraries
 from ..base.errors import user_errors
 from ..base.verbs import run_verb
 from .verbs import VERBS
@@ -16,6 +17,7 @@ PROG = "ip2p-cache"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
+        quiet_libraries()
         if status := run_verb(VERBS, sys.argv[1:] if argv is None else argv, PROG):
             raise SystemExit(status)
 

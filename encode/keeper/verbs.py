@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import SettingsError
-from ..base.files import folder_bytes
-from ..base.flags import Count, Whole, build
+from ..base.files import check_file, folder_bytes
+from ..base.flags import Count, Whole, build, idle
 from ..config import EncodeConfig
 
 # The rest is imported by the verb that needs it: `info` shall not wait for torch, nor `push` for diffusers.
@@ -101,6 +101,8 @@ def verify(
     from ..cache.writer import exclusive
     from . import verify as checks
 
+    for sentence in () if reencode else idle(origin, "belongs to --reencode: add that, or leave it out"):
+        raise SettingsError(sentence)
     if not cache.is_dir():
         Cache.open(cache)  # says that there is none
     with exclusive(cache) if repair else nullcontext():
@@ -138,9 +140,14 @@ def preview(
         output: The picture to write.
         samples: How many samples, spread evenly over the dataset.
     """
+    from PIL import Image
+
     from ..cache.format import Cache
     from .preview import preview as draw
 
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise SettingsError(f"--output {output}: expected the ending of a picture, such as .png")
+    check_file(output, "--output")
     opened = Cache.open(cache)
     opened.check_files()
     sheet = draw(opened, recorded_config(opened.manifest, origin), samples)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...encode.base.console import bar, warn
 from ...encode.base.errors import EditError
-from ...encode.base.files import whole
+from ...encode.base.files import check_folder, whole
 from ...encode.base.flags import dump
 from ...encode.data.pictures import open_picture
 from ...encode.models.judge import Judge
@@ -51,6 +51,7 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     scoring, text = config.scoring, config.editing.guidance_scale
     folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
+    check_folder(folder, "--output")
     for model in config.model:
         check_model(model, config.loading.revision)
     captions = scoring.original_caption_column, scoring.edited_caption_column
@@ -59,7 +60,7 @@ def evaluate(config: EvaluateConfig) -> int:
     if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
     judge = Judge(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
-    results: list[dict[str, Any]] = []
+    scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
@@ -74,9 +75,13 @@ def evaluate(config: EvaluateConfig) -> int:
                 warn("ip2p-infer: no pair could be scored")
                 return 1
             jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
-            there = (name for name in SCORES if name not in left_out)
-            means = {name: statistics.fmean(record[name] for record in records.values()) for name in there}
-            results.append({"model": model, "image_guidance_scale": scale, "pairs": len(records), **means})
+            scored.append((model, scale, records))
+    results: list[dict[str, Any]] = []
+    for model, scale, records in scored:
+        means = {
+            name: statistics.fmean(records[job.stem][name] for job in jobs) for name in SCORES if name not in left_out
+        }
+        results.append({"model": model, "image_guidance_scale": scale, "pairs": len(jobs), **means})
     report(config, results, left_out)
     return 0
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ...encode.base.errors import EditError, Ip2pError
 from ...encode.base.flags import changed
 from ...encode.data.pictures import open_picture
-from ..batch import edit_with, load_editor
+from ..batch import blacked_out, edit_with, load_editor
 from ..config import InferConfig
 from ..jobs import find_jobs
 from ..outputs import model_stamp, save, settings_of
@@ -122,6 +122,8 @@ class Page:
         scales = {"image_guidance_scale": image, "guidance_scale": text}
         config = changed(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
         (edited,) = edit_with(self.editor(model), config, [open_picture(path)], [prompt])
+        if blacked_out(edited):
+            raise EditError(f"the safety checker of {model} blacked this out: another seed or instruction may do")
         (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
         return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
 

@@ -1,0 +1,135 @@
+"""Models and datasets on the Hub, as a stand-in on the loopback interface: what is fetched of them, what is said."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hub
+import tiny
+from ip2p.encode.config import Model
+from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MODEL, DATASET = "stable-diffusion-v1-5/stable-diffusion-v1-5", "fusing/instructpix2pix-1000-samples"
+MODULES = {"ip2p-encode": "ip2p.encode", "ip2p-train": "ip2p.train", "ip2p-infer": "ip2p.infer"}
+
+# As README has it, but of a size for tests: later flags win.
+SMALLER = {
+    "ip2p-encode": "--resolution 16 --mixed_precision no",
+    "ip2p-train": "--train_batch_size 2 --max_train_steps 2 --mixed_precision no",
+    "ip2p-infer": "--num_inference_steps 2",
+}
+OURS = r"(identify samples|encode|train|editing|denoising): +(\d+%|.* row/s)|[\d,]+ of [\d,]+ samples to encode: "
+OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |\d+ edited -> "
+OF_DOWNLOADS = r"Fetching \d+ files: |Generating train split: "
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hub.Hub]:
+    """A Hub with an SD and an SDXL checkpoint as they were released, and with a dataset."""
+    folder = tmp_path_factory.mktemp("hub")
+    hub.released(folder / "models" / MODEL)
+    hub.released(folder / "models" / "stabilityai" / "sdxl", sdxl=True)
+    tiny.dataset(folder / "datasets" / DATASET, tiny.pairs(4))
+    for name, lacks in (("safe", "*.bin"), ("pickled", "*.safetensors"), ("both", "*.onnx")):
+        vae = shutil.copytree(folder / "models" / MODEL / "vae", folder / "models" / "someone" / name)
+        for file in vae.glob(lacks):
+            file.unlink()
+    with hub.serve(folder) as standin:
+        yield standin
+
+
+@pytest.fixture
+def standin(served: hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hub.Hub:
+    """The Hub, for this process, which has fetched nothing of it."""
+    served.fetched.clear()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", served.url)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", served.url + hub.FILES)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return served
+
+
+def run(command: list[str], folder: Path, standin: hub.Hub) -> list[str]:
+    """Run a command with a home in `folder`, with nothing but what the Hub has; the lines that it shows."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment |= standin.environment | {"HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
+    program, *flags = command
+    arguments = [sys.executable, "-m", MODULES[program], *flags, *SMALLER[program].split()]
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[\w", "", done.stdout + done.stderr))
+    return [line.strip() for line in lines if line.strip()]
+
+
+def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path: Path) -> None:
+    """With an empty home, against a Hub that stumbles, nothing is shown that is not ours but the download's progress.
+
+    Of the model each command fetches what it needs: no UNet to encode, and no weights twice.
+    """
+    served.fetched.clear()
+    block = README.split("## Use it")[1].split("```")[1].replace("\\\n", "")
+    commands = [shlex.split(line) for line in block.splitlines() if line.startswith("ip2p-")]
+    assert [command[0] for command in commands] == list(MODULES)
+    tiny.picture(1).save(tmp_path / "photo.jpg")
+    (tmp_path / "home").mkdir()
+    fetched = []
+    for command in commands:
+        served.stumbles = 1
+        lines = run(command, tmp_path, served)
+        assert [line for line in lines if not re.match(f"{OURS}|{OF_DOWNLOADS}", line)] == []
+        assert any(re.match(OURS, line) for line in lines)
+        fetched.append(weights(served.files_of(MODEL)))
+        served.fetched.clear()
+    assert fetched == [
+        ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
+        ["unet/diffusion_pytorch_model.safetensors"],
+        [],
+    ]
+    assert (tmp_path / "snowy.png").is_file()
+
+
+def weights(files: list[str]) -> list[str]:
+    """Those files that are not small."""
+    return [name for name in files if not name.endswith((".json", ".txt"))]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_only_what_a_stage_needs_is_fetched(standin: hub.Hub, variant: str | None) -> None:
+    """Of SDXL and its many copies: no UNet for encoding, and one file of weights for each part."""
+    model, infix = Model("stabilityai/sdxl", variant=variant), f".{variant}" if variant else ""
+    files = [f"{part}/model{infix}.safetensors" for part in ("text_encoder", "text_encoder_2")]
+    files += [f"vae/diffusion_pytorch_model{infix}.safetensors"]
+    find_checkpoint(model, without=("unet",))
+    assert weights(standin.files_of("stabilityai/sdxl")) == files
+    standin.fetched.clear()
+    find_checkpoint(model)
+    assert weights(standin.files_of("stabilityai/sdxl")) == [f"unet/diffusion_pytorch_model{infix}.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("vae", "variant", "file"),
+    [
+        ("someone/safe", None, "diffusion_pytorch_model.safetensors"),
+        ("someone/both", None, "diffusion_pytorch_model.safetensors"),
+        ("someone/pickled", None, "diffusion_pytorch_model.bin"),
+        ("someone/pickled", "fp16", "diffusion_pytorch_model.fp16.bin"),
+        ("someone/safe", "bf16", "diffusion_pytorch_model.safetensors"),
+        (MODEL, None, "vae/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_one_file_of_another_vae_is_fetched(
+    standin: hub.Hub, sd: Path, vae: str, variant: str | None, file: str
+) -> None:
+    """Its .safetensors where there is one, else its .bin, of the variant if it has that."""
+    found = find_checkpoint(Model(str(sd), variant=variant, pretrained_vae_model_name_or_path=vae))
+    assert weights(standin.files_of(vae)) == [file]
+    assert found.identity()["vae"] == Checkpoint(sd).identity()["vae"] or variant == "fp16"
