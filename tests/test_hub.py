@@ -122,7 +122,6 @@ def test_only_what_a_stage_needs_is_fetched(standin: hub.Hub, variant: str | Non
         ("someone/both", None, "diffusion_pytorch_model.safetensors"),
         ("someone/pickled", None, "diffusion_pytorch_model.bin"),
         ("someone/pickled", "fp16", "diffusion_pytorch_model.fp16.bin"),
-        ("someone/safe", "bf16", "diffusion_pytorch_model.safetensors"),
         (MODEL, None, "vae/diffusion_pytorch_model.safetensors"),
     ],
 )

@@ -63,7 +63,8 @@ def early_tokenizer(folder: Path) -> Path:
 def use(model: Path, **flags: Any) -> Checkpoint:
     """All of a model that encoding and training read."""
     found = find_checkpoint(Model(str(model), **flags))
-    found.identity(), found.prediction_type()
+    assert found.identity()
+    assert found.prediction_type()
     for part in ("vae", "unet", *found.text_encoders):
         found.network(part, torch.float32)
     for part in found.tokenizers:

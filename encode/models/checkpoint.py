@@ -149,10 +149,7 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         raise ModelError(f"--single_file_config describes a single .safetensors file, {name} is none: leave it out")
     if is_file:
         folder = converted(folder, model.single_file_config, model.cache_dir)
-    elif folder.is_dir():
-        if variant and not any(folder.glob(f"*/*.{variant}[.-]*")):
-            raise ModelError(f"--variant {variant}: {name} holds no files of it, leave it out")
-    else:
+    elif not folder.is_dir():
         skipped = (*without, "safety_checker", "feature_extractor", "image_encoder")
         folder = download(name, model.revision, variant, model.cache_dir, skipped)
     vae = model.pretrained_vae_model_name_or_path
@@ -163,6 +160,8 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
             f"{found.vae_folder}/config.json shifts latents by its {', '.join(shifts)}, expected one that scales them "
             "alone: diffusers' InstructPix2Pix pipelines would not shift them back"
         )
+    if variant and not any(any(place.rglob(f"*.{variant}[.-]*")) for place in (folder, found.vae_folder)):
+        raise ModelError(f"--variant {variant}: {name} holds no files of it, leave it out")
     return found
 
 
