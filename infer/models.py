@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 
 from ..encode.base.errors import EditError, ModelError, explained, reason
 from ..encode.models.checkpoint import Checkpoint, download, find_device, is_place, read_index
-from ..encode.models.parts import check_complete, read_config
+from ..encode.models.parts import read_config
 from ..encode.models.weights import load_whole
 
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
@@ -36,11 +36,11 @@ def load(
     with _as_edit_error():
         checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else download(name, revision, variant), variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
-        check_complete(folder / "scheduler" / "scheduler_config.json")
         if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
             raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")
         parts = {part: checkpoint.network(part, precision) for part in ("unet", "vae", *checkpoint.text_encoders)}
         parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
+        parts["scheduler"] = checkpoint.scheduler()
         if index.get("safety_checker", [None])[-1]:
             place = folder / "safety_checker"
             parts["safety_checker"] = load_whole(StableDiffusionSafetyChecker, place, variant, precision)

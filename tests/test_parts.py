@@ -272,17 +272,3 @@ def test_a_vae_in_one_file_takes_the_place_of_the_models_own(
         train(flags(sd, tmp_path / "cache", tmp_path / "out", max_train_steps=1, cache_dir=tmp_path / "hub"))
         saved = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
         assert_same(saved, load_file(other / "vae" / "diffusion_pytorch_model.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"revision": "main"}, "--revision main belongs to Hub ids"),
-        ({"single_file_config": "x"}, "--single_file_config describes a single .safetensors file"),
-        ({"variant": "fp16"}, "--variant fp16: .* holds no files of it"),
-    ],
-)
-def test_a_flag_that_a_folder_has_no_use_for_is_refused(options: dict[str, str], said: str, sd: Path) -> None:
-    """Nothing is accepted that does nothing."""
-    with pytest.raises(ModelError, match=said):
-        find_checkpoint(Model(str(sd), **options))  # type: ignore[arg-type]

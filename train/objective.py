@@ -13,9 +13,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from ..encode.base.errors import ModelError, SettingsError, explained
+from ..encode.base.errors import SettingsError
 from ..encode.models.checkpoint import Checkpoint
-from ..encode.models.parts import check_complete
 from .config import Objective as Flags
 
 
@@ -110,15 +109,11 @@ def noise_scheduler(flags: Flags, checkpoint: Checkpoint) -> DDPMScheduler:
         SettingsError: a schedule that ends in pure noise, for a model that predicts noise: there is nothing to learn
             at its end (arXiv 2305.08891, section 3.3).
     """
-    zero_snr = flags.rescale_betas_zero_snr
-    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
-    kind = checkpoint.prediction_type()
-    check_complete(checkpoint.folder / "scheduler" / "scheduler_config.json")
-    with explained(ModelError, f"{checkpoint.folder}/scheduler cannot be read"):
-        scheduler: Any = DDPMScheduler.from_pretrained(checkpoint.folder, subfolder="scheduler", **options)
+    kind, zero_snr = checkpoint.prediction_type(), flags.rescale_betas_zero_snr
     if zero_snr and kind != "v_prediction":
         raise SettingsError(f"--rescale_betas_zero_snr needs a model that predicts v_prediction, this one: {kind}")
-    return scheduler
+    options = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    return checkpoint.scheduler(DDPMScheduler, **options)
 
 
 def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) -> Tensor:

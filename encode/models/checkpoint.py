@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from ..base.errors import ModelError, explained
 from ..config import Model
-from .parts import read_config, read_json
+from .parts import check_complete, read_config, read_json
 from .single_file import converted
 from .tokenizer import hash_tokenizer, load_tokenizer
 from .weights import hash_weights, load_part, weight_files
@@ -74,6 +74,15 @@ class Checkpoint:
         """A tokenizer: tokenizer or tokenizer_2; a ModelError if it does not fit its text encoder."""
         return load_tokenizer(self.folder / part, self.text_shape()[0])
 
+    def scheduler(self, kind: Any = None, **changes: Any) -> Any:
+        """The model's own scheduler, or what another kind makes of its configuration, with some settings changed."""
+        import diffusers
+
+        check_complete(self.folder / "scheduler" / "scheduler_config.json")
+        with explained(ModelError, f"{self.folder}/scheduler cannot be loaded"):
+            kind = kind or getattr(diffusers, read_index(self.folder)["scheduler"][1])
+            return kind.from_pretrained(self.folder, subfolder="scheduler", **changes)
+
     def vae_precision(self, asked: str | None, mixed: str) -> str:
         """The precision of the VAE: as asked for, or else float32 if it overflows and that of the rest if not."""
         return asked or ("no" if self.vae_overflows else mixed)
@@ -135,18 +144,13 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
 
     Raises:
-        ModelError: neither a folder, nor a single file, nor a model that the Hub answers for; or a flag that is for
-            another of these.
+        ModelError: neither a folder, nor a single file, nor a model that the Hub answers for; or without the variant.
     """
     name, variant = model.pretrained_model_name_or_path, model.variant
     folder = Path(name)
     is_file = folder.suffix == ".safetensors" and folder.is_file()
-    if model.revision and folder.exists():
-        raise ModelError(f"--revision {model.revision} belongs to Hub ids, {name} is a path: leave it out")
     if variant and is_file:
         raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file: leave it out")
-    if model.single_file_config and not is_file:
-        raise ModelError(f"--single_file_config describes a single .safetensors file, {name} is none: leave it out")
     if is_file:
         folder = converted(folder, model.single_file_config, model.cache_dir)
     elif not folder.is_dir():

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -16,10 +15,10 @@ from diffusers import (
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from ...encode.base.errors import ModelError, TrainError, explained, reason
+from ...encode.base.errors import TrainError, reason
 from ...encode.base.flags import dump
 from ...encode.cache.format import Cache
-from ...encode.models.checkpoint import Checkpoint, read_index
+from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import dtype_of
 from ..config import TrainConfig
 
@@ -74,13 +73,10 @@ def make_pipeline(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, dtype: torch.dtype | dict[str, Any]
 ) -> Any:
     """The pipeline that a UNet in training belongs to, with the base model's frozen parts."""
-    folder, parts = checkpoint.folder, dict[str, Any](unet=unet)
+    parts: dict[str, Any] = {"unet": unet, "scheduler": checkpoint.scheduler()}
     for name in ("vae", *checkpoint.text_encoders):
         parts[name] = checkpoint.network(name, dtype[name] if isinstance(dtype, dict) else dtype)
     parts |= {name: checkpoint.tokenizer(name) for name in checkpoint.tokenizers}
-    with explained(ModelError, f"{folder}/scheduler cannot be read"):
-        kind = getattr(diffusers, read_index(folder)["scheduler"][1])
-        parts["scheduler"] = kind.from_pretrained(folder, subfolder="scheduler")
     if checkpoint.is_sdxl:
         # Training drops text to the encoding of "", so that is what guidance must use, not zeros.
         pipeline: Any = StableDiffusionXLInstructPix2PixPipeline(**parts, force_zeros_for_empty_prompt=False)
