@@ -1,9 +1,10 @@
 """A Stable Diffusion checkpoint on the disk, found or fetched: where its parts are, and what identifies them."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         which = {"revision": model.revision, "variant": variant, "cache_dir": model.cache_dir}
         skipped = dict.fromkeys((*without, "safety_checker", "feature_extractor"))
         nowhere = f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for"
-        with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_model_name_or_path)"):
+        with _fetching(nowhere, "--pretrained_model_name_or_path"):
             folder = Path(DiffusionPipeline.download(name, **which, **skipped))
     return Checkpoint(folder, variant, _find_vae(vae, model.cache_dir, variant) if vae else None)
 
@@ -109,7 +110,7 @@ def _find_vae(vae: str, cache_dir: Path | None, variant: str | None) -> Path:
     folder = Path(vae)
     if not folder.is_dir():
         nowhere = f"the VAE {vae} is neither a folder here nor a model that the Hub answers for"
-        with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_vae_model_name_or_path)"):
+        with _fetching(nowhere, "--pretrained_vae_model_name_or_path"):
             for infix in ([f".{variant}"] if variant else []) + [""]:
                 for suffix in ("safetensors", "bin"):
                     files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
@@ -118,6 +119,15 @@ def _find_vae(vae: str, cache_dir: Path | None, variant: str | None) -> Path:
                     if any(folder.glob(f"**/{files[1]}")):
                         return folder / "vae" if (folder / "vae").is_dir() else folder
     return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+@contextlib.contextmanager
+def _fetching(what: str, flag: str) -> Iterator[None]:
+    """Say what fails, and all of the Hub's answer, to which libraries may only point: it tells who may fetch what."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{what}: {' '.join(str(error.__cause__ or error).split())} ({flag})") from None
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
