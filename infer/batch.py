@@ -58,6 +58,7 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
     """
     stamp, size = model_stamp(config.model), config.editing.batch_size
     done, kept, lost = [], 0, set[str]()
+    cut: list[str] = []
     make = sweep if config.outputs.sweep else edit_with
     with bar(None, "editing", "picture", total=len(work)) as shown:
         for start in range(0, len(work), size):
@@ -77,11 +78,14 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
                 images, inputs, files = zip(*batch, strict=True)
                 pictures = iter(make(load(), config, images, [job.prompt for job in inputs]))
                 for job, places in zip(inputs, files, strict=True):
+                    cut += [f"{job.label}: {unread}" for unread in [load().unread(job.prompt)] if unread]
                     lost.add(job.stem)
                     with skipping(job):
                         save_all(config, list(itertools.islice(pictures, len(places))), places)
                         lost.remove(job.stem)
             shown.update(min(size, len(work) - start))
+    if cut:
+        warn(f"{len(cut):,} prompts are longer than the model reads; not read of {cut[0]}")
     return [(job, paths) for job, paths in done if job.stem not in lost], kept
 
 

@@ -137,6 +137,12 @@ class Editor:
                 edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
         return [edited[key] for key in sorted(edited)]
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that is longer than the text encoder reads; empty where it reads all."""
+        tokenizer: Any = self.pipeline.tokenizer
+        tokens, most = tokenizer(prompt).input_ids, tokenizer.model_max_length
+        return tokenizer.decode(tokens[most - 1 : -1]) if len(tokens) > most else ""  # without start and end
+
     def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
         """Run the pipeline once, on pictures of one size.
 

@@ -11,7 +11,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from huggingface_hub import hf_hub_download
 
 from ..encode.base.errors import EditError, ModelError, explained, reason
-from ..encode.models.checkpoint import Checkpoint, download, find_device, is_place, read_index
+from ..encode.models.checkpoint import Checkpoint, find_device, read_index
+from ..encode.models.hub import fetch_pipeline, is_place
 from ..encode.models.parts import read_config
 from ..encode.models.weights import load_whole
 
@@ -34,7 +35,7 @@ def load(
         wanted = dtype or ("float16" if device.type == "cuda" else "float32")
         precision = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
     with _as_edit_error():
-        checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else download(name, revision, variant), variant)
+        checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else fetch_pipeline(name, revision, variant), variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
         if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
             raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")

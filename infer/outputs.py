@@ -49,7 +49,8 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     """The files of each job's pictures, `config.outputs.num_images` each.
 
     Raises:
-        EditError: one file for several inputs, an ending other than .png, or an input would be overwritten.
+        EditError: one file for several inputs, an ending other than .png, a folder in a file's place, or an input would
+            be overwritten.
         SettingsError: the place cannot be written.
     """
     output = config.outputs.output
@@ -58,6 +59,8 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
         raise EditError(f"--output {output} is one file for {len(jobs)} inputs: give a folder")
     endings = [""] if config.outputs.num_images == 1 else [f"_{k}" for k in range(config.outputs.num_images)]
     paths = [[folder / f"{stem or job.stem}{ending}.png" for ending in endings] for job in jobs]
+    if there := next(filter(Path.is_dir, itertools.chain(*paths)), None):
+        raise EditError(f"--output {output}: {there} is a folder where an edited picture belongs: give another place")
     inputs = {job.path.resolve() for job in jobs if job.path}
     if taken := next((path for path in itertools.chain(*paths) if path.resolve() in inputs), None):
         raise EditError(f"--output {output} would overwrite the input {taken}: give another folder or name")

@@ -13,6 +13,7 @@ import pytest
 
 import hub
 import tiny
+from ip2p.encode.base.errors import ModelError
 from ip2p.encode.config import Model
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 
@@ -95,6 +96,12 @@ def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path:
         [],
     ]
     assert (tmp_path / "snowy.png").is_file()
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(standin: hub.Hub) -> None:
+    """With the Hub's own answer."""
+    with pytest.raises(ModelError, match=r"^no/model is neither .* Not Found .*\(--pretrained_model_name_or_path\)$"):
+        find_checkpoint(Model("no/model"))
 
 
 def weights(files: list[str]) -> list[str]:

@@ -57,6 +57,19 @@ def test_two_prompts_with_two_images_each_give_four_paired_files(
             assert apart(Image.open(out / f"{stem}_{k}.png"), expected) <= 1
 
 
+def test_what_a_model_does_not_read_of_a_prompt_is_said(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text encoder reads 77 tokens, of which two are marks: the rest is shown once, by an example."""
+    prompt = " ".join(["make it red"] * 25 + ["and snowy"])
+    arguments = ["--model", model, "--image", str(photos), *STEPS, "--prompt"]
+    assert main([*arguments, prompt, "--output", str(tmp_path / "long")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "longer" in line]
+    assert said == [f"3 prompts are longer than the model reads; not read of {photos / 'a.png'}: and snowy"]
+    assert main([*arguments, "make it red", "--output", str(tmp_path / "short")]) == 0
+    assert "longer" not in capsys.readouterr().err
+
+
 def test_folders_patterns_and_files_are_taken_together_without_collisions(
     model: str, editor: Editor, photos: Path, tmp_path: Path
 ) -> None:

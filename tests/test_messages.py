@@ -81,9 +81,10 @@ def test_a_folder_that_is_not_a_checkpoint_is_named(
 def test_a_model_that_is_nowhere_is_named(encoding: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     """Neither a folder nor a model on the Hub (which tests cannot reach)."""
     flags = encoding | {"pretrained_model_name_or_path": "nobody/no-model"}
-    assert "nobody/no-model is neither a folder nor a .safetensors file here, nor a model that the Hub" in answer(
-        "ip2p-encode", flags, capsys
-    )
+    text = answer("ip2p-encode", flags, capsys)
+    assert "nobody/no-model is neither a folder nor a .safetensors file here, nor a model that the Hub" in text
+    assert "offline mode is enabled" in text
+    assert "stacktrace" not in text
 
 
 def test_a_folder_with_other_files_is_not_made_a_cache(

@@ -85,6 +85,16 @@ def test_infer_looks_at_its_places_first(odd: Path, flags: str, capsys: pytest.C
     assert "cannot be written" in line
 
 
+def test_a_folder_where_a_picture_belongs_is_found_before_any_edit(
+    photos: Path, odd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Inputs that are named like it have no other place for their edits."""
+    (odd / "out" / "a.png").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="2"):
+        infer(["--model", "no/model", "--image", str(photos), "--prompt", "red", "--output", str(odd / "out")])
+    assert "a.png is a folder where an edited picture belongs" in capsys.readouterr().err
+
+
 def test_evaluate_looks_at_its_place_first(odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before models are looked for."""
     with pytest.raises(SystemExit, match="2"):

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
 from ..base.errors import ModelError, explained
 from ..config import Model
+from .hub import fetch_pipeline, fetch_vae
 from .parts import check_complete, read_config, read_json
 from .single_file import converted
 from .tokenizer import hash_tokenizer, load_tokenizer
@@ -155,7 +155,7 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         folder = converted(folder, model.single_file_config, model.cache_dir)
     elif not folder.is_dir():
         skipped = (*without, "safety_checker", "feature_extractor", "image_encoder")
-        folder = download(name, model.revision, variant, model.cache_dir, skipped)
+        folder = fetch_pipeline(name, model.revision, variant, model.cache_dir, skipped)
     vae = model.pretrained_vae_model_name_or_path
     found = Checkpoint(folder, variant, _find_vae(vae, folder, model) if vae else None)
     config = read_config(found.vae_folder, "vae")
@@ -169,20 +169,8 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
     return found
 
 
-def download(
-    name: str, revision: str | None, variant: str | None, cache_dir: Path | None = None, without: Sequence[str] = ()
-) -> Path:
-    """The folder of a pipeline of the Hub, downloaded; a ModelError where the Hub does not answer for one."""
-    from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
-
-    nowhere = f"{name} is neither a folder nor a .safetensors file here, nor a model that the Hub answers for"
-    with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_model_name_or_path)"):
-        options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
-        return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(without)))
-
-
 def _find_vae(vae: str, base: Path, model: Model) -> Path:
-    """The folder of a VAE, which may be that of a whole checkpoint; of the Hub's files the first of those that fit.
+    """The folder of a VAE, which may be that of a whole checkpoint.
 
     A single file holds weights alone: the VAE of the model that it takes the place of describes it.
     """
@@ -190,22 +178,8 @@ def _find_vae(vae: str, base: Path, model: Model) -> Path:
     if folder.suffix == ".safetensors" and folder.is_file():
         return converted(folder, str(base / "vae"), model.cache_dir, "vae")
     if not folder.is_dir():
-        nowhere = f"the VAE {vae} is neither a folder nor a file here, nor a model that the Hub answers for"
-        with explained(ModelError, nowhere, OSError, ValueError, hint=" (--pretrained_vae_model_name_or_path)"):
-            for infix in ([f".{model.variant}"] if model.variant else []) + [""]:
-                for suffix in ("safetensors", "bin"):
-                    files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
-                    patterns = [*files, *(f"vae/{file}" for file in files)]
-                    folder = Path(snapshot_download(vae, cache_dir=model.cache_dir, allow_patterns=patterns))
-                    if any(folder.glob(f"**/{files[1]}")):
-                        return folder / "vae" if (folder / "vae").is_dir() else folder
+        folder = fetch_vae(vae, model.variant, model.cache_dir)
     return folder / "vae" if (folder / "vae").is_dir() else folder
-
-
-def is_place(name: str) -> bool:
-    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
-    path, hub_id = Path(name), re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    return path.is_dir() or bool(hub_id and not path.exists())
 
 
 def find_device(name: str | torch.device | None = None) -> torch.device:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, CLIPM
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..base.errors import ModelError, explained
-from .checkpoint import find_device, is_place
+from .checkpoint import find_device
+from .hub import is_place
 
 
 class Judge:

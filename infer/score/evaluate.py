@@ -66,6 +66,7 @@ def evaluate(config: EvaluateConfig) -> int:
         for scale in scales:
             warn(f"{model}, image guidance {scale:g}, text guidance {text:g}")
             place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{scale:g}_text_{text:g}"
+            check_folder(place, "--output")
             place.mkdir(parents=True, exist_ok=True)
             run = config.infer(model, scale, place)
             work = list(zip(jobs, output_paths(run, jobs), strict=True))

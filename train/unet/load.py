@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...encode.base.console import say
 from ...encode.base.errors import ModelError, SettingsError, TrainError, reason
-from ...encode.models.checkpoint import Checkpoint, download
+from ...encode.models.checkpoint import Checkpoint
+from ...encode.models.hub import fetch_pipeline
 from ..config import BaseModel, TrainConfig
 
 SMALL = 16  # side of latents, up to which the fused attention of CPUs loses in bfloat16 (docs/log.md)
@@ -51,7 +52,7 @@ def _non_ema(model: BaseModel) -> Path | None:
     if Path(name).exists():
         raise ModelError(f"--non_ema_revision {revision} belongs to Hub ids, {name} is a path: leave it out")
     without = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "feature_extractor", "image_encoder")
-    return download(name, revision, model.variant, model.cache_dir, without) / "unet"
+    return fetch_pipeline(name, revision, model.variant, model.cache_dir, without) / "unet"
 
 
 def choose_attention(unet: UNet2DConditionModel, device: torch.device, precision: str) -> None:

@@ -1,0 +1,50 @@
+"""What is fetched from the Hub: the parts that are needed of a pipeline, and one file of weights for each."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..base.errors import ModelError
+
+
+def is_place(name: str) -> bool:
+    """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
+    path, hub_id = Path(name), re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    return path.is_dir() or bool(hub_id and not path.exists())
+
+
+def fetch_pipeline(
+    name: str, revision: str | None, variant: str | None, cache_dir: Path | None = None, without: Sequence[str] = ()
+) -> Path:
+    """The folder of a pipeline, fetched but for the parts named in `without`; a ModelError where there is none."""
+    from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
+
+    options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
+    with _fetching(f"{name} is neither a folder nor a .safetensors file here", "--pretrained_model_name_or_path"):
+        return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(without)))
+
+
+def fetch_vae(name: str, variant: str | None, cache_dir: Path | None) -> Path:
+    """The folder of a VAE, or of a pipeline whose VAE alone was fetched; of its weight files the first that fits."""
+    with _fetching(f"the VAE {name} is neither a folder nor a file here", "--pretrained_vae_model_name_or_path"):
+        for infix in ([f".{variant}"] if variant else []) + [""]:
+            for suffix in ("safetensors", "bin"):
+                files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
+                patterns = [*files, *(f"vae/{file}" for file in files)]
+                folder = Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
+                if any(folder.glob(f"**/{files[1]}")):
+                    return folder
+    return folder
+
+
+@contextlib.contextmanager
+def _fetching(what: str, flag: str) -> Iterator[None]:
+    """Say what fails, and all of the Hub's answer, to which libraries may only point: it tells who may fetch what."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        answer = " ".join(str(error.__cause__ or error).split())
+        raise ModelError(f"{what}, nor a model that the Hub answers for: {answer} ({flag})") from None
