@@ -1,7 +1,9 @@
 """Loads InstructPix2Pix pipelines, and tells what is none."""
 
 import contextlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from ..encode.base.errors import EditError, reason
 from ..encode.models.checkpoint import find_device, is_place
 
+RUN_CHECKPOINT = r"(?:abandoned-)?checkpoint-(\d+)(?:-\d+)?"
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
 
 
@@ -34,12 +37,29 @@ def check_model(name: str, revision: str | None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
+    if how := of_unfinished(Path(name).resolve()):
+        raise EditError(f"{name} is no pipeline: {how}")
     with _readable(name):
         index: Any = DiffusionPipeline.load_config(name, revision=revision)
         unet: Any = {}
         if "unet" in index:
             unet = UNet2DConditionModel.load_config(name, subfolder="unet", revision=revision)
     check_kind(name, index.get("_class_name"), unet.get("in_channels"))
+
+
+def of_unfinished(folder: Path) -> str | None:
+    """How to make a pipeline of a checkpoint of ip2p-train, or of a run that was stopped; None if this is neither."""
+    if (folder / "model_index.json").exists():
+        return None
+    kinds = ((re.fullmatch(RUN_CHECKPOINT, path.name), path) for path in (folder, *folder.glob("checkpoint-*")))
+    found = [(int(kind[1]), path) for kind, path in kinds if kind and path.is_dir()]
+    if not found:
+        return None
+    step, checkpoint = max(found)
+    return (
+        f"`ip2p-train --config {checkpoint.parent}/train.yaml --resume_from_checkpoint {checkpoint} "
+        f"--max_train_steps {step} --output_dir A_NEW_FOLDER` makes one of what is trained so far"
+    )
 
 
 def check_kind(name: str, kind: str | None, channels: int | None) -> None:

@@ -207,7 +207,7 @@ def test_a_disk_without_locks_is_told_of_and_trained_on(
     with alone(tmp_path):
         assert "lies on a disk without locks" in capsys.readouterr().out
     code = errno.EIO
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(TrainError, match=f"--output_dir {tmp_path} cannot be written: Input/output"):
         alone(tmp_path).__enter__()
 
 
