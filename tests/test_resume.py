@@ -64,7 +64,7 @@ def go_on(sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 
 
 def refused(
-    capsys: pytest.CaptureFixture[str], train: Callable[..., None], *arguments: object, **changed: object
+    capsys: pytest.CaptureFixture[str], train: Callable[..., object], *arguments: object, **changed: object
 ) -> str:
     """The line that a command ends with, with status 2."""
     capsys.readouterr()
@@ -274,8 +274,11 @@ def test_what_cannot_edit_yet_says_which_command_makes_it_a_pipeline(
     tiny.picture(0).save(picture := tmp_path / "picture.png")
     for model, step in ((run / "checkpoint-6", 6), (run, 9)):
         line = refused(
-            capsys, infer, tiny.arguments({"model": model, "image": picture, "prompt": "x", "output": tmp_path})
+            capsys,
+            infer,
+            tiny.arguments({"model": model, "image": picture, "prompt": "x", "output": tmp_path / "edited"}),
         )
+        assert line.count("`") == 2, line
         command = line.split("`")[1].replace("A_NEW_FOLDER", str(tmp_path / f"made-{step}"))
         assert command.startswith("ip2p-train --config ")
         AcceleratorState._reset_state(reset_partial_state=True)

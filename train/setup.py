@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import secrets
 import socket
 import tempfile
@@ -14,10 +15,11 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
@@ -36,7 +38,7 @@ from .unet.weights import Precision, choose_precision
 PATIENCE = timedelta(days=1)
 SETTINGS = "train.yaml"
 # What lies in an output folder.
-FOLDERS = ("checkpoint-[0-9]*", "validation", "unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
+FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
 FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md")
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -56,10 +58,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
-    folders, tracker = (
-        prepare_folders(config),
-        None if config.watching.report_to == "none" else config.watching.report_to,
-    )
+    folders = prepare_folders(config)
+    tracker = None if config.watching.report_to == "none" else config.watching.report_to
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cuda = torch.cuda.is_available() and not on_cpu
     precision = choose_precision(config, cuda=cuda)
@@ -68,7 +68,9 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
     try:
-        if tracker and not filter_trackers([tracker], folders.logging_dir):  # accelerate would go on without it
+        # accelerate would go on without one that is not installed.
+        installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
+        if not (installed | {"all": any(installed.values())}).get(str(tracker), True):
             raise ValueError("no such tracker is installed: `pip install` its package, or give another one or none")
         accelerator = Accelerator(
             mixed_precision="no" if precision.copies else precision.name,
@@ -94,13 +96,11 @@ def prepare_folders(config: TrainConfig) -> ProjectConfiguration:
         with explained(SettingsError, f"--{flag} {folder} cannot be written", OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
-    for name in FOLDERS:
-        for path in output_dir.glob(name):
-            if not path.is_dir():
-                raise SettingsError(f"{path} is a file where a folder goes: move it away, or name another --output_dir")
-    for name in FILES:
-        if (path := output_dir / name).is_dir():
-            raise SettingsError(f"{path} is a folder where a file goes: move it away, or name another --output_dir")
+    for path in output_dir.iterdir():
+        wrong = "a folder where a file goes" if path.name in FILES and path.is_dir() else ""
+        wrong = "a file where a folder goes" if re.fullmatch(FOLDERS, path.name) and not path.is_dir() else wrong
+        if wrong:
+            raise SettingsError(f"{path} is {wrong}: move it away, or name another --output_dir")
     return ProjectConfiguration(str(output_dir), logging_dir=str(logs))
 
 
