@@ -96,8 +96,9 @@ def find(output_dir: Path, wanted: str | None) -> Path | None:
             "or name another --output_dir"
         )
     if wanted and not found:
-        names = ", ".join(sorted(path.name for path in output_dir.glob("*checkpoint-*"))) or "no checkpoint"
-        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds {names}")
+        names = sorted(path.name for path in output_dir.glob("*checkpoint-*") if path.suffix != INCOMPLETE)
+        holds = f"{output_dir} holds {', '.join(names) or 'no checkpoint'}"
+        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {holds}")
     return found
 
 
