@@ -1,6 +1,7 @@
 """Loads InstructPix2Pix pipelines, and tells what is none."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from huggingface_hub import hf_hub_download
 
 from ..encode.base.errors import EditError, ModelError, explained, reason
 from ..encode.models.checkpoint import Checkpoint, find_device, read_index
-from ..encode.models.hub import fetch_pipeline, is_place
+from ..encode.models.hub import fetch_pipeline, fetching, is_place
 from ..encode.models.parts import read_config
 from ..encode.models.weights import load_whole
 
+RUN_CHECKPOINT = r"(?:abandoned-)?checkpoint-(\d+)(?:-\d+)?"
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
 FORCE_ZEROS = "force_zeros_for_empty_prompt"
 
@@ -35,7 +37,9 @@ def load(
         wanted = dtype or ("float16" if device.type == "cuda" else "float32")
         precision = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
     with _as_edit_error():
-        checkpoint = Checkpoint(Path(name) if Path(name).is_dir() else fetch_pipeline(name, revision, variant), variant)
+        local = Path(name).is_dir()
+        place = Path(name) if local else fetch_pipeline(name, revision, variant, flag="--model")
+        checkpoint = Checkpoint(place, variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
         if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
             raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")
@@ -43,8 +47,9 @@ def load(
         parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
         parts["scheduler"] = checkpoint.scheduler()
         if index.get("safety_checker", [None])[-1]:
-            place = folder / "safety_checker"
-            parts["safety_checker"] = load_whole(StableDiffusionSafetyChecker, place, variant, precision)
+            parts["safety_checker"] = load_whole(
+                StableDiffusionSafetyChecker, folder / "safety_checker", variant, precision
+            )
     with explained(EditError, unloadable):
         return DiffusionPipeline.from_pretrained(folder, dtype=precision, variant=variant, **parts).to(device)
 
@@ -53,6 +58,8 @@ def check_model(name: str, revision: str | None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
+    if how := of_unfinished(Path(name).resolve()):
+        raise EditError(f"{name} is no pipeline: {how}")
     with _as_edit_error():
         index = read_index(_file(name, "model_index.json", revision).parent)
         unet: dict[str, Any] = {}
@@ -65,8 +72,23 @@ def _file(name: str, path: str, revision: str | None) -> Path:
     """A file of a model, in its folder or fetched from the Hub."""
     if Path(name).is_dir():
         return Path(name, path)
-    with explained(EditError, f"the model {name} cannot be loaded"):
+    with fetching(f"{name} is not a folder here", "--model"):
         return Path(hf_hub_download(name, path, revision=revision))
+
+
+def of_unfinished(folder: Path) -> str | None:
+    """How to make a pipeline of a checkpoint of ip2p-train, or of a run that was stopped; None if this is neither."""
+    if (folder / "model_index.json").exists():
+        return None
+    kinds = ((re.fullmatch(RUN_CHECKPOINT, path.name), path) for path in (folder, *folder.glob("checkpoint-*")))
+    found = [(int(kind[1]), path) for kind, path in kinds if kind and path.is_dir()]
+    if not found:
+        return None
+    step, checkpoint = max(found)
+    return (
+        f"`ip2p-train --config {checkpoint.parent}/train.yaml --resume_from_checkpoint {checkpoint} "
+        f"--max_train_steps {step} --output_dir A_NEW_FOLDER` makes one of what is trained so far"
+    )
 
 
 def check_kind(name: str, kind: str | None, channels: int | None) -> None:

@@ -26,6 +26,7 @@ FLOORS = """
     infer.batch
     infer.score  infer.ui
     infer.__main__
+    train.demands
     train.config
     train.objective
     train.data  train.unet

@@ -180,7 +180,7 @@ def test_one_process_writes_and_tidies_up(tmp_path: Path, parts: dict[str, Part 
 
 
 def test_checkpoints_of_later_steps_are_not_this_runs_to_delete(tmp_path: Path, parts: dict[str, Part | None]) -> None:
-    """Who goes back to an older checkpoint keeps what is saved from there on, and what was there."""
+    """However they came there: what is saved now is what stays."""
     for step in (500, 600, 700, 800):
         (tmp_path / f"checkpoint-{step}").mkdir()
     with Checkpoints(tmp_path, 2) as writer:
@@ -231,7 +231,7 @@ def test_a_file_holds_no_more_than_its_own_tensors(tmp_path: Path, parts: dict[s
 
 
 def test_what_was_saved_is_loaded_again(tmp_path: Path, parts: dict[str, Part | None]) -> None:
-    """Every part gets back what it gave; a scale that is not there stays, an average that is not there is told."""
+    """Every part gets back what it gave; a scale that an older version did not write stays, all else is missed."""
     with Checkpoints(tmp_path, 3) as writer:
         writer.save(1, parts)
     fresh: dict[str, Part | None] = {MODEL: Part(0), OPTIMIZER: Part(0), SCALE: Part(5)}
@@ -243,11 +243,8 @@ def test_what_was_saved_is_loaded_again(tmp_path: Path, parts: dict[str, Part | 
     assert torch.equal(optimizer.state["state"][0]["exp_avg"], saved[OPTIMIZER].state["state"][0]["exp_avg"])
     assert optimizer.state["param_groups"] == [{"lr": 0.1}]
     assert scale.state == 5
-    with pytest.raises(SettingsError, match="trained without --use_ema, leave that out"):
+    with pytest.raises(SettingsError, match=rf"{AVERAGE} is missing: .* without --use_ema: leave that out"):
         load(tmp_path / "checkpoint-1", {AVERAGE: Part(0)})
-    (tmp_path / "checkpoint-1" / MODEL).write_bytes(b"")
-    with pytest.raises(SettingsError, match=r"checkpoint-1 cannot be resumed from: ."):
-        load(tmp_path / "checkpoint-1", fresh)
 
 
 def test_copies_use_the_same_memory_again() -> None:

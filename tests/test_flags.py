@@ -77,13 +77,26 @@ REQUIRED = {
 }
 
 
+PICTURE = {"val_image_url_or_path": "x.png"}
+COMPANIONS = dict.fromkeys(("num_validation_images", "validation_steps", "validation_epochs"), PICTURE) | {
+    "val_image_url": {},
+    "val_image_url_or_path": {},
+    "validation_prompt": PICTURE,
+}
+"""Flags of training that act beside others alone; each of them goes with a prompt."""
+
+
 def read(command: str, flag: str, value: str | None) -> EncodeConfig | TrainConfig:
     """The configuration of a command that is given one flag beside those that it needs."""
     required = dict(REQUIRED[command])
+    if command == "train" and flag in COMPANIONS:
+        required |= {"validation_prompt": "make it snowy"} | COMPANIONS[flag]
+    if (command, flag) == ("train", "hub_token"):
+        required["push_to_hub"] = ""
     required.pop(flag, None)
     if flag == "train_data_dir":
         required.pop("dataset_name", None)
-    arguments = [part for name, given in required.items() for part in (f"--{name}", given)]
+    arguments = [part for name, given in required.items() for part in (f"--{name}", given) if part]
     arguments.append(f"--{flag}" if value is None else f"--{flag}={value}")
     if command == "encode":
         return parse(EncodeConfig, arguments, "ip2p-encode", REFUSED)

@@ -68,7 +68,8 @@ def test_an_epoch_of_two_caches_is_every_sample_of_both_once(
     assert come_from(batches, other).sum() == 6
     assert len(np.unique(batches[come_from(batches, other)].flatten(1).numpy(), axis=0)) == 6
     assert yaml.safe_load((tmp_path / "train.yaml").read_text())["cache"] == [str(cache), str(other)]
-    names = [json.loads((folder / "manifest.json").read_text())["dataset"]["name"] for folder in (cache, other)]
+    places = [json.loads((folder / "manifest.json").read_text())["dataset"]["name"] for folder in (cache, other)]
+    names = [Path(place).name for place in places]
     assert f"16 samples of {names[0]} and {names[1]} at 16 px" in (tmp_path / "README.md").read_text()
 
 

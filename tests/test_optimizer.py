@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 import tiny
+from ip2p.encode.base.errors import SettingsError
 from ip2p.train.unet import update as module
 from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
 from ip2p.train.unet.weights import Average, Weights
@@ -144,7 +145,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
     """AdamW in 8 bits keeps its moments under other names."""
     weights = Weights(tiny.unet(8))
     update = Update(weights, adamw(weights.masters), 1.0)
-    with pytest.raises(ValueError, match="trained with --use_8bit_adam: go on in the same way"):
+    with pytest.raises(SettingsError, match="trained with --use_8bit_adam: go on in the same way"):
         update.load_state_dict({"state": {0: {"step": 1, "state1": torch.zeros(1)}}, "param_groups": []})
 
 

@@ -1,6 +1,7 @@
 """Tests of train/setup.py: what flags and machine say before anything is loaded."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -15,16 +16,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
 
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError, TrainError
 from ip2p.train import setup
 from ip2p.train.__main__ import main
-from ip2p.train.config import TrainConfig
+from ip2p.train.config import TrainConfig, Watching
 from ip2p.train.save import resume
 from ip2p.train.save.resume import agreed_checkpoint
 from ip2p.train.setup import advise, alone, make_accelerator
 from ip2p.train.unet.weights import Precision, choose_precision
+from ip2p.train.watch.metrics import Metrics
 from test_train import flags
 
 
@@ -169,6 +173,91 @@ def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.Mon
     assert "leave 120 s" in "".join(advise(cpu, Precision("no", copies=False)))
 
 
+@pytest.mark.parametrize("report_to", ["wandb", "all"])
+def test_a_tracker_that_is_not_installed_stops_the_run(
+    config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, report_to: str
+) -> None:
+    """accelerate would warn and train untracked."""
+    monkeypatch.setattr(setup, "get_available_trackers", list)
+    with pytest.raises(SettingsError, match=rf"no such tracker is installed: .*--report_to {report_to}\)"):
+        make_accelerator(dataclasses.replace(config(), watching=Watching(report_to=report_to)))
+
+
+@pytest.mark.parametrize(
+    ("taken", "what", "answer"),
+    [
+        ("out", "file", "--output_dir {out} cannot be written: [Errno 17] File exists: '{out}'"),
+        ("", "file", "--output_dir {out} cannot be written: [Errno 20] Not a directory: '{out}'"),
+        ("out/logs", "file", "--logging_dir {out}/logs cannot be written: [Errno 17] File exists: '{out}/logs'"),
+        ("out/checkpoint-7", "file", "{out}/checkpoint-7 is a file where a folder goes: move it away, or name another"),
+        ("out/unet", "file", "{out}/unet is a file where a folder goes: move it away, or name another --output_dir"),
+        ("out/metrics.jsonl", "folder", "{out}/metrics.jsonl is a folder where a file goes: move it away, or name"),
+        (
+            "out/.lock",
+            "folder",
+            "{out}/.lock is a folder where a file goes: move it away, or name another --output_dir",
+        ),
+        ("out", "read-only", "--output_dir {out} cannot be written: [Errno 30] Read-only file system"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_before_any_work(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    taken: str,
+    what: str,
+    answer: str,
+) -> None:
+    """A file where a folder goes, a folder where a file goes, a disk that is read-only: one line, nothing is opened."""
+    place = tmp_path / "run" / taken
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if what == "file":
+        place.touch()
+    else:
+        place.mkdir()
+    if what == "read-only":
+
+        def refuse(**_: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("ip2p.train.run.open_caches", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(flags(tmp_path / "model", tmp_path / "cache", tmp_path / "run" / "out", report_to="tensorboard"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ip2p-train: {answer.format(out=tmp_path / 'run' / 'out')}")
+
+
+def test_what_cannot_be_written_any_more_is_a_line(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that fills up under the metrics or the pipeline ends the run; its checkpoints are gone on with."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def step(self: Metrics, *rest: Any, original: Callable[..., None] = Metrics.step) -> None:
+        self.file = tmp_path  # which is no file
+        original(self, *rest)
+
+    for place, change, answer in (
+        (Metrics, ("step", step), "cannot be written: [Errno 21] Is a directory"),
+        (
+            DiffusionPipeline,
+            ("save_pretrained", full),
+            f"no pipeline can be written to {tmp_path}/out: [Errno 28] No space",
+        ),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, *change)
+            with pytest.raises(SystemExit, match="2"):
+                main(flags(sd, cache, tmp_path / "out", max_train_steps=2, resume_from_checkpoint="auto"))
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert answer in line
+        assert "--resume_from_checkpoint latest" in line
+
+
 HOLD = """
 import sys
 from pathlib import Path
@@ -207,7 +296,7 @@ def test_a_disk_without_locks_is_told_of_and_trained_on(
     with alone(tmp_path):
         assert "lies on a disk without locks" in capsys.readouterr().out
     code = errno.EIO
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(TrainError, match=f"--output_dir {tmp_path} cannot be written: Input/output"):
         alone(tmp_path).__enter__()
 
 

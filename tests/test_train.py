@@ -40,7 +40,10 @@ FLAGS = {
 def flags(model: Path, cache: Path | tuple[Path, ...], output: Path, **changed: object) -> list[str]:
     """The command line of a run; `changed` flags come on top of those above."""
     paths = {"pretrained_model_name_or_path": model, "cache": cache, "output_dir": output}
-    return tiny.arguments(paths | FLAGS | changed)
+    given = paths | FLAGS | changed
+    if given["lr_scheduler"] == "constant":
+        del given["lr_warmup_steps"]
+    return tiny.arguments(given)
 
 
 KILL_AT_STEP_12 = """

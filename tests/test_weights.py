@@ -18,6 +18,7 @@ from torch import Tensor
 import tiny
 from ip2p.train import setup
 from ip2p.train.__main__ import main
+from ip2p.train.unet.fit import Misfit
 from ip2p.train.unet.load import widen
 from ip2p.train.unet.weights import Average, Precision, Weights
 from test_train import assert_same, flags, states, unet_file
@@ -109,10 +110,12 @@ def test_a_checkpoint_is_read_into_masters_and_copies_and_must_fit() -> None:
     state = {name: torch.full_like(master, 2.0) for name, master in weights.state_dict().items()}
     weights.load_state_dict(state)
     assert all((weight == 2).all() for weight in (*weights.masters, *unet.parameters()))
-    with pytest.raises(RuntimeError, match=r"conv_in\.bias has shape"):
+    with pytest.raises(Misfit, match=r"holds conv_in\.bias in shape \(1,\), expected \(8,\)"):
         weights.load_state_dict(state | {"conv_in.bias": torch.ones(1)})
+    with pytest.raises(Misfit, match=r"holds extra, which this UNet lacks"):
+        weights.load_state_dict(state | {"extra": torch.ones(1)})
     del state["conv_in.bias"]
-    with pytest.raises(KeyError, match=r"conv_in\.bias"):
+    with pytest.raises(Misfit, match=r"lacks conv_in\.bias"):
         weights.load_state_dict(state)
 
 

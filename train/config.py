@@ -8,6 +8,7 @@ from typing import Literal
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
 from ..encode.config import PER_SAMPLE, EncodeConfig, Model
+from .demands import check
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -89,17 +90,13 @@ class Optimizer:
     use_8bit_adam: bool = False
     """Keep Adam's moments in 8 bits; needs bitsandbytes."""
     max_grad_norm: Amount = 1.0
-    """Norm to which gradients are clipped."""
+    """Norm to which gradients are clipped; `inf` leaves them."""
     use_ema: bool = False
     """Average the weights over time, and save the average."""
     ema_decay: float = 0.9999
     """Largest decay of the average; early on it is (1 + step) / (10 + step)."""
     ema_steps: Count = 1
     """Optimizer steps from one update of the average to the next."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay <= 1:
-            raise SettingsError(f"--ema_decay {self.ema_decay}: expected a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +156,8 @@ class Saving:
     checkpoints_total_limit: Whole = 3
     """Keep only this many checkpoints, the newest; 0 keeps all."""
     resume_from_checkpoint: str | None = None
-    """Continue from a checkpoint folder, or from the newest one with `latest`; `auto` starts anew if there is none."""
+    """Continue from a checkpoint folder, or from the newest one with `latest`; `auto` starts anew if there is none.
+    With no more --max_train_steps than it has, a pipeline is made of it, in another --output_dir if you like."""
     push_to_hub: bool = False
     """Upload the finished pipeline to the Hub."""
     hub_model_id: str | None = None
@@ -189,7 +187,7 @@ class Watching:
     report_to: str = "tensorboard"
     """Tracker: tensorboard, wandb, comet_ml, all or none. OUTPUT_DIR/metrics.jsonl is written in any case."""
     logging_dir: str = "logs"
-    """Folder of the tracker, inside the output folder."""
+    """Folder of tensorboard's files, inside the output folder."""
     logging_steps: Count = 10
     """Optimizer steps over which the reported loss is averaged."""
 
@@ -211,6 +209,9 @@ class TrainConfig:
     objective: Objective = Objective()
     machine: Machine = Machine()
     watching: Watching = Watching()
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def refused() -> dict[str, str]:

@@ -19,10 +19,10 @@ from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
 from .data.samples import Samples, hold_out
 from .objective import Objective, noise_scheduler
-from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, SCHEDULE, Checkpoints, Parts
+from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, push, write_card
-from .save.resume import Progress, resume
-from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config
+from .save.resume import Progress, go_on, resume
+from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
 from .unet.update import make_update
 from .unet.weights import Precision
@@ -82,22 +82,26 @@ class Run:
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
         self.total = config.steps.max_train_steps or math.ceil(config.steps.num_train_epochs * self.per_epoch)
-        warmup, name = config.optimizer.lr_warmup_steps, config.optimizer.lr_scheduler
-        self.lr_scheduler: Any = get_scheduler(name, self.update.optimizer, None, warmup, self.total)
         self.unet: Any = accelerator.prepare(unet)
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
         self.progress = Progress(manifest["identity"] | manifest["encoding"], agreed_seed(config))
-        resume(config, accelerator, self.state)
-        save_config(config, self.progress.seed, accelerator)
+        self.progress.files = [name for name, part in self.state.items() if part]
+        self.origin = resume(config, accelerator, self.state)
+        # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
+        flags, step = config.optimizer, self.progress.step
+        for group in self.update.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        self.lr_scheduler: Any = get_scheduler(
+            flags.lr_scheduler, self.update.optimizer, None, flags.lr_warmup_steps, self.total, last_epoch=step - 1
+        )
 
     @property
     def state(self) -> Parts:
         """All that a checkpoint holds."""
-        update, schedule = self.update, self.lr_scheduler
-        parts: Parts = {PROGRESS: self.progress, MODEL: update.weights, OPTIMIZER: update, SCHEDULE: schedule}
-        return parts | {AVERAGE: update.average, SCALE: update.scale}
+        parts: Parts = {PROGRESS: self.progress, MODEL: self.update.weights, OPTIMIZER: self.update}
+        return parts | {AVERAGE: self.update.average, SCALE: self.update.scale}
 
     def due(self, every: int) -> bool:
         """Whether it is the turn of what is done every so many steps and after the last one; never for 0."""
@@ -106,8 +110,11 @@ class Run:
     def fit(self) -> int:
         """Train until the last step, or until a signal asks to stop; returns that signal, or 0."""
         config, accelerator, progress, device = self.config, self.accelerator, self.progress, self.accelerator.device
-        if config.machine.compile:
+        if config.machine.compile and progress.step < self.total:
             self.check_compiled()
+        self.begin()
+        if progress.step >= self.total:
+            return 0
         size, rank, processes = config.steps.train_batch_size, accelerator.process_index, accelerator.num_processes
         order = make_order(config, self.samples, progress.seed)
         start, stride = progress.samples + rank * size, processes * size
@@ -134,6 +141,19 @@ class Run:
             accelerator.wait_for_everyone()  # a launcher kills the others when the first process is gone
         return signal if progress.step < self.total else 0
 
+    def begin(self) -> None:
+        """Let the output folder and the trackers tell of this run, now that nothing but its steps can fail."""
+        config, folder, step = self.config, self.config.saving.output_dir, self.progress.step
+        trains = step < self.total
+        if self.accelerator.is_main_process:
+            if self.origin and (trains or not checkpoints(folder)):
+                go_on(folder, self.origin, step)
+            save_config(config, self.progress.seed)
+            if trains:
+                track(config, self.progress.seed, step, self.accelerator)
+        if not trains:
+            say(f"nothing is trained: {self.origin} has {step:,} steps, and {self.total:,} are asked for in all")
+
     def step(self, batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
         """Take one optimizer step: loss, norm of the gradients, 1 if it was skipped, else 0; all on the device."""
         config, accelerator, progress = self.config, self.accelerator, self.progress
@@ -157,7 +177,7 @@ class Run:
         unet: Any = self.accelerator.unwrap_model(self.unet)
         self.update.weights.finish(self.update.average)
         export(unet, self.objective.scheduler, self.base, caches[0].manifest["encoding"]["resolution"], folder)
-        write_card(config, caches, self.progress.step, self.progress.samples)
+        write_card(config, caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")
         if config.saving.push_to_hub:
             say(f"uploaded to {push(config)}")

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import errno
 import os
+import re
 import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -13,16 +15,18 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
 )
 
 from ..encode.base.console import say
-from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError
+from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError, explained
 from ..encode.base.flags import dump
 from ..encode.cache.format import Cache, differences
 from ..encode.cache.writer import locked
@@ -32,6 +36,10 @@ from .config import TrainConfig
 from .unet.weights import Precision, choose_precision
 
 PATIENCE = timedelta(days=1)
+SETTINGS = "train.yaml"
+# What lies in an output folder.
+FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
+FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md")
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
@@ -50,9 +58,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
-    output_dir = config.saving.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folders = ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / config.watching.logging_dir))
+    folders = prepare_folders(config)
     tracker = None if config.watching.report_to == "none" else config.watching.report_to
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cuda = torch.cuda.is_available() and not on_cpu
@@ -62,6 +68,10 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
     try:
+        # accelerate would go on without one that is not installed.
+        installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
+        if not (installed | {"all": any(installed.values())}).get(str(tracker), True):
+            raise ValueError("no such tracker is installed: `pip install` its package, or give another one or none")
         accelerator = Accelerator(
             mixed_precision="no" if precision.copies else precision.name,
             log_with=tracker,
@@ -75,6 +85,23 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         flags = f"--mixed_precision {config.machine.mixed_precision}, --report_to {tracker}"
         raise SettingsError(f"{error} ({flags})") from None
     return accelerator, precision
+
+
+def prepare_folders(config: TrainConfig) -> ProjectConfiguration:
+    """Make the output folder and that of the tracker; raises SettingsError where results could not be written there."""
+    output_dir = config.saving.output_dir
+    logs = output_dir / config.watching.logging_dir
+    places = {"output_dir": output_dir} | ({"logging_dir": logs} if config.watching.report_to != "none" else {})
+    for flag, folder in places.items():
+        with explained(SettingsError, f"--{flag} {folder} cannot be written", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+    for path in output_dir.iterdir():
+        wrong = "a folder where a file goes" if path.name in FILES and path.is_dir() else ""
+        wrong = "a file where a folder goes" if re.fullmatch(FOLDERS, path.name) and not path.is_dir() else wrong
+        if wrong:
+            raise SettingsError(f"{path} is {wrong}: move it away, or name another --output_dir")
+    return ProjectConfiguration(str(output_dir), logging_dir=str(logs))
 
 
 def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
@@ -149,13 +176,19 @@ def agreed_seed(config: TrainConfig) -> int:
     return seed[0]
 
 
-def save_config(config: TrainConfig, seed: int, accelerator: Accelerator) -> None:
-    """Keep the resolved configuration beside the results, where `--config` can read it, and tell the trackers."""
-    if accelerator.is_main_process:
-        settings = dump(config) | {"seed": seed}
-        text = yaml.safe_dump(settings, sort_keys=False)
-        (config.saving.output_dir / "train.yaml").write_text(text, encoding="utf-8")
-        accelerator.init_trackers("ip2p", {name: str(value) for name, value in settings.items()})
+def save_config(config: TrainConfig, seed: int) -> None:
+    """Keep the resolved configuration beside the results, where `--config` can read it; TrainError: it cannot."""
+    file, text = config.saving.output_dir / SETTINGS, yaml.safe_dump(dump(config) | {"seed": seed}, sort_keys=False)
+    with explained(TrainError, f"{file} cannot be written", OSError):
+        file.write_text(text, encoding="utf-8")
+
+
+def track(config: TrainConfig, seed: int, step: int, accelerator: Accelerator) -> None:
+    """Let the trackers go on from a step. What tensorboard holds beyond it is of a branch that was left; the others
+    begin a run of their own each time, with the steps that it takes."""
+    settings = {name: str(value) for name, value in (dump(config) | {"seed": seed}).items()}
+    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    accelerator.init_trackers("ip2p", settings, options)
 
 
 @contextlib.contextmanager
@@ -173,7 +206,7 @@ def alone(output_dir: Path) -> Iterator[None]:
         raise TrainError(f"{used}: wait for it, stop it, or name another folder") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise
+            raise TrainError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
         say(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
     with held:
         yield

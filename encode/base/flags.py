@@ -150,7 +150,7 @@ def _flags_in(path: str) -> Iterator[str]:
             yield f"--{name}" if value == "true" else f"--no_{name}"
         elif value not in ("null", "", []):
             yield f"--{name}"
-            yield from value if isinstance(value, list) else [value]
+            yield from ("inf" if item == ".inf" else item for item in (value if isinstance(value, list) else [value]))
 
 
 def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:

@@ -17,19 +17,25 @@ def is_place(name: str) -> bool:
 
 
 def fetch_pipeline(
-    name: str, revision: str | None, variant: str | None, cache_dir: Path | None = None, without: Sequence[str] = ()
+    name: str,
+    revision: str | None,
+    variant: str | None,
+    cache_dir: Path | None = None,
+    without: Sequence[str] = (),
+    flag: str = "--pretrained_model_name_or_path",
 ) -> Path:
     """The folder of a pipeline, fetched but for the parts named in `without`; a ModelError where there is none."""
     from diffusers import DiffusionPipeline  # seconds to import, and needed for downloads alone
 
     options = {"revision": revision, "variant": variant, "cache_dir": cache_dir}
-    with _fetching(f"{name} is neither a folder nor a .safetensors file here", "--pretrained_model_name_or_path"):
+    with fetching(f"{name} is neither a folder nor a .safetensors file here", flag):
         return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(without)))
 
 
 def fetch_vae(name: str, variant: str | None, cache_dir: Path | None) -> Path:
     """The folder of a VAE, or of a pipeline whose VAE alone was fetched; of its weight files the first that fits."""
-    with _fetching(f"the VAE {name} is neither a folder nor a file here", "--pretrained_vae_model_name_or_path"):
+    folder = Path()
+    with fetching(f"the VAE {name} is neither a folder nor a file here", "--pretrained_vae_model_name_or_path"):
         for infix in ([f".{variant}"] if variant else []) + [""]:
             for suffix in ("safetensors", "bin"):
                 files = ["config.json", f"diffusion_pytorch_model{infix}.{suffix}"]
@@ -41,7 +47,7 @@ def fetch_vae(name: str, variant: str | None, cache_dir: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _fetching(what: str, flag: str) -> Iterator[None]:
+def fetching(what: str, flag: str) -> Iterator[None]:
     """Say what fails, and all of the Hub's answer, to which libraries may only point: it tells who may fetch what."""
     try:
         yield

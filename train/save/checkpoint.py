@@ -24,7 +24,7 @@ from ...encode.base.files import sync
 INCOMPLETE = ".incomplete"
 # One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
 MODEL, OPTIMIZER, SCALE = "model.safetensors", "optimizer.bin", "scaler.pt"
-PROGRESS, SCHEDULE, AVERAGE = (f"custom_checkpoint_{number}.pkl" for number in range(3))
+PROGRESS, AVERAGE = "custom_checkpoint_0.pkl", "custom_checkpoint_2.pkl"
 # What a checkpoint keeps, by the name of the file: all that has `state_dict` and `load_state_dict`; None is left out.
 Parts = Mapping[str, Any]
 ALIGNMENT = 64  # bytes, of a copy in memory
@@ -101,7 +101,7 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync(self.output_dir)
-            # Those of later steps are of a run that was gone back on: not this one's to delete.
+            # Whatever has a later step is not this run's to delete.
             older = [old for number, old in checkpoints(self.output_dir) if number <= step]
             for old in older[: -self.limit if self.limit else 0]:
                 shutil.rmtree(old, ignore_errors=True)  # what is good is safe by now, and that is what counts
@@ -131,9 +131,20 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints, oldest first, as (step, folder)."""
+    """Complete checkpoints of the branch that is trained, oldest first, as (step, folder)."""
     found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
     return sorted((int(match[1]), output_dir / match[0]) for match in found if match)
+
+
+def abandon(folder: Path) -> Path:
+    """Rename a checkpoint to `abandoned-checkpoint-N`; if that is there, with a number. Gives its folder."""
+    path, number = folder.with_name(f"abandoned-{folder.name}"), 1
+    while path.exists():
+        number += 1
+        path = folder.with_name(f"abandoned-{folder.name}-{number}")
+    folder.rename(path)
+    sync(path.parent)
+    return path
 
 
 class HostCopies:

@@ -1,6 +1,7 @@
 """What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, its card, and an upload."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from diffusers import (
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
-from ...encode.base.errors import TrainError, reason
+from ...encode.base.errors import TrainError, explained
 from ...encode.base.flags import dump
 from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import dtype_of
 from ..config import TrainConfig
+from .resume import METRICS, Progress, history, pictures
 
 TEXT = """---
 {header}
@@ -64,9 +66,15 @@ pipeline("make it snowy", image, num_inference_steps=20, image_guidance_scale=1.
 def export(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, resolution: int, output_dir: Path
 ) -> None:
-    """Save the finished pipeline, its frozen parts in the precision in which they were found."""
+    """Save the finished pipeline, its frozen parts in the precision in which they were found.
+
+    Raises TrainError where it cannot be written.
+    """
     unet.register_to_config(sample_size=resolution // checkpoint.vae_scale_factor)
-    make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint)).save_pretrained(output_dir)
+    pipeline = make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint))
+    hint = ": make space and repeat with --resume_from_checkpoint latest, the training is done"
+    with explained(TrainError, f"no pipeline can be written to {output_dir}", hint=hint):
+        pipeline.save_pretrained(output_dir)
 
 
 def make_pipeline(
@@ -95,37 +103,49 @@ def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
     return {name: dtype_of(folder, checkpoint.variant) for name, folder in folders.items()}
 
 
-def write_card(config: TrainConfig, caches: Sequence[Cache], steps: int, seen: int) -> None:
-    """Write README.md into the output folder: data, cache identity, settings, losses, pictures."""
+def write_card(config: TrainConfig, caches: Sequence[Cache], progress: Progress) -> None:
+    """Write README.md into the output folder: data, cache identity, settings, losses, pictures; places by name alone.
+
+    Raises TrainError where it cannot be written.
+    """
     manifest, saving = caches[0].manifest, config.saving  # the others agree with it in all that is not summed up here
     base, last = config.model.pretrained_model_name_or_path, dict[str, float]()
-    for line in (saving.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        last |= json.loads(line)
+    for line in history(saving.output_dir / METRICS, progress.step):
+        last |= line
     header = ModelCardData(
-        base_model=base,
+        base_model=base if named(base) == base else None,  # the Hub knows ids alone, and refuses others
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "image-to-image"],
     )
-    drawn = sorted((saving.output_dir / "validation").glob("*.png"))
+    drawn = [path for step, path in pictures(saving.output_dir) if step <= progress.step]
     text = TEXT.format(
         header=header.to_yaml(),
-        name=saving.hub_model_id or saving.output_dir.name,
+        name=saving.hub_model_id or saving.output_dir.resolve().name,
         ip2p=manifest["ip2p"],
-        base=base,
+        base=named(base),
         pipeline=json.loads((saving.output_dir / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
         pictures=f"\n![Validation pictures](validation/{drawn[-1].name})\n" if drawn else "",
         samples=sum(cache.manifest["counts"]["ok"] for cache in caches),
-        datasets=" and ".join(dict.fromkeys(cache.manifest["dataset"]["name"] for cache in caches)),
+        datasets=" and ".join(dict.fromkeys(str(named(cache.manifest["dataset"]["name"])) for cache in caches)),
         encoding=manifest["encoding"],
         views=", ".join(dict.fromkeys(view for cache in caches for view in cache.views)),
-        steps=steps,
-        seen=seen,
+        steps=progress.step,
+        seen=progress.samples,
         identity=table(manifest["identity"]),
         losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name}),
-        settings=table(dump(config)),
+        settings=table({name: named(value) for name, value in dump(config).items()}),
     )
-    ModelCard(text).save(saving.output_dir / "README.md")
+    with explained(TrainError, f"{saving.output_dir}/README.md cannot be written", OSError):
+        ModelCard(text).save(saving.output_dir / "README.md")
+
+
+def named(value: Any) -> Any:
+    """A value as a card shows it: the name of what lies on this machine instead of its place, all else as it is."""
+    if isinstance(value, list):
+        return [named(item) for item in value]
+    local = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return Path(value).resolve().name if local else value
 
 
 def table(values: Mapping[str, Any]) -> str:
@@ -143,11 +163,12 @@ def push(config: TrainConfig) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Trained with ip2p",
-            ignore_patterns=["checkpoint-*", f"{config.watching.logging_dir}/*", ".lock"],
+            ignore_patterns=["*checkpoint-*", f"{config.watching.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TrainError(
-            f"--push_to_hub {name}: {reason(error)}; the pipeline is in {folder}: mend --hub_token or --hub_model_id "
-            "and repeat with --resume_from_checkpoint latest"
+            f"--push_to_hub {name}: {' '.join(str(error).split())}\n"
+            f"The pipeline is in {folder}: mend that (perhaps --hub_token or --hub_model_id) and repeat with "
+            "--resume_from_checkpoint latest"
         ) from None
     return repository

@@ -1,20 +1,29 @@
-"""A run that goes on: from which checkpoint, and what comes back from it."""
+"""A run that goes on: from which checkpoint, what comes back from it, and what becomes of a branch that is left."""
 
+import contextlib
 import dataclasses
-from functools import partial
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ...encode.base.errors import CacheMismatch, SettingsError, reason
+from ...encode.base.console import say
+from ...encode.base.errors import CacheMismatch, SettingsError, TrainError, explained
+from ...encode.base.files import whole
 from ...encode.cache.format import differences
 from ..config import TrainConfig
-from .checkpoint import AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, checkpoints
+from ..unet.fit import Misfit, fit
+from .checkpoint import AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints
+
+METRICS = "metrics.jsonl"
 
 
 @dataclasses.dataclass
@@ -25,27 +34,31 @@ class Progress:
     seed: int
     step: int = 0  # optimizer steps
     samples: int = 0  # seen by all processes: the position in the endless sequence
+    files: list[str] = dataclasses.field(default_factory=list)  # that its checkpoints consist of
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, unless it was on another cache."""
+        """Go on from there; Misfit: something is missing, CacheMismatch: it was on another cache."""
+        fit(state, {"cache": {}, "seed": 0, "step": 0, "samples": 0})
         if lines := differences(state, vars(self), ["cache"], ("in the checkpoint", "in --cache")):
             raise CacheMismatch("the checkpoint was trained on another cache: give that one\n" + "\n".join(lines))
-        vars(self).update(state)
+        self.seed, self.step, self.samples = state["seed"], state["step"], state["samples"]
 
 
-def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> None:
-    """Go on from the checkpoint that the flags ask for, if they do.
+def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> Path | None:
+    """Go on from the checkpoint that the flags ask for, if they do, and return its folder.
 
-    Raises SettingsError if there is none or it is of another run, CacheMismatch if it is of another cache.
+    Raises SettingsError if there is none, or it is damaged or of another run, CacheMismatch if it is of another cache.
     """
-    if folder := agreed_checkpoint(config, accelerator):
+    folder = agreed_checkpoint(config, accelerator)
+    if folder:
         load(folder, parts)
         seed = parts[PROGRESS].seed
         if config.steps.seed not in (None, seed):
             raise SettingsError(f"--seed {config.steps.seed}: {folder} was trained with seed {seed}, leave it out")
+    return folder
 
 
 def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -63,39 +76,120 @@ def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | N
 
 
 def find(output_dir: Path, wanted: str | None) -> Path | None:
-    """The checkpoint to resume from: by path or name, the newest for `latest` and `auto`, or None to start anew.
+    """The checkpoint to resume from, or None to start anew.
+
+    It is known by its path or name; by the folder that it lies in, of whose checkpoints the newest is taken; as the
+    newest one here by `latest` and `auto`.
 
     Raises SettingsError: there is no such checkpoint; or there are some, and nobody said what shall become of them.
     """
     there = checkpoints(output_dir)
-    if wanted in ("latest", "auto") and there:
-        return there[-1][1]
-    if wanted == "latest":
-        raise SettingsError(f"--resume_from_checkpoint latest: {output_dir} holds no checkpoint")
-    if wanted and wanted != "auto":
-        for path in (Path(wanted), output_dir / wanted):
-            if path.is_dir() and not path.name.endswith(INCOMPLETE):
-                return path
-        names = ", ".join(path.name for _, path in there) or "none"
-        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {output_dir} holds {names}")
-    if there:
+    newest = there[-1][1] if there else None
+    if wanted == "auto" or (wanted == "latest" and newest):
+        return newest
+    places = [Path(wanted), output_dir / wanted] if wanted and wanted != "latest" else []
+    place = next((path for path in places if path.is_dir() and not path.name.endswith(INCOMPLETE)), None)
+    found = inside[-1][1] if place and (inside := checkpoints(place)) else place
+    if newest and (not wanted or (found and not found.parent.samefile(output_dir))):
         raise SettingsError(
-            f"{output_dir} holds {there[-1][1].name} already: continue with --resume_from_checkpoint latest, "
+            f"{output_dir} holds {newest.name} already: continue with --resume_from_checkpoint latest, "
             "or name another --output_dir"
         )
-    return None
+    if wanted and not found:
+        names = sorted(path.name for path in output_dir.glob("*checkpoint-*") if path.suffix != INCOMPLETE)
+        holds = f"{output_dir} holds {', '.join(names) or 'no checkpoint'}"
+        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {holds}")
+    return found
 
 
 def load(folder: Path, parts: Parts) -> None:
-    """Load a checkpoint into the parts of a run; raises as `resume` does."""
+    """Load a checkpoint into the parts of a run; raises as `resume` does.
+
+    Nothing else reads one. What it consists of is written in it, since a run may do without an average, or without a
+    scale of its loss; older versions did not write that.
+    """
+    written = [name for name in parts if name != SCALE]
+    for name, part in parts.items():
+        file = folder / name
+        if part and (name in written or file.is_file()):
+            with _usable(file):
+                part.load_state_dict(state := _read(file))
+            written = state.get("files", written) if name == PROGRESS else written
+        elif name == AVERAGE and part:
+            say(f"{folder.name} was trained without --use_ema: the average begins with its weights")
+            part.load_state_dict({"optimization_step": 0, "shadow_params": parts[MODEL].masters})
+        elif name == AVERAGE and file.is_file():
+            say(f"{folder.name} was trained with --use_ema: without it, its average of the weights ends here")
+
+
+def _read(file: Path) -> Any:
+    """What a file of a checkpoint holds; Misfit where it cannot be read."""
     try:
-        for name, part in parts.items():
-            file = folder / name
-            if part is None or (name == SCALE and not file.is_file()):  # trained in another precision so far
-                continue
-            if name == AVERAGE and not file.is_file():
-                raise SettingsError(f"{folder} holds no average: it was trained without --use_ema, leave that out")
-            read = load_file if name == MODEL else partial(torch.load, map_location="cpu", weights_only=True, mmap=True)
-            part.load_state_dict(read(file))
-    except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-        raise SettingsError(f"{folder} cannot be resumed from: {reason(error)}") from None
+        return load_file(file) if file.name == MODEL else torch.load(file, "cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise Misfit("is missing") from None
+    except OSError as error:
+        raise Misfit(f"cannot be read ({error.strerror or error})") from None
+    except Exception:  # whatever is wrong with it; what the libraries say of that would mislead
+        kind = "safetensors" if file.name == MODEL else "torch.save"
+        raise Misfit(f"cannot be read: its {file.stat().st_size:,} bytes are no whole file of {kind}") from None
+
+
+@contextlib.contextmanager
+def _usable(file: Path) -> Iterator[None]:
+    """Say of a file that does not fit what mends it: the checkpoint before this one."""
+    try:
+        yield
+    except Misfit as problem:
+        own = re.fullmatch(r"checkpoint-(\d+)", file.parent.name)
+        before = [path for step, path in checkpoints(file.parent.parent) if own and step < int(own[1])]
+        mend = (
+            f"resume from the one before, --resume_from_checkpoint {before[-1]}" if before else "there is none before"
+        )
+        without = " (or the run was trained without --use_ema: leave that out)" if file.name == AVERAGE else ""
+        raise SettingsError(f"{file} {problem}: that checkpoint is damaged{without}; {mend}") from None
+    except SettingsError as error:
+        raise SettingsError(f"{file.parent}: {error}") from None
+    except CacheMismatch as error:
+        raise CacheMismatch(f"{file}: {error}") from None
+
+
+def history(file: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to a step, without what a kill tore; none if there is no such file."""
+    lines = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and line.get("step", math.inf) <= step]
+
+
+def pictures(output_dir: Path) -> list[tuple[int, Path]]:
+    """Validation pictures of a run, oldest first, as (step, file)."""
+    found = (re.fullmatch(r"step-(\d+)\.png", path.name) for path in output_dir.glob("validation/step-*"))
+    return sorted((int(match[1]), output_dir / "validation" / match[0]) for match in found if match)
+
+
+def go_on(output_dir: Path, origin: Path, step: int) -> None:
+    """Let an output folder tell of the branch that goes on from a checkpoint alone; raises TrainError.
+
+    What was saved beyond it is renamed, so that it is never counted, resumed from by `latest`, or deleted; each takes
+    the metrics of its branch along. The newest goes first and metrics.jsonl is cut last, so after a kill at any moment
+    the same command does the rest. This is done by the main process, once all is loaded and the first step is next: a
+    run that fails before that changes nothing, and one that fails later can be gone on with by `latest`.
+    """
+    metrics = output_dir / METRICS
+    with explained(TrainError, f"{output_dir} cannot be written", OSError):
+        known = history(kept if (kept := origin / METRICS).is_file() else origin.parent / METRICS, step)
+        there = checkpoints(output_dir)
+        ours = any(folder.samefile(origin) for _, folder in there)
+        for folder in [folder for number, folder in reversed(there) if number > step or not ours]:
+            if metrics.is_file():
+                shutil.copy2(metrics, folder)
+            left = abandon(folder)
+            for number, picture in pictures(output_dir):
+                if number > step:
+                    (left / "validation").mkdir(exist_ok=True)
+                    shutil.move(picture, left / "validation")
+            say(f"{folder.name} is not of the run that goes on from {origin.name}: it is {left.name} from now on")
+        with whole(metrics) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in known), encoding="utf-8")

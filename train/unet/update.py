@@ -10,40 +10,10 @@ import torch
 from torch import Tensor
 
 from ...encode.base.console import say
-from ...encode.base.errors import SettingsError, reason
+from ...encode.base.errors import SettingsError, explained, reason
 from ..config import TrainConfig
-from .weights import Average, Precision, Weights
-
-
-class LossScale:
-    """The factor that keeps gradients of float16 above its smallest numbers (arXiv 1710.03740, section 3.2).
-
-    The rule and the numbers of `torch.amp.GradScaler`, which refuses gradients that are float16 themselves.
-    """
-
-    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
-
-    def __init__(self, device: torch.device):
-        self.value = torch.full((), 2.0**16, device=device)
-        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-
-    def update(self, skipped: Tensor) -> None:
-        """Halve it after a step that overflowed, double it after many that did not."""
-        torch._amp_update_scale_(self.value, self.good_steps, skipped, self.GROWTH, self.BACKOFF, self.INTERVAL)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As that of `GradScaler`."""
-        return {
-            "scale": self.value.item(),
-            "growth_factor": self.GROWTH,
-            "backoff_factor": self.BACKOFF,
-            "growth_interval": self.INTERVAL,
-            "_growth_tracker": self.good_steps.item(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value.fill_(state["scale"])
-        self.good_steps.fill_(state["_growth_tracker"])
+from .fit import fit
+from .weights import Average, LossScale, Precision, Weights
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,6 +28,13 @@ class Update:
     _: dataclasses.KW_ONLY
     fused: bool = False  # in one pass, by a kernel for GPUs (`takes_one_pass`)
     _kernel: Any = dataclasses.field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Give AdamW its moments, as its first step would."""
+        for master in self.weights.masters if isinstance(self.optimizer, torch.optim.AdamW) else ():
+            if not self.optimizer.state[master]:
+                zeros = {name: torch.zeros_like(master, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[master] = {"step": torch.zeros((), device=master.device)} | zeros
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss, scaled as `__call__` expects them."""
@@ -119,10 +96,6 @@ class Update:
         from .fused import FusedStep
 
         masters, state = self.weights.masters, self.optimizer.state
-        for master in masters:
-            if not state[master]:
-                zeros = {name: torch.zeros_like(master, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-                state[master].update(step=torch.zeros((), device=master.device), **zeros)
         first, second = ([state[master][name] for master in masters] for name in ("exp_avg", "exp_avg_sq"))
         average = self.average.tensors if self.average else None
         if average and average[0].device != masters[0].device:
@@ -130,19 +103,33 @@ class Update:
         return FusedStep(masters, first, second, average, self.weights.parameters if self.weights.half else None)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The moments; learning rate, betas and the like are those of the flags, when a run goes on as well."""
+        return {"state": self.optimizer.state_dict()["state"]}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the optimizer of a checkpoint, in whatever order its tensors lie; ValueError: it is another."""
-        plain = all("exp_avg" in values for values in state["state"].values())
-        if plain != isinstance(self.optimizer, torch.optim.AdamW) and state["state"]:
-            raise ValueError(f"it was trained {'without' if plain else 'with'} --use_8bit_adam: go on in the same way")
-        self.optimizer.load_state_dict(state)
-        for master, values in self.optimizer.state.items():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == master.shape:
-                    values[name] = torch.empty_like(master, dtype=value.dtype, requires_grad=False).copy_(value)
-        self._kernel = None
+        """Go on with the moments of a checkpoint, in whatever order their tensors lie.
+
+        Raises Misfit, or SettingsError where they are of the other optimizer.
+        """
+        masters, plain = self.weights.masters, isinstance(self.optimizer, torch.optim.AdamW)
+        fit(state, {"state": {0: {}}})
+        if ("state1" in state["state"][0]) == plain:
+            used = "with" if plain else "without"
+            raise SettingsError(f"the checkpoint was trained {used} --use_8bit_adam: go on in the same way")
+        names = ("exp_avg", "exp_avg_sq") if plain else ("state1", "state2")
+        needed = [{"step": torch.zeros(()) if plain else 0} | dict.fromkeys(names, master) for master in masters]
+        fit(state, {"state": dict(enumerate(needed))})
+        if not plain:  # its state is made in its first step, or here
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+        for number, master in enumerate(masters):
+            values = self.optimizer.state[master]
+            for name, saved in state["state"][number].items():
+                if plain and name in values:
+                    values[name].copy_(saved)
+                elif isinstance(saved, Tensor) and saved.shape == master.shape:
+                    values[name] = torch.empty_like(master, dtype=saved.dtype, requires_grad=False).copy_(saved)
 
 
 def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision, processes: int) -> Update:
@@ -165,7 +152,8 @@ def make_optimizer(config: TrainConfig, weights: Weights, processes: int) -> tor
         "eps": flags.adam_epsilon,
     }
     if not flags.use_8bit_adam:
-        return torch.optim.AdamW(weights.masters, fused=True, **options)
+        with explained(SettingsError, "--adam_*", ValueError):
+            return torch.optim.AdamW(weights.masters, fused=True, **options)
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -1,4 +1,4 @@
-"""The float32 weights that are trained, their average, and what the UNet computes with: them, or copies in half."""
+"""The float32 weights that are trained, their average, what the UNet computes with, and the scale of its loss."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...encode.base.errors import SettingsError
 from ..config import TrainConfig
+from .fit import Misfit, fit
 
 
 class Precision(NamedTuple):
@@ -71,10 +72,44 @@ class Average:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; the tensors stay on their device, and `decay` what the flags say."""
+        """Go on from a checkpoint, or raise Misfit; the tensors stay on their device, `decay` what the flags say."""
+        fit(state, {"optimization_step": 0, "shadow_params": self.tensors})
         self.updates = state["optimization_step"]
         for mean, saved in zip(self.tensors, state["shadow_params"], strict=True):
             mean.copy_(saved)
+
+
+class LossScale:
+    """The factor that keeps gradients of float16 above its smallest numbers (arXiv 1710.03740, section 3.2).
+
+    The rule and the numbers of `torch.amp.GradScaler`, which refuses gradients that are float16 themselves.
+    """
+
+    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device):
+        self.value = torch.full((), 2.0**16, device=device)
+        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Halve it after a step that overflowed, double it after many that did not."""
+        torch._amp_update_scale_(self.value, self.good_steps, skipped, self.GROWTH, self.BACKOFF, self.INTERVAL)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of `GradScaler`."""
+        return {
+            "scale": self.value.item(),
+            "growth_factor": self.GROWTH,
+            "backoff_factor": self.BACKOFF,
+            "growth_interval": self.INTERVAL,
+            "_growth_tracker": self.good_steps.item(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, or raise Misfit."""
+        fit(state, {"scale": 0.0, "_growth_tracker": 0})
+        self.value.fill_(state["scale"])
+        self.good_steps.fill_(state["_growth_tracker"])
 
 
 class Weights:
@@ -138,10 +173,11 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the masters of a checkpoint; KeyError: one is missing, RuntimeError: one has another shape."""
+        """Go on with the masters of a checkpoint; Misfit: one is missing, too many, or of another shape."""
+        fit(state, self.state_dict())
+        if unknown := state.keys() - set(self.names):
+            raise Misfit(f"holds {min(unknown)}, which this UNet lacks")
         for name, master in zip(self.names, self.masters, strict=True):
-            if (shape := state[name].shape) != master.shape:  # `copy_` would repeat a smaller one
-                raise RuntimeError(f"{name} has shape {tuple(shape)}, expected {tuple(master.shape)}")
             master.copy_(state[name])
         self.refresh()
 

@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...encode.base.console import bar
-from ...encode.base.errors import TrainError
+from ...encode.base.errors import TrainError, explained
 from ...encode.cache.reader import Reader
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..save.checkpoint import Checkpoints
+from ..save.resume import METRICS
 from ..unet.weights import Precision
 
 PATIENCE = 5  # steps in a row that may be skipped
@@ -47,7 +48,7 @@ class Metrics:
     ):
         self.accelerator, self.waits, self.total, self.share = accelerator, waits, steps.stop, share
         self.every, self.per_step = config.watching.logging_steps, config.steps.samples(accelerator.num_processes)
-        self.file = config.saving.output_dir / "metrics.jsonl"
+        self.file = config.saving.output_dir / METRICS
         self.bar = bar(None, "train", "step", total=steps.stop, initial=steps.start, leave=True)
         self.losses, self.norms = list[Tensor](), list[Tensor]()
         self.skipped = self.in_a_row = torch.zeros((), device=accelerator.device)
@@ -110,11 +111,13 @@ class Metrics:
             )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write numbers of a step, if there are any, to metrics.jsonl and to the trackers."""
+        """Write numbers of a step, if there are any, to metrics.jsonl and to the trackers; TrainError: it cannot."""
         if not values:
             return
         if self.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as file:
+            hint = ": make space and continue with --resume_from_checkpoint latest"
+            cannot = explained(TrainError, f"{self.file} cannot be written", OSError, hint=hint)
+            with cannot, self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
         self.accelerator.log(values, step=step)
 

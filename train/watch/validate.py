@@ -131,8 +131,6 @@ def open_picture(flags: Watching) -> Image.Image | None:
     """The picture of --val_image_url_or_path, if there is one; raises SettingsError where it cannot be used."""
     if not flags.image:
         return None
-    if not flags.validation_prompt:
-        raise SettingsError(f"--val_image_url_or_path {flags.image} needs a --validation_prompt")
     try:
         return load_image(flags.image)
     except (OSError, ValueError) as error:
