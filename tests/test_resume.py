@@ -179,7 +179,7 @@ def test_a_kill_while_a_branch_is_left_is_made_good_by_the_same_command(
         patch.setattr("ip2p.train.save.resume.shutil.copy2", killed(shutil.copy2))
         with pytest.raises(SystemExit, match="130"):
             go_on(run, "checkpoint-3", max_train_steps=4)
-    assert "checkpoint-3" in names(run)
+    assert names(run) >= {"checkpoint-3"} | ({"checkpoint-6"} if "checkpoint-9" in names(run) else set())
     go_on(run, "checkpoint-3", max_train_steps=4)
     assert names(run) == {"checkpoint-3", "checkpoint-4", "abandoned-checkpoint-6", "abandoned-checkpoint-9"}
     assert trained_steps(run) == [1, 2, 3, 4]
