@@ -13,7 +13,10 @@ from PIL import Image
 from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
 from ..encode.base.flags import changed
+from ..encode.config import Dataset
+from ..encode.data.pairs import no_instruction
 from ..encode.data.pictures import open_picture
+from ..encode.data.places import check_place
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
 from .jobs import Job, find_jobs
@@ -29,6 +32,8 @@ Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the file
 
 def edit(config: InferConfig) -> int:
     """Edit everything that `config` names, and report; the exit status is 1 if there is no edited picture."""
+    if config.inputs.table:
+        check_place(Dataset(dataset_name=config.inputs.table), Path(config.outputs.output), "--output")
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
     done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))
@@ -58,8 +63,8 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
             batch: list[tuple[Image.Image, str, list[tuple[Path, str]]]] = []
             for job, paths in work[start : start + size]:
                 with skipping(job):
-                    if not job.prompt.strip():
-                        raise EditError("the prompt is empty")
+                    if why := no_instruction(job.prompt):
+                        raise EditError(f"the prompt {why}")
                     content = job.image()
                     settings = settings_of(config, stamp, content, job.prompt)
                     if [settings_in(path) for path in paths] == settings:

@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..encode.base.errors import EditError
+from ..encode.base.errors import EditError, SettingsError, explained
 from ..encode.base.files import whole
 from ..encode.base.flags import dump
 from .config import InferConfig
@@ -30,9 +31,10 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
 
     Raises:
         EditError: one file for several inputs, an ending other than .png, or an input would be overwritten.
+        SettingsError: they would lie among the inputs, or below a file.
     """
     output = Path(config.outputs.output)
-    if output.is_dir() or not output.suffix:
+    if output.is_dir() or not output.suffix or config.outputs.output.endswith("/"):
         folder, stems = output, [job.stem for job in jobs]
     elif output.suffix.lower() != ".png":
         raise EditError(f"--output {output}: expected a folder, or a name that ends in .png")
@@ -45,7 +47,30 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     inputs = {job.path.resolve() for job in jobs if job.path}
     if taken := next((path for path in itertools.chain(*paths) if path.resolve() in inputs), None):
         raise EditError(f"--output {output} would overwrite the input {taken}: give another folder or name")
+    for path, flag in ((paths[0][0], "--output"), (config.outputs.sheet, "--sheet")):
+        if path:
+            _check_place(config, Path(path), flag)
     return paths
+
+
+def _check_place(config: InferConfig, path: Path, flag: str) -> None:
+    """Refuse a picture that the next run would take for an input, or whose folder cannot be one."""
+    if pattern := next((pattern for pattern in config.inputs.image if _finds(pattern, path)), None):
+        why = f"lies among the inputs --image {pattern}, of which the next run would take it for one"
+        raise SettingsError(f"{flag} {path} {why}: name another folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise SettingsError(f"{flag} {path}: {above} is a file, expected a folder")
+
+
+def _finds(pattern: str, path: Path) -> bool:
+    """Whether a folder or pattern of `--image` stands for a picture, once that is there."""
+    if os.path.isdir(pattern):
+        return Path(pattern).resolve() == path.parent.resolve()
+    root, deep, _ = pattern.partition("**")
+    if deep:
+        return path.absolute().is_relative_to(Path(root).absolute()) and path.match(Path(pattern).name)
+    return any(letter in pattern for letter in "*?[") and path.absolute().match(str(Path(pattern).absolute()))
 
 
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
@@ -81,13 +106,17 @@ def settings_in(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             return image.info.get(CHUNK)
-    except OSError:
+    except Exception:  # whatever broken bytes lead Pillow to
         return None
 
 
 def save(picture: Image.Image, path: Path, settings: str) -> None:
-    """Write a PNG whole or not at all, so that a file that is there is a finished one."""
+    """Write a PNG whole or not at all, so that a file that is there is a finished one.
+
+    Raises:
+        EditError: it cannot be written.
+    """
     info = PngInfo()
     info.add_itxt(CHUNK, settings)
-    with whole(path) as unfinished:
+    with explained(EditError, f"{path} cannot be written", OSError), whole(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)

@@ -10,7 +10,8 @@ import pytest
 
 from forms import PAIRS, Flags, jpeg, opened
 from ip2p.encode.base.errors import SourceError
-from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, kinds_of, known_columns
+from ip2p.encode.data.cells import column_kinds
+from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, known_columns
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 
@@ -203,8 +204,9 @@ def test_what_columns_hold_is_told_from_their_types_and_values(tmp_path: Path) -
         "number": 1,
         "nothing": None,
     }
-    kinds = kinds_of(pa.Table.from_pylist([dict.fromkeys(row), row]), tmp_path)
-    assert [column for column, kind in kinds.items() if kind == IMAGES] == ["bytes", "struct", "list", "name", "file"]
-    assert [column for column, kind in kinds.items() if kind == TEXT] == ["text", "texts"]
-    assert (kinds["link"], kinds["number"], kinds["nothing"]) == ("urls", "int64", "null")
-    assert kinds_of(pa.table({"name": ["a.jpg"]}), tmp_path / "not here")["name"] == "paths"
+    table = pa.Table.from_pylist([dict.fromkeys(row), row])
+    kinds = {column: column_kinds(table[column], tmp_path) for column in row}
+    assert [column for column, found in kinds.items() if found[0] == IMAGES] == "bytes struct list name file".split()
+    assert [column for column, found in kinds.items() if found == [TEXT]] == ["text", "texts"]
+    assert (kinds["link"], kinds["number"], kinds["nothing"]) == (["urls", TEXT], ["int"], ["null"])
+    assert column_kinds(table["name"], tmp_path / "not here") == ["paths", TEXT]
