@@ -4,10 +4,11 @@ import contextlib
 import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -60,6 +61,8 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
         with _decoding():
             image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
             image.load()
+        if 0 in image.size:
+            raise ImageError("the image has no pixels")
         seen = _upright(image)
         if seen.mode.startswith("I"):
             seen = _eight_bits(seen, known=image.format in WHITE_IS_KNOWN)
@@ -85,11 +88,25 @@ def _decoding() -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # as many kinds as there are ways to break EXIF, and none of them costs a picture
-        turn = None
-    return image if turn is None else image.transpose(turn)
+    for orientation in (_orientation, _orientation_alone):
+        with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
+            if turn := TURNS.get(orientation(image)):
+                return image.transpose(turn)
+    return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def _orientation_alone(image: Image.Image) -> int | None:
+    """The same without a look at other tags, at the first of which that cannot be read Pillow ends."""
+    exif = image.info["exif"].removeprefix(b"Exif\0\0")
+    order = "<" if exif.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    tags = (struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * n) for n in range(count))
+    return next((value for tag, *_, value in tags if tag == ExifTags.Base.Orientation), None)
 
 
 def _rgb(image: Image.Image, background: str) -> Image.Image:
