@@ -54,6 +54,15 @@ def data_file(dataset: Dataset, path: Path) -> Path:
     Raises:
         SourceError: nothing there can be read, or it is not clear what.
     """
+    found = _listed(dataset, path)
+    # What `datasets` puts in a place of such signs: of others in the name of a file it is told that they are letters.
+    signs = r"::|[*?[]" if os.path.isdir(found) else "::"
+    if os.path.exists(found) and (re.search(signs, str(found)) or os.path.expandvars(found) != str(found)):
+        raise SourceError(f"{found}: the datasets library takes ::, *, ?, [ or $ in it for a pattern: rename it")
+    return found
+
+
+def _listed(dataset: Dataset, path: Path) -> Path:
     found = _lists(path)
     if len(found) > 1:
         raise SourceError(f"{path} has {' and '.join(file.name for file in found)}: expected one list of its pairs")
@@ -69,7 +78,7 @@ def data_file(dataset: Dataset, path: Path) -> Path:
         raise SourceError(f"--train_data_dir {path} has no {', '.join(METADATA)} or {SEEDS}: {hint}")
     if os.path.isfile(path) and path.suffix.lower() not in READERS:
         raise SourceError(f"{path} is a file of no known kind: expected {', '.join(READERS)} or .tar")
-    return _searchable(path) if os.path.isdir(path) and not is_saved(path) else path
+    return _only_file_in_capitals(path) or path
 
 
 def reader_of_url(url: str) -> dict[str, Any]:
@@ -108,12 +117,10 @@ def _lists(folder: Path) -> list[Path]:
     return [folder / name for known in METADATA for name in names if name.lower() == known]
 
 
-def _searchable(folder: Path) -> Path:
-    """A folder in which `datasets` looks for data; or its only file, where that has an ending in capitals."""
-    files = [path for path in folder.iterdir() if path.suffix.lower() in READERS]
+def _only_file_in_capitals(folder: Path) -> Path | None:
+    """The only file of a folder, where its ending is in capitals, in which `datasets` does not look for it."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in READERS] if os.path.isdir(folder) else []
     capitals = [path for path in files if path.suffix not in READERS]
     if capitals and len(files) > 1:
         raise SourceError(f"{capitals[0]} would not be found in its folder: write its ending in small letters")
-    if not capitals and any(letter in str(folder) for letter in "*?["):
-        raise SourceError(f"{folder} cannot be searched, as *, ? and [ make it a pattern: rename it")
-    return capitals[0] if capitals else folder
+    return next(iter(capitals), None)
