@@ -90,8 +90,7 @@ def _decoding() -> Iterator[None]:
 def _upright(image: Image.Image) -> Image.Image:
     for orientation in (_orientation, _orientation_alone):
         with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
-            if turn := TURNS.get(orientation(image)):
-                return image.transpose(turn)
+            return image.transpose(TURNS[orientation(image)])
     return image
 
 
