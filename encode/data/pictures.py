@@ -89,8 +89,11 @@ def _decoding() -> Iterator[None]:
 
 def _upright(image: Image.Image) -> Image.Image:
     for orientation in (_orientation, _orientation_alone):
+        turn = None
         with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
-            return image.transpose(TURNS[orientation(image)])
+            turn = TURNS.get(orientation(image))
+        if turn is not None:
+            return image.transpose(turn)
     return image
 
 
