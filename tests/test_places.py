@@ -163,10 +163,10 @@ def test_a_cache_lies_neither_in_its_dataset_nor_around_it(
 def test_a_cache_may_lie_where_nothing_is_searched(kind: Kind, tmp_path: Path) -> None:
     """A folder with a list of its pairs is what the list says, whatever lies beside that."""
     kind(tmp_path / "data", PAIRS[:3])
-    flags = {"dataset_name": str(tmp_path / "data")}
-    check_place(encode_config(**flags).dataset, tmp_path / "data" / "cache", "--cache", alone=True)
+    dataset = encode_config(dataset_name=str(tmp_path / "data")).dataset
+    check_place(dataset, tmp_path / "data" / "cache", "--cache", alone=True)
     with pytest.raises(SettingsError, match=r"--cache .* lies around"):
-        check_place(encode_config(**flags).dataset, tmp_path / "data", "--cache", alone=True)
+        check_place(dataset, tmp_path / "data", "--cache", alone=True)
     os.symlink(tmp_path, tmp_path / "link")
     with pytest.raises(SettingsError, match=r"--cache .* lies around"):
-        check_place(encode_config(**flags).dataset, tmp_path / "link", "--cache", alone=True)
+        check_place(dataset, tmp_path / "link", "--cache", alone=True)

@@ -230,7 +230,9 @@ def test_a_column_that_is_named_may_hold_the_names_of_pictures_as_text(column: s
     rows = [dict(row) for row in image_files(tmp_path / "data", PAIRS[:2])]
     rows = [row | {column: "add logo.png"} for row in rows]
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = {"train_data_dir": tmp_path / "data"} | ({"edit_prompt_column": column} if column == "wish" else {})
+    flags: Flags = {"train_data_dir": tmp_path / "data"}
+    if column == "wish":
+        flags["edit_prompt_column"] = column
     assert opened(flags)[1].instruction == "add logo.png"
     with pytest.raises(SourceError, match=r"column input_image of .* holds images, expected string"):
         opened({"train_data_dir": tmp_path / "data", "edit_prompt_column": "input_image"})

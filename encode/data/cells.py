@@ -3,7 +3,6 @@
 import contextlib
 import json
 import textwrap
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,19 @@ def value_of(cell: pa.Scalar, *, parse: bool = True) -> Any:
     return _parsed(value, cell.type) if parse else value
 
 
-def values_of(cells: Iterable[pa.Scalar], *, parse: bool = True) -> Iterator[Any]:
-    """The same of many, None where one cannot be read."""
-    for cell in cells:
-        value = None
-        with contextlib.suppress(SampleError):
-            value = value_of(cell, parse=parse)
-        yield value
+def known_value(cell: pa.Scalar, *, parse: bool = True) -> Any:
+    """The same, None where it cannot be read."""
+    with contextlib.suppress(SampleError):
+        return value_of(cell, parse=parse)
+    return None
+
+
+def values_of(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """What all cells hold, None where one cannot be read."""
+    if not isinstance(_of_lists(cells.type), pa.JsonType):
+        with contextlib.suppress(ValueError):  # of one among them; nearly always all are read at once
+            return cells.to_pylist()
+    return list(map(known_value, cells))
 
 
 def column_kinds(column: pa.ChunkedArray, folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state
 from ..config import Dataset
-from .cells import column_kinds, file_bytes, file_in, outside, value_of, values_of
+from .cells import column_kinds, file_bytes, file_in, known_value, outside, value_of, values_of
 from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, Rows, image_columns
 from .places import READERS, data_file, is_saved, reader_of_url
 
@@ -55,7 +55,7 @@ class Table(Rows):
         cell = self._table[row][self.columns[ORIGINAL]][0]
         cell = cell[0] if isinstance(cell, pa.ListScalar) and len(cell) else cell
         cell = cell["path"] if isinstance(cell, pa.StructScalar) else cell
-        name = file_in(next(values_of([cell])))
+        name = file_in(known_value(cell))
         return name if isinstance(name, str) else None
 
     def fingerprint(self) -> str:
@@ -169,7 +169,7 @@ def _stream(
             batch = next(batches, None)
         if batch is None:
             return
-        row = {column: next(values_of(batch[column], parse=column in images)) for column in names}
+        row = {column: known_value(batch[column][0], parse=column in images) for column in names}
         yield row | {column: _kept(file_in(row[column]), folder) for column in images}
 
 
