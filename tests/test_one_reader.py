@@ -1,6 +1,7 @@
 """One reader of datasets: whatever form they have, encoding, editing and scoring find the same rows in them."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -115,6 +116,18 @@ def test_a_picture_that_cannot_be_read_costs_its_job_and_its_sample_alone(
     aside = identify(opened(flags), 0)["reason"].to_pylist()
     assert (aside[0], aside[2]) == (None, None)
     assert reason in aside[1]
+
+
+@pytest.mark.timeout(60)  # reading a pipe never ends
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    """Nor is a device: what is no file is missing."""
+    flags = metadata_jsonl(tmp_path / "data", PAIRS[:2])
+    for name in ("0a.jpg", "1b.jpg"):
+        (tmp_path / "data" / "images" / name).unlink()
+    os.mkfifo(tmp_path / "data" / "images" / "0a.jpg")
+    (tmp_path / "data" / "images" / "1b.jpg").symlink_to("/dev/zero")
+    reasons = identify(opened(flags), 0)["reason"].to_pylist()
+    assert reasons == ["the original image is missing", "the edited image is missing"]
 
 
 def sparse(folder: Path) -> Flags:

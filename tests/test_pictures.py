@@ -274,6 +274,7 @@ def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
     data = FILES[kind].picture
     (tmp_path / "picture").write_bytes(data)
     check(open_picture(data), FILES[kind])
+    check(open_picture(open_picture(data)), FILES[kind])  # as a batch and then its editor do
     for seen in mirror.edit([data, tmp_path / "picture", Image.open(io.BytesIO(data))], "make it red"):
         check(seen, FILES[kind])
 

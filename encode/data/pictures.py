@@ -91,7 +91,7 @@ def _upright(image: Image.Image) -> Image.Image:
     for orientation in (_orientation, _orientation_alone):
         turn = None
         with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
-            turn = TURNS.get(orientation(image))
+            turn = TURNS.get(orientation(image) or 1)
         if turn is not None:
             return image.transpose(turn)
     return image
