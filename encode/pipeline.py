@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .base.errors import ImageError, SourceError
+from .base.errors import ImageError, SampleError, SourceError
 from .base.files import content_key
 from .cache.format import Cache, View
 from .cache.samples import Item, Work, text_key
@@ -40,12 +40,12 @@ class _Images(Dataset):
 
     def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
         row, item, views = self.rows[n]
-        files = self.source[item.position][:2]
         try:
+            files = self.source[item.position][:2]
             if content_key(*(file or b"" for file in files)) != item.pair:
                 raise ImageError("the files changed while the dataset was being encoded")
             pixels, sizes = self.geometry.read(files, item.pair, views)
-        except ImageError as error:
+        except SampleError as error:
             return Read(row, item, [], str(error)), None
         return Read(row, item, sizes, None), pixels
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 from torch.utils.data import DataLoader
 
 from .base.console import bar, say
-from .base.errors import CacheError, CacheMismatch, SourceError
-from .base.files import content_key
+from .base.errors import CacheError, CacheMismatch, SampleError, SourceError
+from .base.files import content_key, storable
 from .base.flags import dump
 from .cache.format import (
     CONVENTION,
@@ -33,7 +33,7 @@ from .cache.format import (
 )
 from .cache.samples import Ledger, counts
 from .config import EncodeConfig
-from .data.pairs import Pair, Pairs
+from .data.pairs import Pair, Pairs, unusable
 from .models.checkpoint import Checkpoint
 
 
@@ -186,24 +186,18 @@ def _identities(source: Pairs, positions: Sequence[int]) -> list[dict[str, Any]]
     """Rows of the samples table, made where the images are read: in worker processes."""
     rows = []
     for position in positions:
-        pair = source[position]
+        try:
+            pair = source[position]
+            reason = unusable(pair)
+        except SampleError as error:
+            pair, reason = Pair(None, None, ""), str(error)
         key = content_key(pair.original or b"", pair.edited or b"")
-        instruction = pair.instruction if isinstance(pair.instruction, str) else repr(pair.instruction)
-        reason = _unusable(pair)
+        text = pair.instruction if isinstance(pair.instruction, str) else repr(pair.instruction)
+        instruction, group = storable(text), source.group(position)
         row = {"key": content_key(key.encode(), instruction.encode()), "pair": key, "position": position}
-        row |= {"instruction": instruction, "group": source.group(position), "row": -1, "text_row": -1}
+        row |= {"instruction": instruction, "group": group, "row": -1, "text_row": -1}
         rows.append(row | {"status": "quarantined" if reason else "pending", "reason": reason})
     return rows
-
-
-def _unusable(pair: Pair) -> str | None:
-    """Why a sample cannot even be tried, or None."""
-    for side in ("original", "edited"):
-        if getattr(pair, side) is None:
-            return f"the {side} image is missing"
-    if not isinstance(pair.instruction, str):
-        return f"the instruction is {type(pair.instruction).__name__}, expected text"
-    return None if pair.instruction.strip() else "the instruction is empty"
 
 
 def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:

@@ -1,5 +1,6 @@
 """The whole encode in order: plan what is missing, encode it, settle the table of samples."""
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,14 +19,19 @@ from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.pairs import Pairs, open_pairs
+from .data.places import check_place
 from .geometry import check_resolution
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import make_plan, workers
+
+TOKENS = 75
+"""How many an instruction may have: CLIP's text encoders take 77, a beginning and an end among them."""
 
 
 def encode(config: EncodeConfig) -> None:
     """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
     check_folder(config.cache, "--cache")  # before anything is downloaded
+    check_place(config.dataset, config.cache, "--cache", alone=True)
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
@@ -47,7 +53,7 @@ def encode(config: EncodeConfig) -> None:
             state.wait_for_everyone()
         state.destroy_process_group()  # here alone: NCCL waits for all processes, so one that fails must not do it
         if main:
-            finish(Cache.open(config.cache))
+            finish(Cache.open(config.cache), checkpoint)
 
 
 def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, state: PartialState) -> None:
@@ -71,7 +77,7 @@ def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, 
         pipeline.run(mine, source, progress.update)
 
 
-def finish(cache: Cache) -> None:
+def finish(cache: Cache, checkpoint: Checkpoint) -> None:
     """Settle the samples table and say what the cache holds now."""
     before, samples = cache.manifest["counts"], cache.samples()
     if "pending" in before:  # otherwise planning has settled it a moment ago
@@ -84,17 +90,24 @@ def finish(cache: Cache) -> None:
     fresh = found.get("ok", 0) - before.get("ok", 0)
     done = f"encoded {fresh:,} samples" if before.get("pending") else "nothing to encode"
     say(f"{done}: {cache.folder} holds all {found.get('ok', 0):,} samples of {cache.manifest['dataset']['name']}")
-    say(*remarks(cache, samples))
+    say(*remarks(cache, samples, checkpoint))
     if quarantined := found.get("quarantined", 0):
         say(f"{quarantined:,} samples stand aside, `ip2p-cache info {cache.folder} --quarantined` lists them:")
         reasons = Counter(filter(None, samples["reason"].to_pylist())).most_common(10)
         say(*(f"  {count:,} x {reason}" for reason, count in reasons))
 
 
-def remarks(cache: Cache, samples: pa.Table) -> Iterator[str]:
+def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator[str]:
     """What the shapes and instructions of the samples mean for training."""
     views = [View.parse(name) for name in cache.views]
     samples = samples.filter(samples["status"].to_numpy() == "ok")
+    # No token is shorter than a byte: most instructions need none of the seconds that it takes to import a tokenizer.
+    if long := [text for text in samples["instruction"].unique().to_pylist() if len(text.lower().encode()) > TOKENS]:
+        from .models.encoders import cut_short
+
+        if cut := cut_short(checkpoint, long):
+            example = textwrap.shorten(cut[0], 100, placeholder=" …")
+            yield f"{len(cut):,} instructions are too long: the text encoder does not see their ends, as in {example!r}"
     width, height = samples["original_width"].to_numpy(), samples["original_height"].to_numpy()
     equal = (width == samples["edited_width"].to_numpy()) & (height == samples["edited_height"].to_numpy())
     if different := (~equal).sum():

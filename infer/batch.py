@@ -15,7 +15,10 @@ from ..encode.base.console import bar, say, warn
 from ..encode.base.errors import EditError, Ip2pError
 from ..encode.base.files import check_file
 from ..encode.base.flags import changed
+from ..encode.config import Dataset
+from ..encode.data.pairs import no_instruction
 from ..encode.data.pictures import open_picture
+from ..encode.data.places import check_place
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
 from .jobs import Job, find_jobs
@@ -34,6 +37,8 @@ def edit(config: InferConfig) -> int:
     output_place(config.outputs.output)  # before datasets are opened
     if config.outputs.sheet:
         check_file(Path(config.outputs.sheet), "--sheet")
+    if config.inputs.table:
+        check_place(Dataset(dataset_name=config.inputs.table), Path(config.outputs.output), "--output")
     jobs = find_jobs(config)
     work = list(zip(jobs, output_paths(config, jobs), strict=True))
     done, kept = edit_all(config, work, functools.cache(functools.partial(load_editor, config)))
@@ -65,8 +70,8 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
             batch: list[tuple[Image.Image, Job, list[tuple[Path, str]]]] = []
             for job, paths in work[start : start + size]:
                 with skipping(job):
-                    if not job.prompt.strip():
-                        raise EditError("the prompt is empty")
+                    if why := no_instruction(job.prompt):
+                        raise EditError(f"the prompt {why}")
                     content = job.image()
                     settings = settings_of(config, stamp, content, job.prompt)
                     if [settings_in(path) for path in paths] == settings:

@@ -2,19 +2,23 @@
 
 import glob
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-
-from ..encode.base.errors import EditError, reason
+from ..encode.base.errors import EditError, SampleError
+from ..encode.base.files import content_key, storable
 from ..encode.config import Dataset
-from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role, Rows
-from ..encode.data.pairs import open_rows, texts_of
+from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role, Rows, is_image_name
+from ..encode.data.pairs import no_instruction, open_rows, texts_of
 from .config import InferConfig
+
+LONGEST = 223
+"""Bytes of what outputs are named after; a file name has 255, and while it is written up to 32 more than this."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Job:
 
     label: str  # what reports call it
     stem: str  # what its outputs are named after; unique among the jobs of a run
-    prompt: str
+    prompt: Any  # text, unless its row is a bad one
     image: Callable[[], bytes]  # gives the bytes of an image file; raises EditError where there are none
     target: Callable[[], bytes] | None = None  # likewise
     path: Path | None = None  # the picture's own file, if it is one
@@ -45,18 +49,17 @@ def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] | Non
         return _jobs_of_table(config, config.inputs.table, captions)
     paths = [path for pattern in config.inputs.image for path in _pictures(pattern)]
     prompt = config.inputs.prompt or ""
-    named = zip(_unique(path.stem for path in paths), paths, strict=True)
+    named = zip(_unique(map(_stem, paths)), paths, strict=True)
     return [Job(str(path), stem, prompt, partial(_read_file, path), path=path) for stem, path in named]
 
 
 def _pictures(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        endings = Image.registered_extensions()
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
+    if os.path.isdir(pattern):
+        found = sorted(file for file in Path(pattern).iterdir() if is_image_name(file.name) and os.path.isfile(file))
     else:
         # A file first: its name may hold brackets, which mean something in patterns.
-        found = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+        names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = [Path(name) for name in names if not os.path.isdir(name)]
     if not found:
         raise EditError(f"--image {pattern}: no picture is there")
     return found
@@ -70,26 +73,41 @@ def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, 
     dataset = Dataset(dataset_name=table, **vars(config.columns))
     rows = open_rows(dataset, None, needed, wanted, captions=named)
     names = map(rows.name, range(len(rows)))
-    stems = _unique(Path(name).stem if name else f"{row:05d}" for row, name in enumerate(names))
+    stems = _unique(_stem(Path(name)) if name else f"{row:05d}" for row, name in enumerate(names))
     texts = zip(*(_texts(rows, role) for role in (PROMPT, BEFORE, AFTER)), strict=True)
+    prompt = config.inputs.prompt
     return [
         Job(
             label=f"row {row}",
             stem=stem,
-            prompt=config.inputs.prompt or "" if prompt is None else prompt,
+            prompt=text if prompt is None else prompt,
             image=partial(_read_cell, rows, row, ORIGINAL),
             target=partial(_read_cell, rows, row, EDITED) if EDITED in rows.columns else None,
-            captions=(before, after),
+            captions=(_caption(before, rows, BEFORE), _caption(after, rows, AFTER)),
         )
-        for row, (stem, (prompt, before, after)) in enumerate(zip(stems, texts, strict=True))
+        for row, (stem, (text, before, after)) in enumerate(zip(stems, texts, strict=True))
     ]
 
 
-def _texts(rows: Rows, role: Role) -> Iterable[str | None]:
-    """For each row the first of its texts, empty where there is none; all None where there is no such column."""
-    if role not in rows.columns:
-        return [None] * len(rows)
-    return (str(texts_of(value)[0] or "") for value in rows.texts(role))
+def _texts(rows: Rows, role: Role) -> Iterable[Any]:
+    """For each row the first of its texts; None where there is none."""
+    return (texts_of(value)[0] for value in rows.texts(role)) if role in rows.columns else [None] * len(rows)
+
+
+def _caption(text: Any, rows: Rows, role: Role) -> str | None:
+    """A caption, empty where it cannot be used; None where there is no such column."""
+    return None if role not in rows.columns else "" if no_instruction(text) else text
+
+
+def _stem(path: Path) -> str:
+    """What outputs of a file are named after: its stem, if a file can be called so, and else what is left of that."""
+    stem = path.stem.replace("\0", "_")
+    try:
+        fits = len(os.fsencode(stem)) <= LONGEST
+    except UnicodeEncodeError:
+        fits = False
+    content = storable(stem).encode()
+    return stem if fits else f"{content[: LONGEST - 9].decode(errors='ignore')}-{content_key(content)[:8]}"
 
 
 def _unique(stems: Iterable[str]) -> Iterator[str]:
@@ -107,8 +125,8 @@ def _unique(stems: Iterable[str]) -> Iterator[str]:
 def _read_cell(rows: Rows, row: int, role: Role) -> bytes:
     try:
         (content,) = rows.read(row, role)
-    except OSError as error:
-        raise EditError(f"the picture in column {rows.columns[role]} cannot be read: {reason(error)}") from None
+    except SampleError as error:
+        raise EditError(f"the picture in column {rows.columns[role]} cannot be read: {error}") from None
     if content is None:
         name = rows.name(row) if role == ORIGINAL else None
         raise EditError(f"no picture in column {rows.columns[role]}" + (f": {name} is not there" if name else ""))

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..encode.base.errors import EditError
+from ..encode.base.errors import EditError, SettingsError, explained
 from ..encode.base.files import check_file, check_folder, whole
 from ..encode.base.flags import dump
 from .config import InferConfig
@@ -51,7 +51,7 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     Raises:
         EditError: one file for several inputs, an ending other than .png, a folder in a file's place, or an input would
             be overwritten.
-        SettingsError: the place cannot be written.
+        SettingsError: the place cannot be written, or lies among the inputs.
     """
     output = config.outputs.output
     folder, stem = output_place(output)
@@ -64,7 +64,27 @@ def output_paths(config: InferConfig, jobs: Sequence[Job]) -> list[list[Path]]:
     inputs = {job.path.resolve() for job in jobs if job.path}
     if taken := next((path for path in itertools.chain(*paths) if path.resolve() in inputs), None):
         raise EditError(f"--output {output} would overwrite the input {taken}: give another folder or name")
+    for path, flag in ((paths[0][0], "--output"), (config.outputs.sheet, "--sheet")):
+        if path:
+            _check_place(config, Path(path), flag)
     return paths
+
+
+def _check_place(config: InferConfig, path: Path, flag: str) -> None:
+    """Refuse a picture that the next run would take for an input."""
+    if pattern := next((pattern for pattern in config.inputs.image if _finds(pattern, path)), None):
+        why = f"lies among the inputs --image {pattern}, of which the next run would take it for one"
+        raise SettingsError(f"{flag} {path} {why}: name another folder")
+
+
+def _finds(pattern: str, path: Path) -> bool:
+    """Whether a folder or pattern of `--image` stands for a picture, once that is there."""
+    if os.path.isdir(pattern):
+        return Path(pattern).resolve() == path.parent.resolve()
+    root, deep, _ = pattern.partition("**")
+    if deep:
+        return path.absolute().is_relative_to(Path(root).absolute()) and path.match(Path(pattern).name)
+    return any(letter in pattern for letter in "*?[") and path.absolute().match(str(Path(pattern).absolute()))
 
 
 def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
@@ -100,13 +120,17 @@ def settings_in(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             return image.info.get(CHUNK)
-    except OSError:
+    except Exception:  # whatever broken bytes lead Pillow to
         return None
 
 
 def save(picture: Image.Image, path: Path, settings: str) -> None:
-    """Write a PNG whole or not at all, so that a file that is there is a finished one."""
+    """Write a PNG whole or not at all, so that a file that is there is a finished one.
+
+    Raises:
+        EditError: it cannot be written.
+    """
     info = PngInfo()
     info.add_itxt(CHUNK, settings)
-    with whole(path) as unfinished:
+    with explained(EditError, f"{path} cannot be written", OSError), whole(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)

@@ -92,6 +92,15 @@ def raw_bytes(folder: Path, pairs: list[Pair]) -> Flags:
     return {"dataset_name": folder / "pairs.arrow"}
 
 
+def views(folder: Path, pairs: list[Pair]) -> Flags:
+    """Columns of the newer kind of binary values and texts, as other libraries write them."""
+    folder.mkdir()
+    types = (pa.binary_view(), pa.binary_view(), pa.string_view())
+    arrays = [pa.array(values, type_) for values, type_ in zip(columns(pairs).values(), types, strict=True)]
+    pq.write_table(pa.Table.from_arrays(arrays, NAMES), folder / "pairs.parquet")
+    return {"dataset_name": folder / "pairs.parquet"}
+
+
 def paths(folder: Path, pairs: list[Pair]) -> Flags:
     """Columns of paths relative to the folder of the dataset."""
     rows = image_files(folder, pairs)
@@ -191,6 +200,7 @@ KINDS = [
     image_lists,
     prompt_lists,
     raw_bytes,
+    views,
     paths,
     metadata_jsonl,
     metadata_csv,

@@ -171,3 +171,21 @@ def test_processes_on_one_machine_share_its_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert plan.workers(encode_config(dataset_name="data")) == workers
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_instructions_that_are_cut_short_are_counted_and_one_is_shown(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said each time, since training sees no more of them; one that just fits is not among them."""
+    columns = tiny.pairs(4)
+    fits, longer = " ".join(["red"] * 75), " ".join(["blue"] * 76)
+    columns["edit_prompt"] = [fits, longer, longer, f"{longer} house"]
+    data = tiny.dataset(tmp_path / "data", columns)
+    for _ in range(2):
+        encode(request.getfixturevalue(family), data, tmp_path / "cache")
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "too long" in line)
+        assert line.startswith(
+            "2 instructions are too long: the text encoder does not see their ends, as in 'blue blue"
+        )
+        assert len(line) < 200

@@ -11,12 +11,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import tiny
+from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.base.flags import parse
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main
+from ip2p.infer.config import InferConfig
+from ip2p.infer.jobs import find_jobs
+from ip2p.infer.outputs import output_paths
 from ip2p.infer.score.metrics import psnr
 from test_infer import apart, picture
 from test_infer_command import STEPS, edit
@@ -231,3 +238,106 @@ def test_the_status_is_1_where_nothing_could_be_edited(
     arguments = ["--model", model, "--image", str(tmp_path / "broken.png"), "--prompt", "make it red"]
     assert main([*arguments, "--output", str(tmp_path / "out.png")]) == 1
     assert "1 skipped" in capsys.readouterr().out
+
+
+def test_a_photo_with_broken_exif_and_names_that_are_too_long_are_edited_like_others(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of outputs are shortened where they must be, each in its own way and the same each time."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    tiny.picture(0, (16, 12)).save(photos / "a.jpg", exif=b"Exif\0\0junkjunk")
+    names = ["貓" * 80 + end for end in "狗馬鳥"]  # of 243 bytes
+    for number, name in enumerate([*names, "貓" * 74], 1):
+        tiny.picture(number, (16, 12)).save(photos / f"{name}.jpg", exif=b"Exif\0\0junkjunk")
+    arguments = ["--model", model, "--image", str(photos), "--prompt", "make it red", "--output", str(out), *STEPS]
+    assert main(arguments) == 0
+    made = {path.stem for path in out.iterdir()}
+    assert len(made) == 5
+    assert {"a", "貓" * 74} < made
+    assert sum(stem.startswith("貓" * 71 + "-") for stem in made) == 3
+    capsys.readouterr()
+    assert main([*arguments, "--num_images", "1"]) == 0
+    assert "5 already there" in capsys.readouterr().out
+    assert main([*arguments, "--num_images", "11"]) == 0
+
+
+def test_a_name_that_no_file_can_have_names_no_output(model: str, tmp_path: Path) -> None:
+    """The path that came with a picture in a table may be anything."""
+    names = ["a\0b.png", "x/" + "y" * 5000, "..", ""]
+    picture = tmp_path / "p.png"
+    tiny.picture(0, (16, 12)).save(picture)
+    files = [{"bytes": picture.read_bytes(), "path": name} for name in names]
+    columns = {"input_image": files, "edit_prompt": [f"make it {word}" for word in tiny.WORDS[2:6]]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    assert main(["--model", model, "--table", str(tmp_path / "t.parquet"), "--output", str(out), *STEPS]) == 0
+    assert len(list(out.iterdir())) == 4
+
+
+@pytest.mark.parametrize("prompt", [5, ["make it red", 3], [3], {"a": 1}, None])
+def test_a_prompt_that_is_no_text_costs_its_row_alone(
+    prompt: object, model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is skipped with the reason, as it stands aside while encoding."""
+    rows = [{"image": "photos/a.png", "prompt": "make it red"}, {"image": "photos/b.png", "prompt": prompt}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    assert main(["--model", model, "--table", str(tmp_path / "t.jsonl"), "--output", str(out), *STEPS]) == 0
+    written = capsys.readouterr()
+    if prompt == ["make it red", 3]:
+        assert "2 edited" in written.out
+    else:
+        assert "1 edited, 1 skipped" in written.out
+        assert "skipped row 1: the prompt is" in written.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--image {jpgs} --output {jpgs}", "lies among the inputs"),
+        ("--image {jpgs}/a.jpg --output {jpgs}", None),
+        ("--image {jpgs} --output {jpgs}/out", None),
+        ("--image {jpgs} --output {jpgs}/../jpgs/x/../", "lies among the inputs"),
+        ("--image {jpgs}/*.jpg --output {jpgs}", None),
+        ("--image {jpgs}/* --output {jpgs}", "lies among the inputs"),
+        ("--image {jpgs}/* --output {jpgs}/out", None),
+        ("--image {jpgs}/**/* --output {jpgs}/out", "lies among the inputs"),
+        ("--image {jpgs}/**/*.jpg --output {jpgs}/out", None),
+        ("--image {jpgs} --output out --sheet {jpgs}/sheet.png", "--sheet .* lies among the inputs"),
+        ("--image {jpgs} --output {jpgs}/a.jpg/out", "a.jpg is a file, expected a folder"),
+        ("--image {jpgs} --output out --sheet {jpgs}/a.jpg/s.png", "--sheet .*a.jpg is a file, expected a folder"),
+    ],
+)
+def test_outputs_do_not_become_inputs(flags: str, refused: str | None, tmp_path: Path) -> None:
+    """What the next run would take for an input is not written there; neither is anything below a file."""
+    (tmp_path / "jpgs" / "x").mkdir(parents=True)
+    tiny.picture(0, (16, 12)).save(tmp_path / "jpgs" / "a.jpg")
+    arguments = ["--model", "m", "--prompt", "make it red", *flags.format(jpgs=tmp_path / "jpgs").split()]
+    config = parse(InferConfig, arguments, "ip2p-infer")
+    if refused:
+        with pytest.raises(SettingsError, match=refused):
+            output_paths(config, find_jobs(config))
+    else:
+        assert len(output_paths(config, find_jobs(config))) == 1
+
+
+def test_outputs_do_not_lie_where_a_table_is_searched(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of Parquet files would become one of pictures."""
+    table = tiny.dataset(tmp_path / "set", tiny.pairs(1))
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", model, "--table", str(table), "--output", str(table / "out")])
+    assert f"--output {table / 'out'} lies in the folder of the dataset" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_named(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, with what is in its place."""
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    arguments = ["--model", model, "--image", str(photos / "a.png"), "--prompt", "make it red", *STEPS]
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--output", str(tmp_path / "out")])
+    assert f"{tmp_path / 'out' / 'a.png'} cannot be written: " in capsys.readouterr().err

@@ -215,6 +215,7 @@ def test_the_empty_instruction_is_encoded_even_if_no_sample_is_left() -> None:
         (Pair(b"x", b"y", 7), "the instruction is int, expected text"),
         (Pair(b"x", b"y", ["red"]), "the instruction is list, expected text"),
         (Pair(b"x", b"y", " \n"), "the instruction is empty"),
+        (Pair(b"x", b"y", "make it \ud83d"), "the instruction holds half a character (a lone surrogate)"),
         (Pair(b"", b"y", "red"), None),  # an empty file is found out when it is read
     ],
 )

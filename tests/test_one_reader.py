@@ -1,6 +1,7 @@
 """One reader of datasets: whatever form they have, encoding, editing and scoring find the same rows in them."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from forms import KINDS, PAIRS, Flags, Kind, csv_file, image_files, metadata_jso
 from ip2p.encode.base.errors import EditError, SourceError
 from ip2p.encode.base.flags import changed, parse
 from ip2p.encode.data.pairs import Pair
+from ip2p.encode.plan import identify
 from ip2p.infer.config import EvaluateConfig, InferConfig, Inputs, Outputs
 from ip2p.infer.jobs import Job, find_jobs
 
@@ -86,15 +88,46 @@ def test_a_missing_picture_costs_its_job_alone(tmp_path: Path) -> None:
         pair_of(third)
 
 
-def test_a_picture_that_cannot_be_read_costs_its_job_alone(tmp_path: Path) -> None:
-    """Whatever the file system says of its name is the reason."""
-    rows = image_files(tmp_path / "data", PAIRS[:2])
-    rows[1]["input_image"] = "a" * 300 + ".jpg"
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a" * 300 + ".jpg", "File name too long"),
+        ("a\0.jpg", "embedded null byte"),
+        ("loop/a.jpg", "Too many levels of symbolic links"),
+        ("nothing://a.jpg", "Protocol not known: nothing"),
+        (7, "the image is int, expected a file"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_costs_its_job_and_its_sample_alone(
+    name: object, reason: str, tmp_path: Path
+) -> None:
+    """Whatever the file system says of its name is the reason, while editing and while encoding."""
+    rows: list[dict] = list(image_files(tmp_path / "data", PAIRS[:3]))
+    (tmp_path / "data" / "loop").symlink_to("loop")
+    rows[1]["input_image"] = name
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first, second = jobs_of({"dataset_name": tmp_path / "data"})
-    assert pair_of(first) == PAIRS[0]
-    with pytest.raises(EditError, match=r"column input_image cannot be read: .*File name too long"):
+    flags: Flags = {"dataset_name": tmp_path / "data"}
+    first, second, third = jobs_of(flags)
+    assert (pair_of(first), pair_of(third)) == (PAIRS[0], PAIRS[2])
+    with pytest.raises(EditError, match=rf"column input_image cannot be read: .*{reason}"):
         second.image()
+    assert second.target
+    assert second.target() == PAIRS[1].edited
+    aside = identify(opened(flags), 0)["reason"].to_pylist()
+    assert (aside[0], aside[2]) == (None, None)
+    assert reason in aside[1]
+
+
+@pytest.mark.timeout(60)  # reading a pipe never ends
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    """Nor is a device: what is no file is missing."""
+    flags = metadata_jsonl(tmp_path / "data", PAIRS[:2])
+    for name in ("0a.jpg", "1b.jpg"):
+        (tmp_path / "data" / "images" / name).unlink()
+    os.mkfifo(tmp_path / "data" / "images" / "0a.jpg")
+    (tmp_path / "data" / "images" / "1b.jpg").symlink_to("/dev/zero")
+    reasons = identify(opened(flags), 0)["reason"].to_pylist()
+    assert reasons == ["the original image is missing", "the edited image is missing"]
 
 
 def sparse(folder: Path) -> Flags:

@@ -26,6 +26,7 @@ SIX = [[[200, 30, 40], [20, 180, 60], [30, 50, 210]], [[250, 240, 90], [90, 20, 
 COLORS = squares(SIX)  # (16, 24, 3)
 GRAYS = squares([[0, 51, 102], [153, 204, 255]])  # (16, 24)
 DEEP = GRAYS.astype(np.uint16) * 256 + 130
+DARK = GRAYS.astype(np.uint16)  # of 16 bits, with nothing in the upper ones
 OPACITY = squares([[0, 255, 128], [255, 64, 255]])
 INDICES = squares([[0, 1, 2], [3, 4, 5]])
 OTHER = Image.new("RGB", (24, 16), "white")  # another frame
@@ -65,6 +66,13 @@ def oriented(orientation: int, kind: str = "JPEG") -> bytes:
     return file_of(RGB, kind, exif=exif, **LOSSLESS[kind])
 
 
+def tagged(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """A JPEG whose EXIF is these entries as they are: tag, type, count, and the value or its offset."""
+    lines = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + lines + bytes(4)
+    return file_of(RGB, "JPEG", exif=exif, **LOSSLESS["JPEG"])
+
+
 def premultiplied() -> bytes:
     """A TIFF whose colors are dimmed by their opacity, and which says so."""
     dimmed = (COLORS * (OPACITY[..., None] / 255)).round().astype(np.uint8)
@@ -75,6 +83,7 @@ def premultiplied() -> bytes:
 
 
 LOSSLESS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 100, "subsampling": 0}, "PNG": {}, "TIFF": {}}
+TURN = (0x0112, 3, 1, b"\6\0\0\0")  # clockwise
 RGB, L, P = stored("RGB", COLORS), stored("L", GRAYS), palette()
 RGBA, LA = stored("RGBA", np.dstack([COLORS, OPACITY])), stored("LA", np.dstack([GRAYS, OPACITY]))
 BIT = Image.fromarray(GRAYS > 128)
@@ -144,6 +153,20 @@ FILES = {
     "JPEG, to be turned clockwise": Kind(oriented(6), np.rot90(COLORS, -1), 3),
     "JPEG, mirrored on its right side": Kind(oriented(7), COLORS[::-1, ::-1].swapaxes(0, 1), 3),
     "JPEG, to be turned counterclockwise": Kind(oriented(8), np.rot90(COLORS), 3),
+    "JPEG, unreadable EXIF": Kind(file_of(RGB, "JPEG", exif=b"Exif\0\0junkjunk", **LOSSLESS["JPEG"]), COLORS, 3),
+    "JPEG, an orientation that is none": Kind(tagged((0x0112, 2, 4, b"up\0\0")), COLORS, 3),
+    "JPEG, to be turned, with a software that is a number": Kind(
+        tagged(TURN, (0x0131, 3, 1, b"\1\0\0\0")), np.rot90(COLORS, -1), 3
+    ),
+    "JPEG, to be turned, with a resolution that is text": Kind(
+        tagged(TURN, (0x011A, 2, 4, b"abc\0")), np.rot90(COLORS, -1), 3
+    ),
+    "JPEG, to be turned, with a maker beyond the end": Kind(
+        tagged((0x010F, 2, 100, b"\xff\xff\xff\x7f"), TURN), np.rot90(COLORS, -1), 3
+    ),
+    "JPEG, to be turned, with a directory that is text": Kind(
+        tagged(TURN, (0x8769, 2, 4, b"abc\0")), np.rot90(COLORS, -1), 3
+    ),
     "WebP, color": Kind(file_of(RGB, "WEBP", lossless=True), COLORS),
     "WebP, color with alpha": Kind(file_of(RGBA, "WEBP", lossless=True, exact=True), over_white(COLORS), 1),
     "WebP, animated": Kind(file_of(RGB, "WEBP", lossless=True, save_all=True, append_images=[OTHER]), COLORS),
@@ -165,10 +188,13 @@ FILES = {
     "TIFF, 16-bit gray": Kind(file_of(Image.fromarray(DEEP), "TIFF"), gray(GRAYS)),
     "TIFF, 16-bit gray, high byte first": Kind(file_of(stored("I;16B", DEEP.astype(">u2")), "TIFF"), gray(GRAYS)),
     "TIFF, 16-bit gray in 32 bits": Kind(file_of(Image.fromarray(DEEP.astype(np.int32)), "TIFF"), gray(GRAYS)),
+    "TIFF, 8-bit gray in 32 bits": Kind(file_of(Image.fromarray(GRAYS.astype(np.int32)), "TIFF"), gray(GRAYS)),
+    "TIFF, 16-bit gray, all of it dark": Kind(file_of(Image.fromarray(DARK), "TIFF"), gray(GRAYS) * 0),
     "TIFF, on its side": Kind(oriented(8, "TIFF"), np.rot90(COLORS)),
     "PBM": Kind(file_of(BIT, "PPM"), BLACK_AND_WHITE),
     "PGM": Kind(file_of(L, "PPM"), gray(GRAYS)),
     "PGM, 16 bits": Kind(file_of(Image.fromarray(DEEP), "PPM"), gray(GRAYS)),
+    "PGM, 16 bits, all of it dark": Kind(file_of(Image.fromarray(DARK), "PPM"), gray(GRAYS) * 0),
     "PPM": Kind(file_of(RGB, "PPM"), COLORS),
     "TGA": Kind(file_of(RGB, "TGA"), COLORS),
 }
@@ -189,6 +215,7 @@ MEMORY = {
     "HSV": Kind(stored("HSV", squares(np.round(HSV))), COLORS, 4),
     "LAB": Kind(LAB, LAB_COLORS, 6),
     "I;16": Kind(Image.fromarray(DEEP), gray(GRAYS)),
+    "I, 8 bits": Kind(Image.fromarray(GRAYS.astype(np.int32)), gray(GRAYS)),
     "I": Kind(Image.fromarray(DEEP.astype(np.int32)), gray(GRAYS)),
 }
 
@@ -238,6 +265,7 @@ def check(seen: Image.Image, kind: Kind) -> None:
     assert np.abs(pixels - kind.right).max() <= kind.off
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, where this test opens a file by it
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
     kind: str, mirror: Mirror, tmp_path: Path
@@ -246,6 +274,7 @@ def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
     data = FILES[kind].picture
     (tmp_path / "picture").write_bytes(data)
     check(open_picture(data), FILES[kind])
+    check(open_picture(open_picture(data)), FILES[kind])  # as a batch and then its editor do
     for seen in mirror.edit([data, tmp_path / "picture", Image.open(io.BytesIO(data))], "make it red"):
         check(seen, FILES[kind])
 
@@ -282,5 +311,9 @@ def test_what_is_damaged_unknown_or_missing_is_refused(mirror: Mirror, tmp_path:
         mirror.edit(Image.open(io.BytesIO(truncated("PNG"))), "make it red")
     with pytest.raises(EditError, match="floating point pixels, expected 8 or 16 bits"):
         mirror.edit(Image.new("F", (2, 2)), "make it red")
+    with pytest.raises(EditError, match="the image has no pixels"):
+        mirror.edit(Image.new("RGB", (0, 2)), "make it red")
+    with pytest.raises(EditError, match="cannot be read: embedded null byte"):
+        mirror.edit("a\0.png", "make it red")
     with pytest.raises(EditError, match=r"gone\.png cannot be read: No such file"):
         mirror.edit(tmp_path / "gone.png", "make it red")

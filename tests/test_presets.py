@@ -8,9 +8,10 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from forms import PAIRS, Flags, jpeg, opened
+from forms import NAMES, PAIRS, Flags, image_files, jpeg, opened
 from ip2p.encode.base.errors import SourceError
-from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, kinds_of, known_columns
+from ip2p.encode.data.cells import column_kinds
+from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, known_columns
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 
@@ -203,8 +204,45 @@ def test_what_columns_hold_is_told_from_their_types_and_values(tmp_path: Path) -
         "number": 1,
         "nothing": None,
     }
-    kinds = kinds_of(pa.Table.from_pylist([dict.fromkeys(row), row]), tmp_path)
-    assert [column for column, kind in kinds.items() if kind == IMAGES] == ["bytes", "struct", "list", "name", "file"]
-    assert [column for column, kind in kinds.items() if kind == TEXT] == ["text", "texts"]
-    assert (kinds["link"], kinds["number"], kinds["nothing"]) == ("urls", "int64", "null")
-    assert kinds_of(pa.table({"name": ["a.jpg"]}), tmp_path / "not here")["name"] == "paths"
+    table = pa.Table.from_pylist([dict.fromkeys(row), row])
+    kinds = {column: column_kinds(table[column], tmp_path) for column in row}
+    assert [column for column, found in kinds.items() if found[0] == IMAGES] == "bytes struct list name file".split()
+    assert [column for column, found in kinds.items() if found == [TEXT]] == ["text", "texts"]
+    assert (kinds["link"], kinds["number"], kinds["nothing"]) == (["urls", TEXT], ["int"], ["null"])
+    assert column_kinds(table["name"], tmp_path / "not here") == ["paths", TEXT]
+
+
+@pytest.mark.parametrize("text", ["x" * 256, "make it " + "very " * 20_000 + "red", "a\0b", "", "logo.png"])
+@pytest.mark.parametrize("column", ["edit_prompt", "note"])
+def test_a_text_is_no_file_name_whatever_it_says(text: str, column: str, tmp_path: Path) -> None:
+    """The first value of any column may be long, or end like a picture; other values tell what the column holds."""
+    rows = [dict(row) | {"note": "a"} for row in image_files(tmp_path / "data", PAIRS[:3])]
+    rows[0][column] = text
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened({"train_data_dir": tmp_path / "data"})
+    assert source.columns == NAMES
+    assert source[0].instruction == (text if column == "edit_prompt" else PAIRS[0].instruction)
+
+
+@pytest.mark.parametrize("column", ["edit_prompt", "wish"])
+def test_a_column_that_is_named_may_hold_the_names_of_pictures_as_text(column: str, tmp_path: Path) -> None:
+    """By flag or usual name all instructions may end in logo.png; files that are there are never instructions."""
+    rows = [dict(row) for row in image_files(tmp_path / "data", PAIRS[:2])]
+    rows = [row | {column: "add logo.png"} for row in rows]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags: Flags = {"train_data_dir": tmp_path / "data"}
+    if column == "wish":
+        flags["edit_prompt_column"] = column
+    assert opened(flags)[1].instruction == "add logo.png"
+    with pytest.raises(SourceError, match=r"column input_image of .* holds images, expected string"):
+        opened({"train_data_dir": tmp_path / "data", "edit_prompt_column": "input_image"})
+
+
+def test_images_are_those_of_a_named_column_though_most_are_not_there(tmp_path: Path) -> None:
+    """Junk in an image column costs its samples, not the dataset."""
+    rows = [dict(row) for row in image_files(tmp_path / "data", PAIRS[:5])]
+    for row in rows[:4]:
+        row["edited_image"] = "no picture at all"
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = opened({"train_data_dir": tmp_path / "data"})
+    assert [source[index].edited for index in range(5)] == [None] * 4 + [PAIRS[4].edited]

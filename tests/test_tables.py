@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from forms import PAIRS, metadata_csv, opened, stream
-from ip2p.encode.base.errors import SourceError
+from forms import PAIRS, Kind, metadata_csv, opened, parquet, paths, stream
+from ip2p.encode.base.errors import SampleError, SourceError
 from ip2p.encode.data import tables
 
 
@@ -44,3 +44,38 @@ def test_a_stream_is_read_once_and_kept_whole_or_not_at_all(tmp_path: Path, monk
 def test_words_that_mean_nothing_elsewhere_are_instructions(instruction: str, tmp_path: Path) -> None:
     """A table of text is not a table of numbers with gaps."""
     assert opened(metadata_csv(tmp_path / "data", [PAIRS[0]._replace(instruction=instruction)]))[0][2] == instruction
+
+
+@pytest.mark.parametrize("kind", [parquet, stream], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["column_kinds", "file_in"])
+def test_a_mistake_of_ours_is_not_taken_for_one_of_the_dataset(
+    kind: Kind, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what the datasets library raises means that a dataset cannot be opened."""
+
+    def mistaken(*_: object) -> None:
+        raise KeyError("ours")
+
+    flags = kind(tmp_path / "data", PAIRS[:4])
+    monkeypatch.setattr(tables, name, mistaken)
+    with pytest.raises(KeyError, match="ours"):
+        opened(flags)[0] if name == "column_kinds" or kind is stream else opened(flags)._rows.name(0)
+
+
+def test_an_image_that_a_stream_did_not_find_is_looked_for_again(tmp_path: Path) -> None:
+    """It costs its sample alone, with the reason, and is there once its file is."""
+    flags = paths(tmp_path / "data", PAIRS[:4]) | {"streaming": True}
+    file = tmp_path / "data" / "images" / "1a.jpg"
+    content = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)
+    source = opened(flags)
+    assert [source[index] for index in (0, 2, 3)] == [PAIRS[0], *PAIRS[2:4]]
+    with pytest.raises(SampleError, match="Too many levels of symbolic links"):
+        source[1]
+    before = source.fingerprint()
+    file.unlink()
+    file.write_bytes(content)
+    again = opened(flags)
+    assert again[1] == PAIRS[1]
+    assert again.fingerprint() != before

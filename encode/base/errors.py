@@ -39,8 +39,12 @@ class EditError(Ip2pError, ValueError):
     """A setting, model or picture that editing cannot use."""
 
 
-class ImageError(EditError):
-    """A picture that cannot be read or decoded; whoever encodes sets its pair aside with the reason."""
+class SampleError(EditError):
+    """A part of one sample that cannot be read; whoever encodes sets the sample aside with the reason."""
+
+
+class ImageError(SampleError):
+    """A picture that cannot be read or decoded."""
 
 
 class CacheError(Ip2pError):
@@ -62,7 +66,7 @@ def explained(kind: type[Ip2pError], what: str, *errors: type[Exception], hint: 
     meant = errors or (Exception,)
     try:
         yield
-    except Ip2pError:
+    except (Ip2pError, MemoryError):
         raise
     except meant as error:
         raise kind(f"{what}: {reason(error)}{hint}") from None

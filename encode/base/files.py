@@ -90,13 +90,19 @@ def content_key(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def file_state(path: str | os.PathLike[str]) -> str:
+def file_state(path: str | os.PathLike[str]) -> bytes:
     """Name, size and time of the last change of a file: changes whenever its content may have changed."""
     try:
         status = os.stat(path)
-    except OSError:
-        return f"{path}|missing\n"
-    return f"{path}|{status.st_size}|{status.st_mtime_ns}\n"
+        state = f"{path}|{status.st_size}|{status.st_mtime_ns}\n"
+    except (OSError, ValueError):  # a name that no file can have is one of a file that is missing
+        state = f"{path}|missing\n"
+    return storable(state).encode()
+
+
+def storable(text: str) -> str:
+    """A text itself, or with what is no character (JSON and names of files may hold halves of some) written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def folder_bytes(folder: Path) -> int:

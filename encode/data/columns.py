@@ -1,15 +1,16 @@
 """Which column plays which role: by flag, as known of the dataset, by its usual name, else by what its name says."""
 
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from PIL import Image
 
 from ..base.console import say
-from ..base.errors import SourceError, did_you_mean
+from ..base.errors import SampleError, SourceError, did_you_mean
 
 IMAGES, TEXT = "images", "string"
 ENDING = re.compile(r"([._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json))+$")
@@ -44,6 +45,8 @@ AFTER = Role("edited_caption_column", "captions of the edited images", TEXT,
 # fmt: on
 
 Columns = Mapping[Role, str]
+Kinds = Mapping[str, Collection[str]]
+"""What each column may hold, by its first values, the most frequent first: `IMAGES`, `TEXT` or anything else."""
 Pick = Callable[..., dict[Role, str]]
 """`choose` for one dataset: takes what the columns hold, and maybe what is known of them."""
 
@@ -61,7 +64,11 @@ class Rows:
         raise NotImplementedError
 
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        """What a row holds in these roles: image files as bytes (None where one is missing), texts as they are."""
+        """What a row holds in these roles: image files as bytes (None where one is missing), texts as they are.
+
+        Raises:
+            SampleError: something of that cannot be read.
+        """
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -69,8 +76,12 @@ class Rows:
         raise NotImplementedError
 
     def texts(self, role: Role) -> Iterable[Any]:
-        """What all rows hold in a role of text; no image is read."""
-        return (self.read(row, role)[0] for row in range(len(self)))
+        """What all rows hold in a role of text, None where that cannot be read; no image is read."""
+        for row in range(len(self)):
+            try:
+                yield self.read(row, role)[0]
+            except SampleError:
+                yield None
 
     def name(self, row: int) -> str | None:
         """The path of the original image's own file, if it has one."""
@@ -116,7 +127,7 @@ def evaluation_only(name: str) -> bool:
 def choose(
     flags: Mapping[Role, str | None],
     name: str,
-    kinds: Mapping[str, str],
+    kinds: Kinds,
     needed: Collection[Role],
     wanted: Collection[Role] = (),
     known: Columns | None = None,
@@ -124,8 +135,8 @@ def choose(
     """A column for each role, in their order; a role that is merely wanted goes without where no column fits.
 
     A flag wins, then what is known (of the dataset called `name`, unless it is given), then the usual name, then the
-    only column that is called like that; what was guessed so is said. `kinds` tells for each column what it holds:
-    `IMAGES`, `TEXT` or anything else.
+    only column that is called like that; what was guessed so is said. A column that is named may hold what is meant
+    next to other things, as text may name a file; for a guess it must hold that in the first place.
 
     Raises:
         SourceError: no such column, none or several that may be meant, or one that holds something else.
@@ -137,7 +148,7 @@ def choose(
     guessed: list[str] = []
     for role in (*needed, *wanted):
         names = role.names.split()
-        fitting = [column for column, kind in kinds.items() if kind == role.holds]
+        fitting = [column for column, found in kinds.items() if next(iter(found)) == role.holds]
         there = kinds if role in needed else fitting
         column = flags.get(role) or next((c for c in (known.get(role), names[0]) if c in there), None)
         if column is None:
@@ -153,9 +164,9 @@ def choose(
     return chosen
 
 
-def kinds_of(sample: pa.Table, folder: Path) -> dict[str, str]:
-    """What each column of a table holds, by its first rows; paths are relative to `folder`."""
-    return {column: _kind(sample[column].type, sample[column].to_pylist(), folder) for column in sample.column_names}
+def kinds_of(values: Iterable[Any], folder: Path | None = None) -> list[str]:
+    """What values may be, the most frequent first; paths are relative to `folder`, without one text names no file."""
+    return [kind for kind, _ in Counter(kind for value in values for kind in _kinds(value, folder)).most_common()]
 
 
 def image_columns(columns: Columns) -> list[str]:
@@ -172,32 +183,34 @@ def _repository(name: str) -> str:
     return PurePath(name).name.lower()
 
 
-def _only(role: Role, found: list[str], name: str, kinds: Mapping[str, str]) -> str:
+def _only(role: Role, found: list[str], name: str, kinds: Kinds) -> str:
     if len(found) == 1:
         return found[0]
     how = f"may be in {', '.join(found)}" if found else "are in no column that is known by its name"
     raise SourceError(f"{name}: the {role.what} {how}; it has {', '.join(kinds)}: choose with --{role.flag}")
 
 
-def _check(role: Role, column: str, name: str, kinds: Mapping[str, str]) -> None:
+def _check(role: Role, column: str, name: str, kinds: Kinds) -> None:
     if column not in kinds:
         there = f"it has {', '.join(kinds)}: choose with --{role.flag}"
         raise SourceError(f"{name} has no column {column}; {there}{did_you_mean(column, kinds)}")
-    if kinds[column] != role.holds:
-        fitting = ", ".join(c for c, kind in kinds.items() if kind == role.holds)
+    if role.holds not in kinds[column]:
+        fitting = ", ".join(c for c, found in kinds.items() if role.holds in found)
         choice = f"choose from {fitting} with --{role.flag}" if fitting else "no column does"
-        raise SourceError(f"column {column} of {name} holds {kinds[column]}, expected {role.holds}: {choice}")
+        held = next(iter(kinds[column]))
+        raise SourceError(f"column {column} of {name} holds {held}, expected {role.holds}: {choice}")
 
 
-def _kind(type_: pa.DataType, values: list, folder: Path) -> str:
-    if isinstance(type_, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
-        return _kind(type_.value_type, [first for value in values if value for first in value[:1]], folder)
-    files = pa.types.is_struct(type_) and {"bytes", "path"} <= {field.name for field in type_}
-    if files or pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
-        return IMAGES
-    if not (pa.types.is_string(type_) or pa.types.is_large_string(type_)):
-        return str(type_)
-    value = next(filter(None, values), "")
-    if is_image_name(value) or (folder / value).is_file():
-        return "urls" if "://" in value else IMAGES if folder.is_dir() else "paths"
-    return TEXT
+def _kinds(value: Any, folder: Path | None) -> list[str]:
+    """What a value may be: text that ends like the name of a picture is either, unless such a file is there."""
+    while isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, bytes) or (isinstance(value, dict) and {"bytes", "path"} <= value.keys()):
+        return [IMAGES]
+    if not isinstance(value, str):
+        return [] if value is None else [type(value).__name__]
+    if folder and value and os.path.isfile(folder / value):
+        return [IMAGES]
+    if folder is None or not is_image_name(value):
+        return [TEXT] if value else []
+    return ["urls" if "://" in value else IMAGES if folder.is_dir() else "paths", TEXT]

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..base.errors import SourceError
+from ..base.files import storable
 from ..config import Dataset
 from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
+from .places import in_seeds, in_tars, name_of
 
 NOT_THERE = {
     "split": "splits",
@@ -36,7 +38,7 @@ def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
         SourceError: no such dataset, split or column; the message names those there are.
     """
     needed = (ORIGINAL, EDITED, PROMPT, INVERSE) if dataset.reverse_pairs else (ORIGINAL, EDITED, PROMPT)
-    rows, name = open_rows(dataset, cache_dir, needed, default_split="train"), _name(dataset)
+    rows, name = open_rows(dataset, cache_dir, needed, default_split="train"), name_of(dataset)
     return Pairs(rows, name, every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
 
 
@@ -61,7 +63,7 @@ def open_rows(
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    name = _name(dataset)
+    name = name_of(dataset)
     if EDITED in needed and evaluation_only(name) and dataset.edited_image_column is None:
         raise SourceError(
             f"{name} is made for evaluation: it holds no edited images to learn from "
@@ -69,10 +71,8 @@ def open_rows(
         )
     flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | (captions or {})
     pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
-    seeds = (Path(name) / "seeds.json").is_file()
-    tars = f"{name}/*.tar" if any(Path(name).glob("*.tar")) else name
-    in_tars = tars.endswith(".tar") or "{" in tars or "://" in tars
-    for flag, what in NOT_THERE.items() if seeds or in_tars else ():
+    seeds, tars = in_seeds(name), in_tars(name)
+    for flag, what in NOT_THERE.items() if seeds or tars else ():
         if getattr(dataset, flag):
             raise SourceError(f"{name} has no {what}: leave out --{flag}")
     # Each kind imports what it needs only when it is meant.
@@ -80,10 +80,10 @@ def open_rows(
         from .seeds import Seeds
 
         rows = Seeds(Path(name), pick)
-    elif in_tars:
+    elif tars:
         from .tars import Tars
 
-        rows = Tars(tars, pick, cache_dir)
+        rows = Tars(name, pick, cache_dir)
     else:
         from .tables import open_table
 
@@ -91,6 +91,24 @@ def open_rows(
     if len(rows) == 0:
         raise SourceError(f"{name} holds no samples")
     return rows
+
+
+def unusable(pair: Pair) -> str | None:
+    """Why a sample cannot even be tried, or None."""
+    for side in ("original", "edited"):
+        if getattr(pair, side) is None:
+            return f"the {side} image is missing"
+    why = no_instruction(pair.instruction)
+    return why and f"the instruction {why}"
+
+
+def no_instruction(value: Any) -> str | None:
+    """Why a value cannot be an instruction, as the end of a sentence that begins with what it is; None if it can."""
+    if not isinstance(value, str):
+        return f"is {type(value).__name__}, expected text"
+    if storable(value) != value:
+        return "holds half a character (a lone surrogate)"
+    return None if value.strip() else "is empty"
 
 
 def texts_of(value: Any, *, every: bool = False) -> list[Any]:
@@ -156,8 +174,3 @@ class Pairs:
             return divmod(index, len(self._texts))
         row = int(np.searchsorted(self._ends, index, side="right"))
         return row, index - (int(self._ends[row - 1]) if row else 0)
-
-
-def _name(dataset: Dataset) -> str:
-    """What the user calls the dataset."""
-    return dataset.dataset_name or str(dataset.train_data_dir)

@@ -1,24 +1,48 @@
 """Decodes pictures of any kind as people see them: upright, RGB, 8 bits, a background behind what is transparent."""
 
+import contextlib
 import io
 import os
+import stat
+import struct
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..base.errors import ImageError
+from ..base.errors import ImageError, SampleError
 
 Picture: TypeAlias = Image.Image | bytes | str | os.PathLike[str]
+UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+TURNS = {number: Image.Transpose[turn] for number, turn in enumerate(UPRIGHT.split(), 2)}
+"""What makes a picture upright, by its orientation in EXIF."""
+WHITE_IS_KNOWN = ("PNG", "PPM")
+"""Formats whose gray of more than 8 bits Pillow gives as 16 bits, whatever its mode."""
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes | None:
+    """The content of a file of a sample; None where there is no file.
+
+    Raises:
+        SampleError: it cannot be read, or no file can have that name.
+    """
+    try:
+        # Not a pipe or a device, from which reading may never end.
+        return Path(path).read_bytes() if stat.S_ISREG(os.stat(path).st_mode) else None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise SampleError(f"a file cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def open_picture(picture: Picture, background: str = "white") -> Image.Image:
     """Decode a PIL image, the bytes of an image file or the file at a path as it is meant to be seen.
 
     That is its first frame, upright by its EXIF orientation, RGB, with `background` (in any of Pillow's notations)
-    behind what is transparent. `format` tells the file's.
+    behind what is transparent, and nothing else that the file tells. `format` is the file's.
 
     Raises:
         ImageError: the file cannot be read, is empty, truncated or no image, has more than 8 bits where white is not
@@ -27,41 +51,85 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
     if isinstance(picture, str | os.PathLike):
         try:
             picture = Path(picture).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{os.fspath(picture)} cannot be read: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ImageError(f"{os.fspath(picture)} cannot be read: {why}") from None
     if not picture:
         raise ImageError("the image is empty")
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+    with warnings.catch_warnings(action="ignore"):  # of what is odd in a file that can be decoded
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _decoding():
             image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
             image.load()
-            seen = _rgb(image, background)
-    except UnidentifiedImageError:  # whose text differs each time
-        raise ImageError("the image cannot be decoded (not an image file)") from None
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
-        raise ImageError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from None
-    seen.format = image.format
+        if 0 in image.size:
+            raise ImageError("the image has no pixels")
+        seen = _upright(image)
+        if seen.mode.startswith("I"):
+            seen = _eight_bits(seen, known=image.format in WHITE_IS_KNOWN)
+        elif seen.mode == "F":
+            raise ImageError("the image cannot be decoded (floating point pixels, expected 8 or 16 bits)")
+        with _decoding():
+            seen = _rgb(seen, background)
+    seen.info, seen.format = {}, image.format  # or its orientation would turn it once more, where it is opened again
     return seen
 
 
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Around what Pillow does: its decoders raise whatever broken bytes lead them to."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:  # whose text differs each time
+        raise ImageError("the image cannot be decoded (not an image file)") from None
+    except Exception as error:
+        raise ImageError(f"the image cannot be decoded ({str(error) or type(error).__name__})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    for orientation in (_orientation, _orientation_alone):
+        turn = None
+        with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
+            turn = TURNS.get(orientation(image) or 1)
+        if turn is not None:
+            return image.transpose(turn)
+    return image
+
+
+def _orientation(image: Image.Image) -> Any:
+    return image.getexif().get(ExifTags.Base.Orientation)
+
+
+def _orientation_alone(image: Image.Image) -> int | None:
+    """The same without a look at other tags, at the first of which that cannot be read Pillow ends."""
+    exif = image.info["exif"].removeprefix(b"Exif\0\0")
+    order = "<" if exif.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}I", exif, 4)
+    (count,) = struct.unpack_from(f"{order}H", exif, start)
+    tags = (struct.unpack_from(f"{order}HHIH", exif, start + 2 + 12 * n) for n in range(count))
+    return next((value for tag, *_, value in tags if tag == ExifTags.Base.Orientation), None)
+
+
 def _rgb(image: Image.Image, background: str) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ImageError("floating point pixels, expected 8 or 16 bits")
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray as 8-bit gray: Pillow would clip it to white, though it scales 16-bit color as is done here."""
+def _eight_bits(image: Image.Image, *, known: bool) -> Image.Image:
+    """Deep gray as 8-bit gray: Pillow would clip it to white, though it scales 16-bit color as is done here.
+
+    Where white is not `known`, of 32 bits, the largest value tells whether 8 or 16 bits are meant.
+    """
     deep = np.asarray(image)
-    if deep.min() < 0 or deep.max() > 65535:
-        raise ImageError("32-bit pixels, expected 8 or 16 bits")
-    gray = Image.fromarray((deep >> 8).astype(np.uint8))
+    low, high = deep.min(initial=0), deep.max(initial=0)
+    if low < 0 or high > 65535:
+        found = f"32-bit pixels from {low} to {high}"
+        raise ImageError(f"the image cannot be decoded ({found}, expected 8 or 16 bits)")
+    shallow = image.mode == "I" and not known and high <= 255
+    gray = Image.fromarray((deep if shallow else deep >> 8).astype(np.uint8))
     clear = image.info.get("transparency")  # the one value that stands for nothing there
     if clear is not None:
         gray.putalpha(Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)))

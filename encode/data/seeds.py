@@ -1,16 +1,19 @@
 """Rows in the layout of timothybrooks/instruct-pix2pix: a folder for each prompt, in it images named by seed."""
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from ..base.errors import SourceError, explained
-from ..base.files import file_state
+from ..base.errors import SampleError, SourceError, explained
+from ..base.files import file_state, storable
 from .columns import IMAGES, ORIGINAL, TEXT, Pick, Role, Rows, image_columns, preset
+from .pictures import read_file
 
 FILES = "{seed}_0.jpg", "{seed}_1.jpg"  # original, edited
+GLANCE = 16  # samples whose prompts show what there is
 
 
 class Seeds(Rows):
@@ -22,11 +25,15 @@ class Seeds(Rows):
 
     def __init__(self, folder: Path, pick: Pick):
         self._folder, expected = folder, "; expected [[dir, [seed, ...]], ...]"
-        with explained(SourceError, f"{folder}/seeds.json", OSError, ValueError, TypeError, hint=expected):
+        errors = OSError, ValueError, TypeError, RecursionError
+        with explained(SourceError, f"{folder}/seeds.json", *errors, hint=expected):
             prompts = json.loads((folder / "seeds.json").read_bytes())
             self._samples = [(str(directory), str(seed)) for directory, seeds in prompts for seed in seeds]
-        values = self._prompt(0) if self._samples else {}
-        kinds = dict.fromkeys(FILES, IMAGES) | dict.fromkeys(values or ["edit"], TEXT)
+        values: dict[str, Any] = {}
+        for row in range(min(GLANCE, len(self))):
+            with contextlib.suppress(SampleError):
+                values |= self._prompt(row)
+        kinds = dict.fromkeys(FILES, (IMAGES,)) | dict.fromkeys(values or ["edit"], (TEXT,))
         self.columns = pick(kinds, known=preset(*FILES, "edit"))
 
     def __len__(self) -> int:
@@ -35,7 +42,7 @@ class Seeds(Rows):
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
         texts = self._prompt(row) if any(role.holds == TEXT for role in roles) else {}
         return tuple(
-            texts.get(self.columns[role]) if role.holds == TEXT else _content(self._folder / self._path(row, role))
+            texts.get(self.columns[role]) if role.holds == TEXT else read_file(self._folder / self._path(row, role))
             for role in roles
         )
 
@@ -44,15 +51,14 @@ class Seeds(Rows):
 
     def group(self, row: int) -> str:
         """The directory: a prompt with all its seeds."""
-        return self._samples[row][0]
+        return storable(self._samples[row][0])
 
     def fingerprint(self) -> str:
         """Changes with size or time of any file."""
         digest = hashlib.blake2b(repr(tuple(self.columns.values())).encode(), digest_size=16)
         for directory, seed in self._samples:
             for name in (*image_columns(self.columns), "prompt.json"):
-                path = os.path.join(self._folder, directory, name.format(seed=seed))
-                digest.update(file_state(path).encode())
+                digest.update(file_state(os.path.join(self._folder, directory, name.format(seed=seed))))
         return digest.hexdigest()
 
     def _path(self, row: int, role: Role) -> str:
@@ -60,12 +66,11 @@ class Seeds(Rows):
         return f"{directory}/{self.columns[role].format(seed=seed)}"
 
     def _prompt(self, row: int) -> dict[str, Any]:
-        try:
-            values = json.loads((self._folder / self._samples[row][0] / "prompt.json").read_bytes())
-        except (OSError, ValueError):
-            return {}  # its samples stand aside, having no instruction
-        return values if isinstance(values, dict) else {}
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
+        content = read_file(self._folder / self._samples[row][0] / "prompt.json")
+        if content is None:
+            raise SampleError("prompt.json is missing")
+        with explained(SampleError, "prompt.json cannot be read"):
+            values = json.loads(content)
+        if not isinstance(values, dict):
+            raise SampleError(f"prompt.json holds {type(values).__name__}, expected an object")
+        return values

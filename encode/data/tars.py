@@ -3,6 +3,7 @@
 import json
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -19,10 +20,10 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from ..base.console import bar
-from ..base.errors import SourceError, explained
-from ..base.files import content_key, file_state, whole
+from ..base.errors import SampleError, SourceError, explained
+from ..base.files import content_key, file_state, storable, whole
 from ..cache.format import write_table
-from .columns import IMAGES, TEXT, Pick, Role, Rows, is_image_name
+from .columns import IMAGES, TEXT, Pick, Role, Rows, is_image_name, kinds_of
 
 METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's `tar_file_iterator` passes over
 MEMBERS = pa.schema([("sample", pa.int32()), ("suffix", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
@@ -60,12 +61,13 @@ class Tars(Rows):
         return int(self._ends[-1])
 
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        with self._shards[int(np.searchsorted(self._ends, row, side="right"))].open("rb") as file:
+        shard = self._shards[int(np.searchsorted(self._ends, row, side="right"))]
+        with explained(SampleError, "the tar file cannot be read", OSError), shard.open("rb") as file:
             return tuple(self._cell(file, row, role) for role in roles)
 
     def fingerprint(self) -> str:
         """Changes with name, size or time of any file."""
-        return content_key(*(file_state(shard).encode() for shard in self._shards))
+        return content_key(*map(file_state, self._shards))
 
     def _cell(self, file: BinaryIO, row: int, role: Role) -> Any:
         offset, size = self._places[role][row]
@@ -73,8 +75,15 @@ class Tars(Rows):
             return None
         file.seek(offset)
         content = file.read(size)
-        value = content if role.holds == IMAGES else _text(content, self._members[role])
-        return value.get(self.columns[role]) if isinstance(value, dict) else value
+        if role.holds == IMAGES:
+            return content
+        column, member = self.columns[role], self._members[role]
+        value = _text(content, member)
+        if isinstance(value, dict):
+            return value.get(column)
+        if column != member:
+            raise SampleError(f"{member} holds {type(value).__name__}, expected an object with {column}")
+        return value
 
 
 def index(shard: Path) -> pa.Table:
@@ -86,7 +95,7 @@ def index(shard: Path) -> pa.Table:
     try:
         with tarfile.open(shard, "r:") as tar:
             rows = [
-                dict(zip(MEMBERS.names, (number, suffix, *place), strict=True))
+                dict(zip(MEMBERS.names, (number, storable(suffix), *place), strict=True))
                 for number, sample in enumerate(group_by_keys(_members(tar)))
                 for suffix, place in sample.items()
                 if suffix not in ("__key__", "__url__")
@@ -108,35 +117,36 @@ def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
 
 def _kept_index(shard: Path, cache: Path) -> pa.Table:
     """The index of a shard, made once: finding 100,000 samples takes some ten seconds."""
-    kept = cache / f"{content_key(file_state(shard.resolve()).encode())}.parquet"
+    kept = cache / f"{content_key(file_state(shard.resolve()))}.parquet"
     if not kept.is_file():
         write_table(kept, index(shard))
     return pq.read_table(kept)
 
 
-def _glance(shard: Path, index: pa.Table) -> tuple[dict[str, str], dict[str, str]]:
+def _glance(shard: Path, index: pa.Table) -> tuple[dict[str, list[str]], dict[str, str]]:
     """What the columns of the first samples hold, and in which member each is: suffixes and keys of JSON objects."""
-    kinds: dict[str, str] = {}
+    values: defaultdict[str, list[Any]] = defaultdict(list)
     members: dict[str, str] = {}
     with shard.open("rb") as file:
         for member in index.filter(pc.field("sample") < GLANCE).to_pylist():
             suffix = member["suffix"]
             file.seek(member["offset"])
-            image = is_image_name(f"x.{suffix}")
-            value = None if image else _text(file.read(member["size"]), suffix)
-            for column, text in (value if isinstance(value, dict) else {suffix: value}).items():
-                kind = IMAGES if image else TEXT if isinstance(text, str | list) else type(text).__name__
-                kinds.setdefault(column, kind)
+            value: Any = b""
+            if not is_image_name(f"x.{suffix}"):
+                try:
+                    value = _text(file.read(member["size"]), suffix)
+                except SampleError:
+                    value = None
+            for column, held in (value if isinstance(value, dict) else {suffix: value}).items():
+                values[column].append(held)
                 members.setdefault(column, suffix)
-    return kinds, members
+    return {column: kinds_of(held) or [TEXT] for column, held in values.items()}, members
 
 
 def _text(content: bytes, member: str) -> Any:
-    """The text of a member, or the value of a JSON one; None where it cannot be read."""
-    try:
+    """The text of a member, or the value of a JSON one; a `SampleError` where it cannot be read."""
+    with explained(SampleError, f"{member} cannot be read"):
         return json.loads(content) if member.endswith("json") else content.decode().strip()
-    except ValueError:
-        return None
 
 
 def _places(index: pa.Table, member: str) -> np.ndarray:
@@ -152,7 +162,11 @@ def _samples(index: pa.Table) -> int:
 
 
 def _files(name: str) -> list[str]:
-    """What a name with braces or stars stands for."""
+    """What a name stands for: itself, the tar files in a folder, or what its braces and stars make of it."""
+    if Path(name).is_dir():
+        return sorted(str(file) for file in Path(name).iterdir() if file.suffix.lower() == ".tar")
+    if Path(name).is_file():
+        return [name]
     # A variable that is not set, braces without an end.
     with explained(SourceError, f"{name} stands for no files", AssertionError, ValueError):
         names = expand_urls(name)

@@ -97,3 +97,13 @@ class Encoders:
                 hidden.append(output[0])
         text = _begin_copy(torch.cat(hidden, dim=-1).half())
         return lambda: (text(), pooled() if pooled else None)
+
+
+def cut_short(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
+    """Those of some instructions whose ends are cut off, since they have more tokens than the text encoder takes."""
+    cut: set[str] = set()
+    for name in checkpoint.tokenizers:
+        tokenizer = checkpoint.tokenizer(name)
+        whole, kept = (tokenizer(list(prompts), truncation=only, verbose=False).input_ids for only in (False, True))
+        cut |= {prompt for prompt, *ids in zip(prompts, whole, kept, strict=True) if len(ids[0]) > len(ids[1])}
+    return [prompt for prompt in prompts if prompt in cut]

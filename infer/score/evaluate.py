@@ -14,7 +14,9 @@ from ...encode.base.console import bar, warn
 from ...encode.base.errors import EditError
 from ...encode.base.files import check_folder, whole
 from ...encode.base.flags import dump
+from ...encode.config import Dataset
 from ...encode.data.pictures import open_picture
+from ...encode.data.places import check_place
 from ...encode.models.judge import Judge
 from ..batch import edit_all, load_editor, skipping
 from ..config import EvaluateConfig
@@ -52,6 +54,7 @@ def evaluate(config: EvaluateConfig) -> int:
     scoring, text = config.scoring, config.editing.guidance_scale
     folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
     check_folder(folder, "--output")
+    check_place(Dataset(dataset_name=config.dataset), folder, "--output")
     for model in config.model:
         check_model(model, config.loading.revision)
     captions = scoring.original_caption_column, scoring.edited_caption_column
