@@ -44,8 +44,8 @@ class Model:
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
     pretrained_vae_model_name_or_path: str | None = None
-    """Another VAE: a Hub id or a folder. Training takes by default what the cache records. The weights decide whether a
-    training run fits the cache, not the name."""
+    """Another VAE: a Hub id, a folder or a .safetensors file. Training takes by default what the cache records. The
+    weights decide whether a training run fits the cache, not the name."""
     single_file_config: str | None = None
     """For a single file: folder or Hub id of a model of its kind, with its shapes, noise schedule and tokenizer.
     Default: the one on the Hub that diffusers takes it for; in training, what the cache records."""
@@ -56,7 +56,8 @@ class Model:
         """What is said of flags that are set and cannot act."""
         place = self.pretrained_model_name_or_path
         if os.path.exists(place):
-            yield from idle(self, f"is for models on the Hub, {place} is one here: leave it out", "revision")
+            of_hub = ("revision", "non_ema_revision")  # the second in training alone
+            yield from idle(self, f"is for models on the Hub, {place} is one here: leave it out", *of_hub)
         if not os.path.isfile(place):
             yield from idle(self, f"describes a single file, {place} is none: leave it out", "single_file_config")
 

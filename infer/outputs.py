@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..encode.base.errors import EditError, SettingsError, explained
+from ..encode.base.errors import EditError, SettingsError
 from ..encode.base.files import check_file, check_folder, whole
 from ..encode.base.flags import dump
 from .config import InferConfig
@@ -125,12 +125,8 @@ def settings_in(path: Path) -> str | None:
 
 
 def save(picture: Image.Image, path: Path, settings: str) -> None:
-    """Write a PNG whole or not at all, so that a file that is there is a finished one.
-
-    Raises:
-        EditError: it cannot be written.
-    """
+    """Write a PNG whole or not at all, so that a file that is there is a finished one."""
     info = PngInfo()
     info.add_itxt(CHUNK, settings)
-    with explained(EditError, f"{path} cannot be written", OSError), whole(path) as unfinished:
+    with whole(path) as unfinished:
         picture.save(unfinished, format="PNG", pnginfo=info)

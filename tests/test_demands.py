@@ -48,11 +48,11 @@ def read(**flags: object) -> TrainConfig:
         ({"hub_token": "hf_secret"}, "--hub_token does nothing without --push_to_hub: add that, or leave it out"),
         (
             {"pretrained_model_name_or_path": "tests", "revision": "main"},
-            "--revision main does nothing for tests, which",
+            "--revision main is for models on the Hub, tests is one here: leave it out",
         ),
         (
             {"pretrained_model_name_or_path": "tests", "non_ema_revision": "a"},
-            "--non_ema_revision a does nothing for te",
+            "--non_ema_revision a is for models on the Hub, tests is one here: leave it out",
         ),
         ({"max_grad_norm": 0}, "--max_grad_norm 0 leaves nothing of any gradient: expected a number above 0, or inf"),
         ({"snr_gamma": 0}, "--snr_gamma 0 leaves nothing of the loss: expected a number above 0"),

@@ -96,4 +96,4 @@ def test_where_a_model_is_now_belongs_to_encoding_afresh(cache: Path, capsys: py
     """`ip2p-cache verify` alone reads no model."""
     with pytest.raises(SystemExit, match="2"):
         keep(["verify", str(cache), "--dataset_name", "elsewhere"])
-    assert "--dataset_name belongs to --reencode: add that, or leave it out" in capsys.readouterr().err
+    assert "--dataset_name elsewhere belongs to --reencode: add that, or leave it out" in capsys.readouterr().err

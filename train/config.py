@@ -8,7 +8,7 @@ from typing import Literal
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
 from ..encode.config import PER_SAMPLE, EncodeConfig, Model
-from .demands import check
+from .demands import check, idle
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -210,8 +210,8 @@ class TrainConfig:
     machine: Machine = Machine()
     watching: Watching = Watching()
 
-    def __post_init__(self) -> None:
-        check(self)
+    __post_init__ = check
+    idle = idle
 
 
 def refused() -> dict[str, str]:

@@ -57,8 +57,10 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
 def idle(group: Any, why: str, *names: str) -> Iterator[str]:
     """A sentence for each of these flags of a group, or of all, that is not left as it is: `why` says what to do."""
     for field in dataclasses.fields(group):
-        if field.name in (names or vars(group)) and getattr(group, field.name) != field.default:
-            yield f"--{field.name} {why}"
+        value = getattr(group, field.name)
+        if field.name in (names or vars(group)) and value != field.default:
+            shown = "" if isinstance(value, bool | tuple) or field.metadata.get("secret") else f" {value}"
+            yield f"--{field.name}{shown} {why}"
 
 
 def flags_of(config: type) -> dict[str, Any]:

@@ -49,8 +49,6 @@ def _non_ema(model: BaseModel) -> Path | None:
     name, revision = model.pretrained_model_name_or_path, model.non_ema_revision
     if not revision:
         return None
-    if Path(name).exists():
-        raise ModelError(f"--non_ema_revision {revision} belongs to Hub ids, {name} is a path: leave it out")
     without = ("vae", "text_encoder", "text_encoder_2", "safety_checker", "feature_extractor", "image_encoder")
     return fetch_pipeline(name, revision, model.variant, model.cache_dir, without) / "unet"
 
