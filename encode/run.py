@@ -24,9 +24,6 @@ from .geometry import check_resolution
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import make_plan, workers
 
-TOKENS = 75
-"""How many an instruction may have: CLIP's text encoders take 77, a beginning and an end among them."""
-
 
 def encode(config: EncodeConfig) -> None:
     """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
@@ -102,7 +99,8 @@ def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator
     views = [View.parse(name) for name in cache.views]
     samples = samples.filter(samples["status"].to_numpy() == "ok")
     # No token is shorter than a byte: most instructions need none of the seconds that it takes to import a tokenizer.
-    if long := [text for text in samples["instruction"].unique().to_pylist() if len(text.lower().encode()) > TOKENS]:
+    room = checkpoint.text_shape()[0] - 2  # between the tokens that begin and end an instruction
+    if long := [text for text in samples["instruction"].unique().to_pylist() if len(text.lower().encode()) > room]:
         from .models.encoders import cut_short
 
         if cut := cut_short(checkpoint, long):

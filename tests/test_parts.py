@@ -96,6 +96,25 @@ def test_weights_that_nobody_asks_for_are_left_alone(copy: Path) -> None:
     use(copy)
 
 
+def test_weights_are_read_by_the_names_that_early_releases_gave_them(sd: Path, copy: Path) -> None:
+    """Those of Stable Diffusion 1.x: attention in the VAE, and all of the text encoder."""
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    early = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for name, weight in load_file(file).items():
+        for new, old in early.items() if ".attentions." in name else ():
+            name = name.replace(new, old)
+        weights[name] = weight
+    assert weights.keys() != load_file(file).keys()
+    save_file(weights, file, {"format": "pt"})
+    file = copy / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    found, reference = use(copy), Checkpoint(sd)
+    for part in ("vae", "text_encoder"):
+        assert_same(*(model.network(part, torch.float32).state_dict() for model in (found, reference)))
+
+
 @pytest.mark.parametrize("how", ["of today", "of old torch", "with more in it"])
 def test_pickled_weights_are_those_of_safetensors(how: str, sd: Path, copy: Path) -> None:
     """`.bin` files of any torch are read, the numbers and texts beside their weights passed over."""

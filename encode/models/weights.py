@@ -97,7 +97,8 @@ def load_whole(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype)
         read_json(file)
     files, name = weight_files(folder, variant), f"{folder} cannot be loaded as {kind.__name__}"
     with explained(ModelError, name):
-        options = {"variant": variant_in(folder, variant), "dtype": dtype, "output_loading_info": True}
+        options: dict[str, Any] = {"variant": variant_in(folder, variant), "dtype": dtype, "output_loading_info": True}
+        options["use_safetensors"] = files[0].suffix == ".safetensors"
         if kind.__module__.startswith("transformers"):  # which else says no more than that it will not go on
             options["ignore_mismatched_sizes"] = True
         network, found = kind.from_pretrained(folder, **options)
