@@ -57,7 +57,7 @@ def edited(out: Path) -> Numbers:
     return {"picture": np.asarray(Image.open(file))} if file.is_file() else {}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # 336 runs of commands
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("command", ["ip2p-encode", "ip2p-train", "ip2p-infer"])
 def test_a_damaged_model_gives_the_numbers_of_the_whole_one_or_is_refused_by_the_name_of_the_file(

@@ -73,6 +73,7 @@ def test_the_text_encoder_pools_the_end_token() -> None:
     torch.testing.assert_close(output.pooler_output[0], output.last_hidden_state[0, last])
 
 
+@pytest.mark.slow  # three trainings
 def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
     """A few steps of each training run on real pictures, save what they made, and lower the loss."""
     named = {key: words for key, words in captions.captions().items() if openmoji.parse(key).stem in {"1F44B", "1F44D"}}
