@@ -171,3 +171,10 @@ def test_a_cache_may_lie_where_nothing_is_searched(kind: Kind, tmp_path: Path) -
     os.symlink(tmp_path, tmp_path / "link")
     with pytest.raises(SettingsError, match=r"--cache .* lies around"):
         check_place(dataset, tmp_path / "link", "--cache", alone=True)
+
+
+@pytest.mark.parametrize("flag", ["streaming", "dataset_config_name", "dataset_revision"])
+def test_what_was_saved_has_no_use_for_flags_of_the_hub(flag: str, tmp_path: Path) -> None:
+    """Each is refused, as for tar files."""
+    with pytest.raises(SourceError, match=f"leave out --{flag}"):
+        opened(single(tmp_path / "data"), **{flag: True if flag == "streaming" else "x"})

@@ -44,6 +44,16 @@ def test_info_says_what_is_inside(quarantined: Path, sd: Path, capsys: pytest.Ca
     assert found["encoding"] == Cache.open(quarantined).manifest["encoding"]
 
 
+def test_info_counts_what_the_records_hold(
+    quarantined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not what a table says that was written before records were lost."""
+    copy = shutil.copytree(quarantined, tmp_path / "cache")
+    shutil.rmtree(copy / "commits")
+    main(["info", str(copy), "--json"])
+    assert json.loads(capsys.readouterr().out)["samples"] == {"pending": 3, "quarantined": 1}
+
+
 def test_info_lists_the_quarantined(quarantined: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--quarantined names key, position, instruction and reason of each sample that stands aside, and of no other."""
     main(["info", str(quarantined), "--quarantined", "--json"])

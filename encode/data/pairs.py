@@ -12,7 +12,7 @@ from ..base.errors import SourceError
 from ..base.files import storable
 from ..config import Dataset
 from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
-from .places import in_seeds, in_tars, name_of
+from .places import in_seeds, in_tars, is_saved, name_of
 
 NOT_THERE = {
     "split": "splits",
@@ -20,7 +20,7 @@ NOT_THERE = {
     "dataset_revision": "revisions",
     "streaming": "second way to be read",
 }
-"""Flags that cannot act on tar files and seeds.json, and what these lack."""
+"""Flags that cannot act on tar files, seeds.json and what `save_to_disk` wrote, and what these lack."""
 
 
 class Pair(NamedTuple):
@@ -72,8 +72,9 @@ def open_rows(
     flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | (captions or {})
     pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
     seeds, tars = in_seeds(name), in_tars(name)
-    for flag, what in NOT_THERE.items() if seeds or tars else ():
-        if getattr(dataset, flag):
+    saved = is_saved(Path(name))
+    for flag, what in NOT_THERE.items() if seeds or tars or saved else ():
+        if getattr(dataset, flag) and not (saved and flag == "split"):
             raise SourceError(f"{name} has no {what}: leave out --{flag}")
     # Each kind imports what it needs only when it is meant.
     if seeds:

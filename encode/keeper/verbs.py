@@ -57,11 +57,11 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
         json: Print JSON.
     """
     from ..cache.format import Cache
-    from ..cache.samples import counts
+    from ..cache.samples import Ledger, counts
 
     opened = Cache.open(cache)
     opened.check_files()
-    table, parts = opened.samples(), ("model", "identity", "dataset", "encoding")
+    table, parts = Ledger.of(opened).settle(opened.samples()), ("model", "identity", "dataset", "encoding")
     status, arrays = counts(table), opened.arrays("images") | opened.arrays("text")
     sizes = {name: folder_bytes(cache / "data.zarr" / name) for name in arrays}
     found: dict[str, Any] = {"samples": status, "views": opened.views, "bytes": folder_bytes(cache)}
