@@ -255,6 +255,20 @@ def test_early_releases_keep_the_defaults_that_they_were_made_with(
         use(copy)
 
 
+@pytest.mark.parametrize(
+    ("part", "file", "key"),
+    [("scheduler", "scheduler_config.json", "steps_offset"), ("unet", "config.json", "upcast_attention")],
+)
+def test_what_this_diffusers_wrote_is_known_to_be_whole(part: str, file: str, key: str, copy: Path) -> None:
+    """A key that it always writes was lost; in a file of an older version its default may be meant."""
+    edit(copy / part / file, key)
+    found = find_checkpoint(Model(str(copy)))
+    with pytest.raises(ModelError, match=f"{file} .* without {key}"):
+        (found.scheduler() if part == "scheduler" else found.network(part, torch.float32))
+    edit(copy / part / file, _diffusers_version="0.12.1")
+    assert found.scheduler() if part == "scheduler" else found.network(part, torch.float32)
+
+
 def test_a_tokenizer_of_the_older_layout_is_read_with_its_special_tokens(tmp_path: Path) -> None:
     """Of SD 2.x one file names another padding than the other, and transformers takes that of the token map."""
     folder = early_tokenizer(tmp_path / "old")
