@@ -1,6 +1,5 @@
 """The whole encode in order: plan what is missing, encode it, settle the table of samples."""
 
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -23,6 +22,8 @@ from .data.places import check_place
 from .geometry import check_resolution
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import make_plan, workers
+
+EXAMPLE = 100  # letters of an instruction that is shown
 
 
 def encode(config: EncodeConfig) -> None:
@@ -104,7 +105,7 @@ def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator
         from .models.encoders import cut_short
 
         if cut := cut_short(checkpoint, long):
-            example = textwrap.shorten(cut[0], 100, placeholder=" …")
+            example = cut[0] if len(cut[0]) <= EXAMPLE else f"{cut[0][:EXAMPLE]} …"
             yield f"{len(cut):,} instructions are too long: the text encoder does not see their ends, as in {example!r}"
     width, height = samples["original_width"].to_numpy(), samples["original_height"].to_numpy()
     equal = (width == samples["edited_width"].to_numpy()) & (height == samples["edited_height"].to_numpy())

@@ -90,7 +90,7 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
                         lost.remove(job.stem)
             shown.update(min(size, len(work) - start))
     if cut:
-        warn(f"{len(cut):,} prompts are longer than the model reads; not read of {cut[0]}")
+        warn(f"{len(cut):,} prompts are longer than the model reads; not read of {cut[0][:200]}")
     return [(job, paths) for job, paths in done if job.stem not in lost], kept
 
 

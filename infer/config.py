@@ -127,7 +127,7 @@ class InferConfig:
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()
     editing: Editing = Editing()
-    columns: Columns = Columns()  # noqa: RUF009 (frozen)
+    columns: Columns = dataclasses.field(default_factory=Columns)
     loading: Loading = Loading()
     page: Page = Page()
 
@@ -204,7 +204,7 @@ class EvaluateConfig:
     """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens."""
     scoring: Scoring
     editing: Editing = Editing(num_inference_steps=100, guidance_scale=7.5)
-    columns: Columns = Columns()  # noqa: RUF009 (frozen)
+    columns: Columns = dataclasses.field(default_factory=Columns)
     loading: Loading = Loading()
 
     def idle(self) -> Iterator[str]:

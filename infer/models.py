@@ -44,6 +44,9 @@ def load(
         if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
             raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")
         parts = {part: checkpoint.network(part, precision) for part in ("unet", "vae", *checkpoint.text_encoders)}
+        vae = parts["vae"].config
+        if vae["shift_factor"] or (vae["latents_mean"] and not checkpoint.is_sdxl):
+            raise EditError(f"{checkpoint.vae_folder}/config.json shifts latents, which its pipeline does not undo")
         parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
         parts["scheduler"] = checkpoint.scheduler()
         if index.get("safety_checker", [None])[-1]:

@@ -87,9 +87,11 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_its_checkpoints(
         "hub_token": "hf_secret",
         "hub_model_id": "someone/editor",
     }
-    (left := tmp_path / "out" / "abandoned-checkpoint-9").mkdir(parents=True)
+    main(flags(sd, cache, tmp_path / "out", max_train_steps=1))
+    (left := tmp_path / "out" / "abandoned-checkpoint-9").mkdir()
     (left / "metrics.jsonl").touch()
-    main(flags(sd, cache, tmp_path / "out", **looked_at, **upload))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(flags(sd, cache, tmp_path / "out", **looked_at, **upload, resume_from_checkpoint="latest"))
     assert {"model_index.json", "README.md", "train.yaml", "validation/step-000002.png"} <= hub.files.keys()
     assert "unet/diffusion_pytorch_model.safetensors" in hub.files
     assert not [name for name in hub.files if "checkpoint" in name or name.startswith("logs")]

@@ -1,5 +1,7 @@
 """`Editor`: pictures and prompts in, the right pictures out, on tiny real pipelines."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,17 @@ def test_running_out_of_memory_names_the_flags_that_help(editor: Editor, monkeyp
     monkeypatch.setattr(editor.pipeline.vae, "encode", too_much)
     with pytest.raises(EditError, match="2 pictures of 16 x 16 at once: lower --batch_size or --resolution"):
         editor.edit([picture(1), picture(2)], "make it red")
+
+
+def test_a_vae_that_shifts_is_no_part_of_these_pipelines(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """They would not undo it; that of SDXL undoes a mean."""
+    folder = shutil.copytree(models[kind], tmp_path / kind)
+    file = folder / "vae" / "config.json"
+    config = json.loads(file.read_text())
+    for more, fits in (({"shift_factor": 0.1}, False), ({"latents_mean": [0.1] * 4}, kind == "sdxl")):
+        file.write_text(json.dumps(config | more))
+        if fits:
+            Editor(folder)
+        else:
+            with pytest.raises(EditError, match=r"config\.json shifts latents"):
+                Editor(folder)

@@ -328,3 +328,15 @@ def test_outputs_do_not_lie_where_a_table_is_searched(
     with pytest.raises(SystemExit, match="2"):
         main(["--model", model, "--table", str(table), "--output", str(table / "out")])
     assert f"--output {table / 'out'} lies in the folder of the dataset" in capsys.readouterr().err
+
+
+def test_names_in_another_encoding_stop_nothing(
+    model: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name of bytes that are not UTF-8 is edited as any other, and so are those after it."""
+    odd = os.fsencode(photos) + b"/caf\xe9.png"
+    with open(odd, "wb") as file:
+        file.write((photos / "a.png").read_bytes())
+    main(["--model", model, "--image", str(photos), "--prompt", "red", "--output", str(tmp_path / "out"), *STEPS])
+    assert "4 edited" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == 4

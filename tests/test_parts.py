@@ -88,6 +88,27 @@ def test_weights_that_are_not_there_are_no_random_numbers(copy: Path) -> None:
             use(copy)
 
 
+@pytest.mark.parametrize("part", ["vae", "unet", "text_encoder"])
+def test_weights_that_are_not_finite_are_refused_by_name(part: str, copy: Path) -> None:
+    """They would set all samples aside, or stop a training, as if these were at fault."""
+    weights = load_file(file := copy / part / f"{FILES[part]}.safetensors")
+    name = min(weights)
+    save_file(weights | {name: weights[name] * torch.nan}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{file.name} holds numbers that are not finite, in \S*{name}"):
+        use(copy)
+
+
+def test_a_file_of_another_kind_is_called_one(sd: Path, tmp_path: Path) -> None:
+    """Not that it is not there."""
+    (tmp_path / "model.ckpt").touch()
+    for model in (
+        Model(str(tmp_path / "model.ckpt")),
+        Model(str(sd), pretrained_vae_model_name_or_path=str(tmp_path / "model.ckpt")),
+    ):
+        with pytest.raises(ModelError, match=r"model\.ckpt is a file of no known kind: .*\.safetensors"):
+            find_checkpoint(model)
+
+
 def test_weights_that_nobody_asks_for_are_left_alone(copy: Path) -> None:
     """Early releases store a constant, and other pipelines a projection that this text encoder has no use for."""
     file = copy / "text_encoder" / "model.safetensors"
@@ -211,10 +232,17 @@ FLUX = {
         (lambda m: edit(m / "tokenizer" / "tokenizer_config.json", "model_max_length"), "without model_max_length"),
         (lambda m: edit(m / "tokenizer_2" / "tokenizer_config.json", model_max_length=64), "has 77 positions"),
         (lambda m: edit(m / "vae" / "config.json", "scaling_factor"), "without scaling_factor"),
+        (lambda m: edit(m / "vae" / "config.json", scaling_factor=None), "without scaling_factor"),
+        (lambda m: edit(m / "vae" / "config.json", scaling_factor="big"), "scaling_factor 'big', expected a number"),
+        (lambda m: edit(m / "vae" / "config.json", scaling_factor=0), "scaling_factor 0, expected a number above 0"),
         (lambda m: edit(m / "vae" / "config.json", shift_factor=0.0609), "shifts latents by its shift_factor"),
         (lambda m: edit(m / "vae" / "config.json", latents_mean=[0.1] * 4), "shifts latents by its latents_mean"),
         (lambda m: edit(m / "text_encoder" / "config.json", "hidden_act"), "without hidden_act"),
         (lambda m: edit(m / "unet" / "config.json", cross_attention_dim=16), "unet"),
+        (
+            lambda m: edit(m / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler"),
+            "is of EDMEulerScheduler, expected the noise process of DDPM",
+        ),
         (lambda m: EDMEulerScheduler().save_pretrained(m / "scheduler"), "EDMEulerScheduler without beta_end"),
         (
             lambda m: FlowMatchEulerDiscreteScheduler().save_pretrained(m / "scheduler"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_leaves
 
@@ -134,11 +134,54 @@ def test_a_branch_that_was_left_can_be_taken_up_again(run: Path, go_on: Callable
     held_out = {"num_validation_samples": 2}
     go_on(run, "checkpoint-3", max_train_steps=4, learning_rate=1e-3, **held_out)
     go_on(run, "abandoned-checkpoint-6", max_train_steps=7, **held_out)
-    assert names(run) == {"checkpoint-7", *(f"abandoned-checkpoint-{step}" for step in (3, 4, 6, 9))}
+    left = {f"abandoned-checkpoint-{step}" for step in (3, 4, 9)}
+    assert names(run) == {"checkpoint-6", "checkpoint-7"} | left  # what is gone on with is of the branch again
     straight = metrics(run / "abandoned-checkpoint-9")
     assert [line["loss"] for line in metrics(run) if "loss" in line] == [
         line["loss"] for line in straight if "loss" in line and line["step"] <= 7
     ]
+
+
+def test_what_was_abandoned_is_neither_lost_nor_begun_anew_unasked(
+    run: Path, go_on: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kill before the next checkpoint of a branch that was taken up leaves one that `auto` goes on from."""
+    go_on(run, "checkpoint-3", max_train_steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            go_on(run, "abandoned-checkpoint-9", max_train_steps=20, checkpointing_steps=20)
+    assert "checkpoint-9" in names(run)
+    go_on(run, "auto", max_train_steps=10)
+    assert trained_steps(run) == [*range(1, 11)]
+    for step in (9, 10):
+        (run / f"checkpoint-{step}").rename(run / f"abandoned-checkpoint-{step}")
+    for wanted in ("auto", None):
+        line = refused(capsys, go_on, run, wanted)
+        assert "abandoned-checkpoint-9 alone: continue with --resume_from_checkpoint abandoned-checkpoint-9" in line
+
+
+def test_what_nothing_is_trained_with_is_recorded_nowhere(
+    run: Path, go_on: Callable[..., None], tmp_path: Path
+) -> None:
+    """The record, and the card, of a pipeline that is made of a checkpoint are those of the run that trained it."""
+    recorded = (run / "train.yaml").read_text()
+    for output, wanted in ((run, "latest"), (tmp_path / "new", run / "checkpoint-9")):
+        go_on(output, wanted, learning_rate=0.5, train_batch_size=1)
+        assert (output / "train.yaml").read_text() == recorded
+        assert "| learning_rate | 0.5 |" not in (output / "README.md").read_text()
+
+
+def test_weights_that_are_not_finite_end_no_run_as_a_pipeline(
+    run: Path, go_on: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However late they come to be: no guard of the last steps would see it."""
+    weights = load_file(file := run / "checkpoint-9" / MODEL)
+    save_file(weights | {"conv_out.bias": weights["conv_out.bias"] * torch.nan}, file)
+    (run / "model_index.json").unlink()
+    line = refused(capsys, go_on, run, "latest", use_ema=False)
+    assert "no pipeline is saved: numbers of the UNet are not finite, the first in conv_out.bias" in line
+    assert not (run / "model_index.json").exists()
 
 
 def test_a_run_that_does_not_begin_leaves_everything_as_it_was(

@@ -116,6 +116,7 @@ def test_variants_of_a_character_are_drawn_together() -> None:
         assert len({bases[picture] for picture in some}) == 1
 
 
+@pytest.mark.slow  # a training of its own
 def test_the_unet_is_trained_anew_where_its_text_encoder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A UNet learned beside another text encoder is not kept, whatever the record says of it."""
     shutil.copytree(starter.STARTER, tmp_path / "starter")
@@ -130,6 +131,7 @@ def test_the_unet_is_trained_anew_where_its_text_encoder_is(tmp_path: Path, monk
     assert (made["text"]["steps"], made["unet"]["steps"]) == (1, 1)
 
 
+@pytest.mark.slow  # a training of its own
 def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more steps move the kept weights little, leave the tokenizer as it is, and the card tells of both runs."""
     shutil.copytree(starter.STARTER, tmp_path / "starter")

@@ -156,6 +156,7 @@ def test_held_out_pairs_are_never_trained_on(cache: Path, count: int) -> None:
     assert not set(kept.rows) & set(held.rows)
 
 
+@pytest.mark.slow  # a training of its own
 def test_training_lowers_the_fixed_noise_loss_raw_and_averaged(
     sd: Path, tmp_path: Path, encode: Callable[..., None]
 ) -> None:

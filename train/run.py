@@ -14,6 +14,7 @@ from torch import Tensor
 from ..encode.base.console import say
 from ..encode.base.errors import TrainError
 from ..encode.cache.reader import Reader
+from ..encode.models.weights import not_finite
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
@@ -21,7 +22,7 @@ from .data.samples import Samples, hold_out
 from .objective import Objective, noise_scheduler
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, push, write_card
-from .save.resume import Progress, go_on, resume
+from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
 from .unet.update import make_update
@@ -148,7 +149,8 @@ class Run:
         if self.accelerator.is_main_process:
             if self.origin and (trains or not checkpoints(folder)):
                 go_on(folder, self.origin, step)
-            save_config(config, self.progress.seed)
+            recorded = self.origin.parent / SETTINGS if self.origin and not trains else None
+            save_config(config, self.progress.seed, recorded)
             if trains:
                 track(config, self.progress.seed, step, self.accelerator)
         if not trains:
@@ -176,6 +178,11 @@ class Run:
         config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
         unet: Any = self.accelerator.unwrap_model(self.unet)
         self.update.weights.finish(self.update.average)
+        if name := not_finite(unet):
+            raise TrainError(
+                f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
+                "checkpoint that was saved before that, with a smaller --learning_rate"
+            )
         export(unet, self.objective.scheduler, self.base, caches[0].manifest["encoding"]["resolution"], folder)
         write_card(config, caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")

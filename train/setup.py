@@ -33,10 +33,10 @@ from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from .config import TrainConfig
+from .save.resume import SETTINGS
 from .unet.weights import Precision, choose_precision
 
 PATIENCE = timedelta(days=1)
-SETTINGS = "train.yaml"
 # What lies in an output folder.
 FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
 FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md")
@@ -82,8 +82,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
             ],
         )
     except ValueError as error:
-        flags = f"--mixed_precision {config.machine.mixed_precision}, --report_to {tracker}"
-        raise SettingsError(f"{error} ({flags})") from None
+        raise SettingsError(f"{error} (--mixed_precision {precision.name}, --report_to {tracker})") from None
     return accelerator, precision
 
 
@@ -176,10 +175,16 @@ def agreed_seed(config: TrainConfig) -> int:
     return seed[0]
 
 
-def save_config(config: TrainConfig, seed: int) -> None:
-    """Keep the resolved configuration beside the results, where `--config` can read it; TrainError: it cannot."""
+def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) -> None:
+    """Keep the configuration that the results are of beside them, where `--config` can read it; TrainError: it cannot.
+
+    Args:
+        recorded: the file of the run that trained them, where this one trains nothing.
+    """
     file, text = config.saving.output_dir / SETTINGS, yaml.safe_dump(dump(config) | {"seed": seed}, sort_keys=False)
     with explained(TrainError, f"{file} cannot be written", OSError):
+        if recorded and recorded.is_file():
+            text = recorded.read_text(encoding="utf-8")
         file.write_text(text, encoding="utf-8")
 
 

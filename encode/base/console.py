@@ -53,6 +53,7 @@ def quiet_libraries() -> None:
     """
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are raised as well
     warnings.simplefilter("ignore", FutureWarning, append=True)  # what will change in libraries concerns us
     warnings.filterwarnings("ignore", ".*deprecated", UserWarning, append=True)
     for module in filter(None, map(sys.modules.get, LOGGING)):

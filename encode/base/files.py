@@ -24,7 +24,7 @@ def whole(path: Path) -> Iterator[Path]:
 
     The folder is made if need be. The data is on the disk before the name is, and both are when this returns.
     """
-    short = path.name.encode()[:128].decode(errors="ignore")  # a name may have 255 bytes
+    short = os.fsdecode(os.fsencode(path.name)[:128])  # a name may have 255 bytes
     unfinished = path.with_name(f".{short}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

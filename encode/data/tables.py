@@ -90,13 +90,14 @@ def open_table(dataset: Dataset, name: str, pick: Pick, cache_dir: Path | None, 
         elif "://" in name:
             where = {**reader_of_url(name), "data_files": name}
         where["cache_dir"] = str(cache_dir) if cache_dir else None
-        with _opening(name):
+        place = str(path) if os.path.isfile(path) and not dataset.split else name
+        with _opening(place):
             builder: Any = datasets.load_dataset_builder(**where)
             splits = list(map(str, builder.as_streaming_dataset()))
         where["split"] = dataset.split or _only_split(name, splits, default_split)
         if dataset.streaming:
             return _keep_stream(name, builder, where, pick, folder, dataset.max_train_samples)
-        with _opening(name):
+        with _opening(place):
             table = datasets.load_dataset(**where)
     return Table(table, pick(_kinds(table.with_format("arrow")[:GLANCE], folder)), folder)
 
@@ -105,6 +106,8 @@ def open_table(dataset: Dataset, name: str, pick: Pick, cache_dir: Path | None, 
 def _opening(name: str, *errors: type[Exception]) -> Iterator[None]:
     """Around what `datasets` alone does, which raises some twenty kinds of errors."""
     hint = " (expected a Hub id, a folder or a file; --split takes one of its splits)"
+    if os.path.isfile(name):
+        hint = ": mend the file, of which all rows are read as one table"
     with explained(SourceError, f"dataset {name} cannot be opened", *errors, hint=hint):
         try:
             yield

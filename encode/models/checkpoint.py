@@ -1,5 +1,6 @@
 """A Stable Diffusion checkpoint on the disk, found or fetched: where its parts are, and what identifies them."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ class Checkpoint:
         self.latent_channels: int = vae["latent_channels"]
         self.vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
         self.scaling_factor: float = vae.get("scaling_factor", 0.18215)
+        if not (isinstance(self.scaling_factor, int | float) and 0 < self.scaling_factor < math.inf):
+            found = f"{self.vae_folder}/config.json has scaling_factor {self.scaling_factor!r}"
+            raise ModelError(f"{found}, expected a number above 0, such as 0.18215 (SD) or 0.13025 (SDXL)")
         self.shift_factor: float | None = vae.get("shift_factor")
         self.vae_overflows: bool = self.is_sdxl and vae.get("force_upcast", True)
 
@@ -91,6 +95,8 @@ class Checkpoint:
         """What the UNet predicts, epsilon or v_prediction; a ModelError for another process than theirs."""
         scheduler = read_config(folder := self.folder / "scheduler", "scheduler")
         predicted = scheduler.get("prediction_type", "epsilon")
+        if re.match("EDM|FlowMatch", kind := scheduler["_class_name"]):
+            raise ModelError(f"{folder}/scheduler_config.json is of {kind}, expected the noise process of DDPM")
         if predicted not in ("epsilon", "v_prediction") or scheduler.get("use_flow_sigmas"):
             raise ModelError(f"{folder}/scheduler_config.json predicts {predicted}, expected epsilon or v_prediction")
         return predicted
@@ -153,6 +159,8 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         raise ModelError(f"--variant {variant} belongs to folders and Hub ids, {name} is a single file: leave it out")
     if is_file:
         folder = converted(folder, model.single_file_config, model.cache_dir)
+    elif folder.is_file():
+        raise ModelError(f"{name} is a file of no known kind: of single files ip2p reads .safetensors")
     elif not folder.is_dir():
         skipped = (*without, "safety_checker", "feature_extractor", "image_encoder")
         folder = fetch_pipeline(name, model.revision, variant, model.cache_dir, skipped)
@@ -177,6 +185,8 @@ def _find_vae(vae: str, base: Path, model: Model) -> Path:
     folder = Path(vae)
     if folder.suffix == ".safetensors" and folder.is_file():
         return converted(folder, str(base / "vae"), model.cache_dir, "vae")
+    if folder.is_file():
+        raise ModelError(f"the VAE {vae} is a file of no known kind: of single files ip2p reads .safetensors")
     if not folder.is_dir():
         folder = fetch_vae(vae, model.variant, model.cache_dir)
     return folder / "vae" if (folder / "vae").is_dir() else folder

@@ -69,6 +69,7 @@ KINDS = {
     ),
 }
 KINDS["tokenizer_2"] = KINDS["tokenizer"]
+NONE_IS_MEANT = ("latents_mean", "latents_std", "shift_factor")  # by null: latents are not shifted
 POINTER = b"version https://git-lfs"
 
 
@@ -98,7 +99,7 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     if not re.fullmatch(kind.name, found):
         raise ModelError(f"{file} describes a {found}, expected {kind.name} (Stable Diffusion 1.x, 2.x or SDXL)")
     needed = [*kind.needed.split(), *(key for key, since in kind.younger.items() if _is_from(config, since))]
-    if missing := [key for key in needed if key not in config]:
+    if missing := [key for key in needed if config.get(key) is None and not (key in NONE_IS_MEANT and key in config)]:
         raise ModelError(f"{file} describes a {found} without {', '.join(missing)}: fetch or save the model again")
     return config
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...encode.base.errors import TrainError, reason
 from ...encode.base.files import sync
 
-INCOMPLETE = ".incomplete"
+INCOMPLETE, ABANDONED = ".incomplete", "abandoned-checkpoint-"
 # One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
 MODEL, OPTIMIZER, SCALE = "model.safetensors", "optimizer.bin", "scaler.pt"
 PROGRESS, AVERAGE = "custom_checkpoint_0.pkl", "custom_checkpoint_2.pkl"
@@ -145,6 +145,12 @@ def abandon(folder: Path) -> Path:
     folder.rename(path)
     sync(path.parent)
     return path
+
+
+def take_up(folder: Path, step: int) -> None:
+    """Give a checkpoint that was abandoned its name back, where nothing else has that by now."""
+    folder.rename(folder.with_name(f"checkpoint-{step}"))
+    sync(folder.parent)
 
 
 class HostCopies:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import (
     DDPMScheduler,
     StableDiffusionInstructPix2PixPipeline,
@@ -17,12 +18,11 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from ...encode.base.errors import TrainError, explained
-from ...encode.base.flags import dump
 from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import dtype_of
 from ..config import TrainConfig
-from .resume import METRICS, Progress, history, pictures
+from .resume import METRICS, SETTINGS, Progress, history, pictures
 
 TEXT = """---
 {header}
@@ -109,6 +109,7 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], progress: Progress)
     Raises TrainError where it cannot be written.
     """
     manifest, saving = caches[0].manifest, config.saving  # the others agree with it in all that is not summed up here
+    settings = yaml.safe_load((saving.output_dir / SETTINGS).read_text(encoding="utf-8"))
     base, last = config.model.pretrained_model_name_or_path, dict[str, float]()
     for line in history(saving.output_dir / METRICS, progress.step):
         last |= line
@@ -134,7 +135,7 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], progress: Progress)
         seen=progress.samples,
         identity=table(manifest["identity"]),
         losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name}),
-        settings=table({name: named(value) for name, value in dump(config).items()}),
+        settings=table({name: named(value) for name, value in settings.items()}),
     )
     with explained(TrainError, f"{saving.output_dir}/README.md cannot be written", OSError):
         ModelCard(text).save(saving.output_dir / "README.md")

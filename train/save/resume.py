@@ -21,9 +21,9 @@ from ...encode.base.files import whole
 from ...encode.cache.format import differences
 from ..config import TrainConfig
 from ..unet.fit import Misfit, fit
-from .checkpoint import AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints
+from .checkpoint import ABANDONED, AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints, take_up
 
-METRICS = "metrics.jsonl"
+METRICS, SETTINGS = "metrics.jsonl", "train.yaml"
 
 
 @dataclasses.dataclass
@@ -85,6 +85,12 @@ def find(output_dir: Path, wanted: str | None) -> Path | None:
     """
     there = checkpoints(output_dir)
     newest = there[-1][1] if there else None
+    left = sorted(path.name for path in output_dir.glob(f"{ABANDONED}*"))
+    if left and not newest and wanted in (None, "auto"):
+        raise SettingsError(
+            f"{output_dir} holds {', '.join(left)} alone: continue with --resume_from_checkpoint {left[-1]}, "
+            "or name another --output_dir"
+        )
     if wanted == "auto" or (wanted == "latest" and newest):
         return newest
     places = [Path(wanted), output_dir / wanted] if wanted and wanted != "latest" else []
@@ -143,9 +149,10 @@ def _usable(file: Path) -> Iterator[None]:
     except Misfit as problem:
         own = re.fullmatch(r"checkpoint-(\d+)", file.parent.name)
         before = [path for step, path in checkpoints(file.parent.parent) if own and step < int(own[1])]
-        mend = (
-            f"resume from the one before, --resume_from_checkpoint {before[-1]}" if before else "there is none before"
-        )
+        left = sorted(path.name for path in file.parent.parent.glob(f"{ABANDONED}*"))
+        mend = f"there is none before{', but ' if left else ''}{', '.join(left)}"
+        if before:
+            mend = f"resume from the one before, --resume_from_checkpoint {before[-1]}"
         without = " (or the run was trained without --use_ema: leave that out)" if file.name == AVERAGE else ""
         raise SettingsError(f"{file} {problem}: that checkpoint is damaged{without}; {mend}") from None
     except SettingsError as error:
@@ -173,9 +180,10 @@ def go_on(output_dir: Path, origin: Path, step: int) -> None:
     """Let an output folder tell of the branch that goes on from a checkpoint alone; raises TrainError.
 
     What was saved beyond it is renamed, so that it is never counted, resumed from by `latest`, or deleted; each takes
-    the metrics of its branch along. The newest goes first and metrics.jsonl is cut last, so after a kill at any moment
-    the same command does the rest. This is done by the main process, once all is loaded and the first step is next: a
-    run that fails before that changes nothing, and one that fails later can be gone on with by `latest`.
+    the metrics of its branch along. One that was renamed and is taken up again gets its name back. The newest goes
+    first and metrics.jsonl is cut last, so after a kill at any moment the same command, or `latest`, does the rest.
+    This is done by the main process, once all is loaded and the first step is next: a run that fails before that
+    changes nothing, and one that fails later can be gone on with by `latest`.
     """
     metrics = output_dir / METRICS
     with explained(TrainError, f"{output_dir} cannot be written", OSError):
@@ -191,5 +199,8 @@ def go_on(output_dir: Path, origin: Path, step: int) -> None:
                     (left / "validation").mkdir(exist_ok=True)
                     shutil.move(picture, left / "validation")
             say(f"{folder.name} is not of the run that goes on from {origin.name}: it is {left.name} from now on")
+        if origin.name.startswith(ABANDONED) and origin.parent.samefile(output_dir):
+            take_up(origin, step)
+            say(f"{origin.name} is checkpoint-{step} again")
         with whole(metrics) as unfinished:
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in known), encoding="utf-8")
