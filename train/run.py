@@ -178,7 +178,7 @@ class Run:
         config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
         unet: Any = self.accelerator.unwrap_model(self.unet)
         self.update.weights.finish(self.update.average)
-        if name := not_finite(unet):
+        if name := not_finite(unet.state_dict()):
             raise TrainError(
                 f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
                 "checkpoint that was saved before that, with a smaller --learning_rate"

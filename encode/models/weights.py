@@ -6,7 +6,7 @@ The libraries give a network that lacks weights random numbers in their place; h
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,13 @@ def load_whole(kind: Any, folder: Path, variant: str | None, dtype: torch.dtype)
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             described = f"they are not the weights of the {kind.__name__} in config.json"
             raise ModelError(f"{files[0]} holds {what} {first}{more}: {described}; fetch or save the model again")
-    if bad := not_finite(network):
-        raise ModelError(f"{files[0]} holds numbers that are not finite, in {bad}: fetch or save the model again")
+    for file in files:  # as they lie there: those of half precision may overflow in a network that is sound
+        if bad := not_finite(read_weights(file)):
+            raise ModelError(f"{file} holds numbers that are not finite, in {bad}: fetch or save the model again")
     return network.eval()
 
 
-def not_finite(network: torch.nn.Module) -> str | None:
-    """The name of the first weight of a network that holds an infinite number or none, if there is one."""
-    weights = network.state_dict().items()
-    return next((name for name, weight in weights if weight.is_floating_point() and not weight.isfinite().all()), None)
+def not_finite(weights: Mapping[str, Tensor]) -> str | None:
+    """The name of the first weight that holds an infinite number, or none, if there is one."""
+    floating = ((name, weight) for name, weight in weights.items() if weight.is_floating_point())
+    return next((name for name, weight in floating if not weight.isfinite().all()), None)
