@@ -269,6 +269,7 @@ assert not [name for name in sys.modules if name.split(".")[0] == "ip2p"]
 """
 
 
+@pytest.mark.slow  # a training of its own
 def test_diffusers_alone_edits_as_the_command_does_after_training_on_the_embedded_pictures(
     sd: Path, sd2: Path, sdxl: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

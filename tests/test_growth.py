@@ -228,6 +228,7 @@ def live(patch: pytest.MonkeyPatch, **settings: Any) -> None:
     run_state_machine_as_test(factory, settings=hypothesis.settings(**common | settings))
 
 
+@pytest.mark.slow  # many lives of a cache
 def test_a_cache_holds_what_its_dataset_says_whatever_happened_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After any growth, edits, removals, kills and a flip added, the right numbers stand in the right rows."""
     live(monkeypatch, max_examples=40, derandomize=True, phases=[hypothesis.Phase.generate])

@@ -120,6 +120,7 @@ def test_an_edit_that_cannot_be_made_is_a_line_and_no_traceback(
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow  # compiles
 def test_validation_compiles_nothing(sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its batches and its mode are others than those of training, for which the UNet would be compiled anew."""
     compiled: list[int] = []
