@@ -17,6 +17,7 @@ from ip2p.encode.base.errors import ModelError
 from ip2p.encode.config import Model
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.models.tokenizer import hash_tokenizer, load_tokenizer
+from ip2p.encode.models.weights import dtype_of
 from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags
 
@@ -112,9 +113,13 @@ def test_a_file_of_another_kind_is_called_one(sd: Path, tmp_path: Path) -> None:
 def test_weights_that_nobody_asks_for_are_left_alone(copy: Path) -> None:
     """Early releases store a constant, and other pipelines a projection that this text encoder has no use for."""
     file = copy / "text_encoder" / "model.safetensors"
-    more = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.zeros(16, 16)}
+    more = {"a.position_ids": torch.arange(77)[None], "text_projection.weight": torch.zeros(16, 16).half()}
     save_file(load_file(file) | more, file, {"format": "pt"})
     use(copy)
+    assert dtype_of(file.parent, None) == torch.float32
+    bin_file = to_bin(copy, "text_encoder")
+    torch.save(more | torch.load(bin_file), bin_file)
+    assert dtype_of(file.parent, None) == torch.float32
 
 
 def test_weights_are_read_by_the_names_that_early_releases_gave_them(sd: Path, copy: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,8 +52,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def dtype_of(folder: Path, variant: str | None) -> torch.dtype:
-    """The precision of a part's weight files."""
-    return next(iter(read_weights(weight_files(folder, variant)[0]).values())).dtype
+    """The precision of a part's weight files, of which no more than that is read."""
+    file = weight_files(folder, variant)[0]
+    if file.suffix == ".bin":  # mapped into memory
+        weights = read_weights(file)
+        return next(weights[name].dtype for name in weights if not IDLE.fullmatch(name))
+    with explained(ModelError, f"{file} cannot be read as weights"), safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(next(name for name in opened.keys() if not IDLE.fullmatch(name))).dtype  # noqa: SIM118
 
 
 def hash_weights(files: Iterable[Path]) -> str:
