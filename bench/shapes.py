@@ -61,14 +61,15 @@ XL_UNET = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+    "sample_size": 128,
 }
 # Of `demo` the UNet alone is that of examples/openmoji, whose 64 pixels make the latents that 128 make elsewhere.
 DEMO = json.loads((Path(__file__).parents[1] / "examples/openmoji/starter/unet/config.json").read_text())
 _NAMES = "block_out_channels down_block_types up_block_types layers_per_block attention_head_dim norm_num_groups"
-DEMO_UNET = {name: DEMO[name] for name in _NAMES.split()}
+DEMO_UNET = {name: DEMO[name] for name in [*_NAMES.split(), "sample_size"]}
 # What a test or a rehearsal can run: SD and SDXL in kind, not in proportion.
 _TEXT = text_config(16, 2, 2)
-TINY = Shape({"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4}, (4, 8, 8, 8), (_TEXT,))
+TINY = Shape({"block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "sample_size": 8}, (4, 8, 8, 8), (_TEXT,))
 _TINY_XL = {
     "block_out_channels": (8, 16, 16),
     "norm_num_groups": 4,
@@ -76,6 +77,7 @@ _TINY_XL = {
     "attention_head_dim": (1, 2, 2),
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 16 + 6 * 8,
+    "sample_size": 8,
 }
 TINY_XL = Shape(XL_UNET | _TINY_XL, (4, 8, 8, 8), (_TEXT, _TEXT))
 # `small` is a fifth of SD 1.5 in width, but for the VAE: a quarter, since processors like powers of two. So its
@@ -85,9 +87,13 @@ SIZES = {
     "tinyxl": TINY_XL,
     "demo": Shape(DEMO_UNET, (16, 32, 64, 64), (text_config(128, 4, 3),)),
     "small": Shape(
-        {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 8}, (32, 64, 128, 128), (text_config(160, 5),)
+        {"block_out_channels": (64, 128, 256, 256), "norm_num_groups": 8, "sample_size": 32},
+        (32, 64, 128, 128),
+        (text_config(160, 5),),
     ),
-    "sd15": Shape({"block_out_channels": (320, 640, 1280, 1280)}, (128, 256, 512, 512), (text_config(768, 12),)),
+    "sd15": Shape(
+        {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}, (128, 256, 512, 512), (text_config(768, 12),)
+    ),
     "sdxl": Shape(
         {"block_out_channels": (320, 640, 1280), **XL_UNET},
         (128, 256, 512, 512),

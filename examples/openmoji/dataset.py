@@ -6,7 +6,7 @@ import argparse
 import io
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -142,7 +142,9 @@ def choose(
                 yield family, source, value
 
 
-def rows(held_out: bool, size: int, seed: int, scale: float = 1, moved: float = 0) -> list[dict]:
+def rows(
+    held_out: bool, size: int, seed: int, scale: float = 1, moved: float = 0, kinds: Collection[str] = tuple(TRAIN)
+) -> list[dict]:
     """The rows of one split, shuffled; each edit in one of its wordings.
 
     To train on there are `scale` times the rows of `TRAIN` and `moved` times those of `MOVED`. The former are as they
@@ -151,6 +153,8 @@ def rows(held_out: bool, size: int, seed: int, scale: float = 1, moved: float = 
     """
     split = []
     for kind, count in (TEST if held_out else TRAIN).items():
+        if kind not in kinds:
+            continue
         chance = random.Random(f"{seed} {kind} {held_out}")
         mine = [family for family in families() if family.kind == kind and is_held_out(family.base) == held_out]
         edits = [(family, source, value) for family in mine for source, value in family.edits()]
@@ -177,13 +181,20 @@ def rows(held_out: bool, size: int, seed: int, scale: float = 1, moved: float = 
     return split
 
 
-def build(output: Path, size: int = 64, seed: int = 0, scale: float = 1, moved: float = 0) -> dict[str, Counter]:
+def build(
+    output: Path,
+    size: int = 64,
+    seed: int = 0,
+    scale: float = 1,
+    moved: float = 0,
+    kinds: Collection[str] = tuple(TRAIN),
+) -> dict[str, Counter]:
     """Write both splits and the attribution into the folder `output`; returns the rows by kind of each."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
     counts = {}
     for split, held_out in (("train", False), ("test", True)):
-        found = rows(held_out, size, seed, scale, moved)
+        found = rows(held_out, size, seed, scale, moved, kinds)
         Dataset.from_list(found, features=FEATURES).to_parquet(output / f"{split}-00000-of-00001.parquet")
         counts[split] = Counter(row["kind"] for row in found)
     return counts
@@ -196,10 +207,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which edits and wordings are drawn (default 0)")
     parser.add_argument("--scale", type=float, default=1, help="how many times 7,000 pairs to train on (default 1)")
     parser.add_argument("--moved", type=float, default=0, help="how many times 7,000 moved ones to add (default 0)")
+    parser.add_argument("--kinds", nargs="+", choices=TRAIN, default=[*TRAIN], help="kinds of edits (default all)")
     args = parser.parse_args()
-    for split, kinds in build(args.output, args.size, args.seed, args.scale, args.moved).items():
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        print(f"{split}: {kinds.total()} pairs ({listed})")
+    for split, counts in build(args.output, args.size, args.seed, args.scale, args.moved, args.kinds).items():
+        listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        print(f"{split}: {counts.total()} pairs ({listed})")
     print(f"written to {args.output}")
 
 
