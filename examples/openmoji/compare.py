@@ -1,0 +1,140 @@
+"""Compares one setting with another by the demo's recipe: same pairs, same steps, several seeds, one table.
+
+    python examples/openmoji/compare.py --train "--snr_gamma 5"
+
+trains with and without, and says what each reached on characters that neither has seen: accuracy and PSNR of edits, and
+the loss with noise that is the same for all. A difference counts where it is larger than the range of either's seeds.
+What was measured before is kept: whoever repeats the command goes on where it was stopped, or adds seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.config import Model
+from ip2p.encode.models.checkpoint import find_checkpoint
+from ip2p.train.config import Objective as Flags
+from ip2p.train.data.batches import gather, null_conditioning
+from ip2p.train.data.samples import Samples
+from ip2p.train.objective import Objective, noise_scheduler
+from recipe import DEMO, STARTER, Recipe, edit, encode, make_pairs, score, train
+
+MEASURES = {"accuracy": 3, "psnr": 2, "loss": 4}  # with the digits that are shown
+BANDS = 4  # of timesteps: each held-out pair is looked at in each
+BATCH = 32
+
+
+class Setting(NamedTuple):
+    """Flags that are added to those of the recipe, for each of the commands."""
+
+    encode: str = ""
+    train: str = ""
+    infer: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, self)) or "as it is"
+
+
+def key(*values: object) -> str:
+    """What a folder is named after that holds what `values` lead to."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
+
+
+def measure(setting: Setting, recipe: Recipe, seed: int, output: Path) -> dict[str, float]:
+    """What one training with a setting reaches on held-out pairs; all of it is in `output`, and is done once."""
+    folder = output / key(setting, recipe, seed)
+    record = folder / "measured.json"
+    if not record.is_file():
+        data, cache, held_out = output / "data", output / f"cache-{key(setting.encode)}", output / "held-out"
+        make_pairs(recipe, data)
+        encode(data, held_out, "--split", "test")
+        encode(data, cache, *shlex.split(setting.encode))
+        train(recipe, cache, folder / "model", seed, *shlex.split(setting.train))
+        edit(folder / "model", data, folder / "edits", seed, *shlex.split(setting.infer))
+        scores = score(data, folder / "edits", folder)["all"]
+        values = {name: scores[name] for name in ("accuracy", "psnr")} | {"loss": loss(folder / "model", held_out)}
+        record.write_text(json.dumps({"setting": setting._asdict(), "seed": seed} | values, indent=2) + "\n")
+    return json.loads(record.read_text())
+
+
+@torch.no_grad()
+def loss(model: Path, held_out: Path) -> float:
+    """The mean loss of a trained model over the pairs of a cache: the same noise for all, both conditions kept."""
+    base, reader = find_checkpoint(Model(str(STARTER))), Reader(Cache.open(held_out))
+    samples, cpu = Samples.of_all(reader, None), torch.device("cpu")
+    scheduler, null = noise_scheduler(Flags(), base), null_conditioning(reader, cpu)
+    objective = Objective(scheduler, null, base.scaling_factor, Flags())
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").eval()  # pyright: ignore[reportAttributeAccessIssue]
+    width, losses = len(scheduler.alphas_cumprod) // BANDS, list[torch.Tensor]()
+    for numbers in np.array_split(np.arange(len(samples.rows)), max(1, len(samples.rows) // BATCH)):
+        batch = gather(reader, samples, numbers, cpu)
+        draws = objective.draw(batch, int(numbers[0]))
+        for band in range(BANDS):
+            timesteps, kept = band * width + draws.timesteps % width, torch.ones_like(draws.dropout)
+            losses.append(objective.losses(unet, batch, draws._replace(timesteps=timesteps, dropout=kept)))
+    return torch.cat(losses).mean().item()
+
+
+def table(measured: dict[str, list[dict[str, float]]]) -> str:
+    """Lines of text: each setting's mean and range over the seeds, then the difference of the last from the first.
+
+    The difference is marked where it is larger than the range of either, which tells it from chance.
+    """
+    width = max(map(len, [*measured, "difference"]))
+    lines = [f"{'':{width}}" + "".join(f"  {name:>18}" for name in MEASURES)]
+    for setting, runs in measured.items():
+        cells = []
+        for name, digits in MEASURES.items():
+            values = [run[name] for run in runs]
+            cells.append(f"{statistics.fmean(values):.{digits}f} (range {max(values) - min(values):.{digits}f})")
+        lines.append(f"{setting:{width}}" + "".join(f"  {cell:>18}" for cell in cells))
+    cells = [f"{difference(measured, name):+.{digits}f}{mark(measured, name)}" for name, digits in MEASURES.items()]
+    lines.append(f"{'difference':{width}}" + "".join(f"  {cell:>18}" for cell in cells))
+    return "\n".join([*lines, "* beyond the range of the seeds"])
+
+
+def difference(measured: dict[str, list[dict[str, float]]], name: str) -> float:
+    """Of the means over the seeds: the last setting's less the first one's."""
+    first, *_, last = (statistics.fmean(run[name] for run in runs) for runs in measured.values())
+    return last - first
+
+
+def mark(measured: dict[str, list[dict[str, float]]], name: str) -> str:
+    """A star where a difference is beyond the range of the seeds."""
+    columns = [[run[name] for run in runs] for runs in measured.values()]
+    return "*" if abs(difference(measured, name)) > max(max(values) - min(values) for values in columns) else " "
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for command in Setting._fields:
+        parser.add_argument(f"--{command}", default="", help=f"flags to add to ip2p-{command}'s, in quotes")
+    parser.add_argument("--steps", type=int, default=500, help="of training, each time (default 500)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two or more (default 0 1)")
+    parser.add_argument("--output", type=Path, default=Path("build/compare"), help="folder for everything")
+    args = parser.parse_args()
+    settings = {Setting(): [], Setting(args.encode, args.train, args.infer): []}
+    if len(settings) < 2:
+        parser.error("name the setting to compare: --train, --encode or --infer with its flags")
+    for seed in args.seeds:
+        for setting, runs in settings.items():
+            runs.append(measure(setting, DEMO._replace(steps=args.steps), seed, args.output))
+    print(f"\n{args.steps} steps, seeds {' '.join(map(str, args.seeds))}")
+    print(table({setting.name: runs for setting, runs in settings.items()}))
+
+
+if __name__ == "__main__":
+    main()
