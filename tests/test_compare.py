@@ -1,0 +1,66 @@
+"""Tests of the OpenMoji example's comparison of settings."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import compare
+import dataset
+
+FEW = {"skin tone": 12, "hair": 8, "color": 12}
+
+
+def runs(*accuracies: float) -> list[dict[str, float]]:
+    """What trainings with these accuracies would have measured; the loss of all is the same."""
+    return [{"accuracy": accuracy, "psnr": 20 * accuracy, "loss": 0.25} for accuracy in accuracies]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "marked"),
+    [
+        ((0.80, 0.82), (0.85, 0.87), "+0.050*"),
+        ((0.85, 0.87), (0.80, 0.82), "-0.050*"),
+        ((0.80, 0.82), (0.82, 0.83), "+0.015 "),  # one seed differs by more from another
+        ((0.80, 0.81), (0.82, 0.88), "+0.045 "),
+    ],
+)
+def test_a_difference_counts_where_seeds_differ_by_less(
+    one: tuple[float, ...], other: tuple[float, ...], marked: str
+) -> None:
+    """The larger range of the two settings is what the means have to differ by; no difference is none."""
+    lines = compare.table({"as it is": runs(*one), "--snr_gamma 5": runs(*other)}).splitlines()
+    assert [line[:13].strip() for line in lines[:4]] == ["", "as it is", "--snr_gamma 5", "difference"]
+    assert marked in lines[3]
+    assert "+0.0000 " in lines[3]
+    assert f"{one[0] / 2 + one[1] / 2:.3f} (range {one[1] - one[0]:.3f})" in lines[1]
+
+
+@pytest.mark.slow  # four trainings of a few steps, by the commands
+def test_a_comparison_measures_both_settings_with_each_seed_and_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What hardly learns is worse by more than chance; what was measured is kept; without a setting it is an error."""
+    monkeypatch.setattr(dataset, "TRAIN", FEW)
+    monkeypatch.setattr(dataset, "TEST", FEW)
+    monkeypatch.setattr(compare, "make_pairs", lambda _, data: dataset.build(data))
+    flags = ["compare.py", "--output", str(tmp_path), "--steps", "12"]
+    monkeypatch.setattr("sys.argv", [*flags, "--train", "--learning_rate 1e-9"])
+    compare.main()
+    first = capfd.readouterr().out.partition("12 steps, seeds 0 1")[2]
+    plain, slow, difference = first.splitlines()[2:5]
+    assert (plain[:8], slow[:20], difference[:10]) == ("as it is", "--learning_rate 1e-9", "difference")
+    assert re.search(r"\+0\.\d+\*$", difference)  # the loss
+    measured = [json.loads(path.read_text()) for path in tmp_path.glob("*/measured.json")]
+    assert sorted((run["setting"]["train"], run["seed"]) for run in measured) == [
+        ("", 0), ("", 1), ("--learning_rate 1e-9", 0), ("--learning_rate 1e-9", 1)
+    ]  # fmt: skip
+    compare.main()
+    again = capfd.readouterr().out
+    assert "== " not in again
+    assert again.partition("12 steps, seeds 0 1")[2] == first
+    monkeypatch.setattr("sys.argv", flags)
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "name the setting to compare" in capfd.readouterr().err
