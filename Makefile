@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Compiling every module of every package takes as long as fetching them; Python compiles what it imports.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO := .venv/demo
 INSTALLED := .venv/installed
 
@@ -13,17 +14,18 @@ help:  ## list these targets
 install: $(INSTALLED)  ## prepare .venv with everything pinned; does nothing when nothing changed
 
 $(DEMO): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -e '.[demo]'
-	mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ip2p
-	touch $@
+	@echo "== Installing into .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -e '.[demo]'
+	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ip2p
+	@touch $@
 
 $(INSTALLED): $(DEMO)
-	$(PIP) -e '.[test,demo,dev,ui]'
-	touch $@
+	@$(PIP) -e '.[test,demo,dev,ui]'
+	@touch $@
 
 demo: $(DEMO)  ## encode, train and edit real pictures, and end with a contact sheet
-	$(BIN)/python examples/openmoji/demo.py
+	@$(BIN)/python examples/openmoji/demo.py
 
 test: install  ## the tests that take less than a minute each
 	$(BIN)/pytest -m "not slow"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -80,6 +81,17 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     ).input_ids
 
 
+@contextlib.contextmanager
+def fast() -> Iterator[None]:
+    """Compute in bfloat16 where the processor multiplies it faster, which others do twenty times slower than float32."""
+    if not torch.cpu.get_capabilities().get("amx_bf16"):
+        yield
+        return
+    # At sequences this short the plain attention is faster in bfloat16 than the fused one.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def fit(
     model: nn.Module,
     loss_of: Callable[[random.Random], torch.Tensor],
@@ -101,8 +113,7 @@ def fit(
     schedule = get_cosine_schedule_with_warmup(optimizer, min(100, recipe.steps // 10), recipe.steps)
     started, losses = time.monotonic(), []
     for step in range(1, recipe.steps + 1):
-        # At sequences this short the plain attention is faster on a CPU than the fused one.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with fast():
             loss = loss_of(chance)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

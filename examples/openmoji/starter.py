@@ -153,7 +153,7 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
     if before:
         unet = UNet2DConditionModel.from_pretrained(output / "unet", torch_dtype=torch.float32)
     if steps := more_unet_steps if before else unet_steps:
-        train_unet(unet, text_encoder, new_scheduler(), data(), Recipe(steps, 32, 8e-4, seed), save)
+        train_unet(unet, text_encoder, new_scheduler(), data(), Recipe(steps, 16, 1e-3, seed), save)
     else:
         save(unet)
     return record
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=STARTER, help="folder of the checkpoint (default starter/)")
     parser.add_argument("--vae_steps", type=int, default=3000, help="of 8 pictures")
     parser.add_argument("--text_steps", type=int, default=4000, help="of 192 pictures and texts")
-    parser.add_argument("--unet_steps", type=int, default=9000, help="of 32 pictures; 0 leaves random weights")
+    parser.add_argument("--unet_steps", type=int, default=9000, help="of 16 pictures; 0 leaves random weights")
     parser.add_argument("--more_unet_steps", type=int, default=0, help="of a UNet that is there already")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

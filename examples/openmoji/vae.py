@@ -102,7 +102,7 @@ def train_vae(train: torch.Tensor, held_out: torch.Tensor, steps: int, batch_siz
     for step in range(1, steps + 1):
         chosen = torch.randint(0, len(train), (batch_size,), generator=generator)
         images = to_model(augmented(train[chosen], generator))  # (B, 3, 64, 64)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(torch.cpu.get_capabilities().get("amx_bf16"))):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         loss = F.mse_loss(decoded.float(), images)
