@@ -83,7 +83,7 @@ def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def fast() -> Iterator[None]:
-    """Compute in bfloat16 where the processor multiplies it faster, which others do twenty times slower than float32."""
+    """Compute in bfloat16 where the processor multiplies it faster; others do it twenty times slower than float32."""
     if not torch.cpu.get_capabilities().get("amx_bf16"):
         yield
         return
