@@ -113,6 +113,23 @@ def test_datasets_loads_the_folder(tmp_path: Path) -> None:
     assert "CC BY-SA 4.0" in (tmp_path / "ATTRIBUTION.md").read_text()
 
 
+@pytest.mark.usefixtures("few")
+def test_pairs_that_are_there_are_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for the same pairs, a folder is kept; for others, or where it was not finished, it is drawn anew."""
+    counts = dataset.build(tmp_path, size=32, kinds=["hair"])
+    assert counts == {"train": Counter(hair=8), "test": Counter(hair=8)}
+    drawn: list[bool] = []
+    rows = dataset.rows
+    monkeypatch.setattr(dataset, "rows", lambda *args, **options: drawn.append(args[0]) or rows(*args, **options))
+    assert dataset.build(tmp_path, size=32, kinds=["hair"]) == counts
+    assert drawn == []
+    assert dataset.build(tmp_path, size=32, kinds=["color", "hair"])["test"] == Counter(color=12, hair=8)
+    assert drawn == [False, True]
+    (tmp_path / ".made.json").unlink()
+    dataset.build(tmp_path, size=32, kinds=["color", "hair"])
+    assert drawn == [False, True] * 2
+
+
 def test_a_variant_that_looks_like_the_target_is_no_candidate() -> None:
     """OpenMoji draws this worker the same as a man and as nobody in particular, and the woman with other hair."""
     person, members = "1F9D1-200D-1F3ED", {"man": "1F468-200D-1F3ED", "woman": "1F469-200D-1F3ED"}

@@ -141,7 +141,7 @@ def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: 
     steps = {"vae_steps": 1, "text_steps": 1, "unet_steps": 1}
     made = starter.build(tmp_path / "starter", **steps, seed=0, more_unet_steps=2)
     assert {part: made[part] for part in ("vae", "text")} == {part: before[part] for part in ("vae", "text")}
-    assert made["unet"]["how"].startswith(starter.told(before["unet"]) + "; 2 steps of 32")
+    assert made["unet"]["how"].startswith(starter.told(before["unet"]) + "; 2 steps of 16")
     assert made["unet"]["how"] in (tmp_path / "starter" / "README.md").read_text()
     tokenizers = [folder / "tokenizer" / "tokenizer.json" for folder in (starter.STARTER, tmp_path / "starter")]
     assert len({file.read_text() for file in tokenizers}) == 1
