@@ -152,9 +152,23 @@ def test_processes_wait_a_day_for_one_that_works_alone(
 
     monkeypatch.setattr(setup, "Accelerator", Spy)
     make_accelerator(config())
-    group, buckets = given["kwargs_handlers"]
+    group, buckets = given["kwargs_handlers"][-2:]
     assert group.timeout >= timedelta(days=1)
     assert buckets.gradient_as_bucket_view
+
+
+def test_autocast_keeps_no_copies_of_the_weights(config: Callable[..., TrainConfig]) -> None:
+    """Each weight is used once a step: a copy kept until the end of it takes half as much memory, for nothing."""
+    accelerator, _ = make_accelerator(config(mixed_precision="bf16"))
+    seen: list[tuple[bool, bool]] = []
+
+    class Probe(torch.nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+            return super().forward(input)
+
+    accelerator.prepare(Probe(2, 2))(torch.zeros(1, 2))
+    assert seen == [(True, False)]
 
 
 def test_users_are_told_what_the_machine_would_do_better(monkeypatch: pytest.MonkeyPatch) -> None:

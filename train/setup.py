@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     LoggerType,
@@ -77,6 +78,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
             log_with=tracker,
             project_config=folders,
             kwargs_handlers=[
+                AutocastKwargs(cache_enabled=False),  # else a cast copy of every weight stays until the step is over
                 InitProcessGroupKwargs(timeout=PATIENCE),  # while one process downloads, checks, draws or writes
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
             ],
