@@ -10,6 +10,7 @@ What was measured before is kept: whoever repeats the command goes on where it w
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -53,15 +54,28 @@ def key(*values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]
 
 
+@functools.cache
+def prepare(recipe: Recipe, output: Path) -> Path:
+    """The folder of the pairs, which are drawn if they are not there."""
+    make_pairs(recipe, output / "data")
+    return output / "data"
+
+
+@functools.cache
+def encoded(data: Path, flags: str) -> Path:
+    """A cache of the pairs that was made with `flags`; what is encoded already stays."""
+    cache = data.parent / f"cache-{key(flags)}"
+    encode(data, cache, *shlex.split(flags))
+    return cache
+
+
 def measure(setting: Setting, recipe: Recipe, seed: int, output: Path) -> dict[str, float]:
     """What one training with a setting reaches on held-out pairs; all of it is in `output`, and is done once."""
     folder = output / key(setting, recipe, seed)
     record = folder / "measured.json"
     if not record.is_file():
-        data, cache, held_out = output / "data", output / f"cache-{key(setting.encode)}", output / "held-out"
-        make_pairs(recipe, data)
-        encode(data, held_out, "--split", "test")
-        encode(data, cache, *shlex.split(setting.encode))
+        data = prepare(recipe, output)
+        held_out, cache = encoded(data, "--split test"), encoded(data, setting.encode)
         train(recipe, cache, folder / "model", seed, *shlex.split(setting.train))
         edit(folder / "model", data, folder / "edits", seed, *shlex.split(setting.infer))
         scores = score(data, folder / "edits", folder)["all"]
