@@ -105,7 +105,6 @@ def main() -> None:
     picture = args.output / "contact-sheet.png"
     sheet(rows, edited).save(picture)
     print(table(results))
-    print(f"settings of the edits: {edited[0].info['ip2p']}")
 
 
 if __name__ == "__main__":

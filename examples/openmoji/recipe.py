@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,8 @@ LONGER = Recipe(("color", "direction", "gender", "hair", "mirror", "skin tone"),
 def run(title: str, *command: str | Path) -> None:
     """Show and run one command with this Python; leaves with its exit status if it fails."""
     words = [str(word) for word in command]
-    print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
+    shown = [os.path.relpath(word) if word.startswith(str(HERE)) else word for word in words]
+    print(f"\n== {title}\n$ python {shlex.join(shown)}", flush=True)
     started = time.monotonic()
     status = subprocess.run([sys.executable, *words], check=False).returncode
     if status:
