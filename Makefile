@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Compiling every module of every package takes as long as fetching them; Python compiles what it imports.
+# Compiling every module of every package takes nearly as long as fetching them; Python compiles what it imports.
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO := .venv/demo
 INSTALLED := .venv/installed

@@ -71,7 +71,7 @@ def encoded(data: Path, flags: str) -> Path:
 
 def measure(setting: Setting, recipe: Recipe, seed: int, output: Path) -> dict[str, float]:
     """What one training with a setting reaches on held-out pairs; all of it is in `output`, and is done once."""
-    folder = output / key(setting, recipe, seed)
+    folder = output / key(setting, recipe, seed, (STARTER / "training.json").read_text())
     record = folder / "measured.json"
     if not record.is_file():
         data = prepare(recipe, output)

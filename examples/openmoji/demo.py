@@ -14,7 +14,7 @@ from recipe import DEMO, LONGER, edit, encode, make_pairs, score, train
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--longer", action="store_true", help="the longer recipe: all kinds of edits, two hours")
+    parser.add_argument("--longer", action="store_true", help="the longer recipe: all kinds of edits")
     parser.add_argument("--output", type=Path, help="folder for everything (default build/demo or build/longer)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
