@@ -35,18 +35,18 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "machine": Section(machine, 15, 2),
-    "correctness": Section(correctness, 65, 25),
+    "machine": Section(machine, 10, 2),
+    "correctness": Section(correctness, 80, 25),
     "xformers": Section(attention, 8, 1),
-    "speed": Section(base_model, 45, 6),
+    "speed": Section(base_model, 60, 6),
     "profile": Section(profile, 12, 12),
-    "compiled": Section(compiled, 70, 30),
-    "regions": Section(by_regions, 50, 12),
     "variants": Section(variants, 35, 8),
-    "command": Section(command, 75, 25),
+    "sdxl": Section(sdxl, 45, 6),
+    "encode": Section(encoding, 45, 8),
+    "command": Section(command, 80, 25),
     "512": Section(large_pictures, 20, 4),
-    "sdxl": Section(sdxl, 40, 6),
-    "encode": Section(encoding, 40, 8),
+    "compiled": Section(compiled, 200, 30),
+    "regions": Section(by_regions, 150, 12),
 }
 
 

@@ -94,15 +94,15 @@ def other_ways(bench: Bench, setting: Setting) -> None:
     """What a step took with autocast and diffusers' average, and what it takes online."""
     shape, half = SIZES[setting.size], bench.sizes.half
     unet, cache = trainable(shape, half), bench.cache(setting.size, setting.resolution, 8 * setting.batch)
-    step = script(unet, half, EMAModel(unet.parameters(), decay=0.9999))
-    with from_cache(unet, cache, setting.batch, torch.float32) as (_, loss):
-        measure(bench, "cached, autocast and diffusers' average", step, loss, setting)
     online = Online(unet, shape, **setting.place, dtype=DTYPES[half], dropout=DROPOUT[0])
     step = script(unet, half)
     found = measure(bench, "online", step, online, setting)
     if cached := bench.rates.get(f"{setting.name}: cached"):
         bar = 1.9 if GPU else None
         bench.add(f"{setting.name}: time of online / cached", cached / found, "times", at_least=bar)
+    step = script(unet, half, EMAModel(unet.parameters(), decay=0.9999))
+    with from_cache(unet, cache, setting.batch, torch.float32) as (_, loss):
+        measure(bench, "cached, autocast and diffusers' average", step, loss, setting)
 
 
 def one_setting(bench: Bench, setting: Setting, name: str = "cached", **how: Any) -> None:
@@ -132,7 +132,7 @@ def by_regions(bench: Bench) -> None:
 
 def one_compiled(bench: Bench, name: str, how: Callable[..., object], setting: Setting) -> None:
     """How long it takes to compile, with nothing compiled before, whether that is right, and what it gains."""
-    with inductor.fresh_inductor_cache(), built(bench, setting) as (training, _, loss):
+    with inductor.fresh_inductor_cache(), built(bench, setting, norms=False) as (training, _, loss):
         how(training.unet, backend="eager" if bench.demo else "inductor")
         text = training.precision.dtype
         fixed = bare(training.unet, SIZES[setting.size], **setting.place, text_dtype=text)
@@ -152,12 +152,13 @@ def variants(bench: Bench) -> None:
     """What single choices gain or lose, against the step as it is."""
     setting = base(bench)
     ways: dict[str, dict[str, Any]] = {
-        "fp16": {"precision": "fp16"},
-        "autocast": {"copies": False},
-        "several passes of the optimizer": {"one_pass": False},
-        "contiguous": {"channels_last": False},
-        "8-bit Adam": {"use_8bit_adam": True},
+        "PyTorch's norms": {"norms": False},
         "without cudnn.benchmark": {},
+        "contiguous": {"channels_last": False},
+        "fp16": {"precision": "fp16"},
+        "autocast": {"gradient_accumulation_steps": 2},  # whose sums need it
+        "several passes of the optimizer": {"one_pass": False},
+        "8-bit Adam": {"use_8bit_adam": True},
         "deterministic": {"deterministic": True},
     }
     if bench.demo:

@@ -19,7 +19,7 @@ KINDS = {
     "attention": r"flash|fmha|attention|sdpa|attn",
     "convolution": r"conv(?!ert)|fprop|dgrad|wgrad",
     "matrix product": r"gemm|nvjet|cublas|cutlass|splitK|addmm|bmm|::mm",
-    "norm": r"norm|Norm|[Rr]owwise|[Mm]oments|welford",
+    "norm": r"norm|Norm|[Rr]owwise|[Mm]oments|welford|GammaBeta|^(measure|settle|differentiate|lean)$",
     "copy and layout": r"[Mm]emcpy|[Mm]emset|copy|[Tt]ranspose|nchw|nhwc|Cat|::cat",
     "elementwise": r"elementwise|reduce|triton|mul|add|div|gelu|silu|sum|fill|where",
 }

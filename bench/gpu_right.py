@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from baselines import bare
 from common import DEVICE, DTYPES, GPU
 from diffusers import DDPMScheduler
@@ -22,6 +23,8 @@ from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
 from ip2p.train.config import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective
+from ip2p.train.unet.norm import choose_norms, group_norm
+from ip2p.train.unet.norm import disagreement as disagreement_of_norms
 from ip2p.train.unet.update import disagreement
 from ip2p.train.unet.weights import Weights
 
@@ -34,7 +37,7 @@ def correctness(bench: Bench) -> None:
     """Everything that a test cannot see without a GPU."""
     tiny.checkpoint(bench.folder / "tiny")
     tiny.dataset(bench.folder / "pairs", tiny.pairs(10))
-    for check in (encodes, gradients, one_pass, skips, trains, waits):
+    for check in (encodes, norms, gradients, one_pass, skips, waits, trains):
         with bench.part(check.__name__):
             check(bench)
 
@@ -90,6 +93,7 @@ def gradient(device: torch.device, precision: str, *, copies: bool) -> Tensor:
     timesteps, dropout = torch.tensor([1, 300, 600, 990]), torch.tensor([0.01, 0.08, 0.12, 0.9])
     batch = Batch(*(part.to(device) for part in (original, edited, text)))
     draws = Draws(*(part.to(device) for part in (*noise, timesteps, dropout)))
+    choose_norms(unet, device, dtype)
     weights = Weights(unet, dtype if copies else None)
     if precision != "no" and not copies:
         unet.forward = torch.autocast(device.type, dtype)(unet.forward)
@@ -112,6 +116,28 @@ def full_float32() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.allow_tf32 = value
+
+
+def norms(bench: Bench) -> None:
+    """The kernels for norms do what PyTorch's functions do, and how long both take where there are most pixels."""
+    if not GPU:
+        return bench.note("the kernels for norms: need a GPU")
+    for precision in bench.sizes.precisions:
+        error = disagreement_of_norms(DEVICE, DTYPES[precision])
+        bench.add(f"norms against PyTorch's functions, {precision}", error, "of 1", at_most=1e-2)
+    numbers = torch.randn(2, 64, 320, 32, 32, device=DEVICE, dtype=torch.bfloat16)
+    x, slope = (part.to(memory_format=torch.channels_last) for part in numbers)
+    weight, bias = torch.randn(2, 320, device=DEVICE, dtype=torch.bfloat16).requires_grad_().unbind()
+    given = x.requires_grad_(), weight, bias
+    ways = {
+        "PyTorch": lambda: F.silu(F.group_norm(x, 32, weight, bias)),
+        "its kernels": lambda: group_norm(x, weight, bias, 32, 1e-5, silu=True),
+    }
+    for name, way in ways.items():
+        took = seconds(way)
+        bench.add(f"norm and SiLU of 42 MB by {name}", 1000 * took, "ms")
+        both = seconds(lambda way=way: torch.autograd.grad(way(), given, slope))
+        bench.add(f"norm and SiLU of 42 MB by {name}, forward and backward", 1000 * both, "ms")
 
 
 def one_pass(bench: Bench) -> None:

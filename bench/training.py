@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from shapes import Shape, make_unet
 from torch import Tensor
 
-from ip2p.encode.base.flags import build, changed
+from ip2p.encode.base.flags import build
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.train.config import Objective as Flags
@@ -29,8 +29,8 @@ from ip2p.train.data.samples import Samples
 from ip2p.train.objective import Objective
 from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention
+from ip2p.train.unet.norm import choose_norms
 from ip2p.train.unet.update import make_update
-from ip2p.train.unet.weights import Precision, choose_precision
 
 DROPOUT = Flags().dropout
 Loss = Callable[[], Tensor]
@@ -46,9 +46,9 @@ class Training:
         shape: of the UNet.
         folder: where accelerate may write.
         precision: as --mixed_precision.
-        copies: whether the weights are copies in half precision, in place of autocast. Default: as the command decides.
         one_pass: whether the optimizer takes one pass over the weights. Default: as the command decides.
         channels_last: of weights and activations, as the command has them.
+        norms: whether the kernels for them are taken, as the command does unless it compiles.
         flags: further ones of the command.
     """
 
@@ -58,9 +58,9 @@ class Training:
         folder: Path,
         precision: Any = "no",
         *,
-        copies: bool | None = None,
         one_pass: bool | None = None,
         channels_last: bool = True,
+        norms: bool = True,
         **flags: Any,
     ):
         config = build(
@@ -74,10 +74,8 @@ class Training:
                 **flags,
             },
         )
-        chosen = choose_precision(config, cuda=GPU)
-        self.precision = chosen if copies is None else Precision(precision, copies)
         AcceleratorState._reset_state(reset_partial_state=True)  # it keeps its settings for a whole process
-        accelerator, _ = make_accelerator(changed(config, mixed_precision="no" if self.precision.copies else precision))
+        accelerator, self.precision = make_accelerator(config)
         with DEVICE:
             unet = make_unet(shape)
         if channels_last:
@@ -85,6 +83,8 @@ class Training:
         if config.machine.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         choose_attention(unet, DEVICE, precision)
+        if norms and channels_last:
+            choose_norms(unet, DEVICE, self.precision.dtype)
         self.update = make_update(config, unet, self.precision, processes=1)
         if one_pass is not None:
             self.update.fused = one_pass

@@ -18,7 +18,7 @@ import tiny
 from ip2p.encode.cache.format import Cache
 from ip2p.train.__main__ import main, preload
 from ip2p.train.save.checkpoint import HostCopies
-from ip2p.train.unet import update
+from ip2p.train.unet import norm, update
 from ip2p.train.unet.load import check_gradients
 from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
 from ip2p.train.unet.weights import Weights
@@ -64,10 +64,23 @@ def test_a_cache_encoded_on_the_gpu_is_that_of_the_cpu(
             assert error(found, expected) < bound, name
 
 
-def gradients(device: torch.device, half: torch.dtype | None) -> list[Tensor]:
+@pytest.mark.parametrize("half", [None, torch.float16, torch.bfloat16], ids=["no", "fp16", "bf16"])
+def test_norms_in_channels_last_are_pytorchs(half: torch.dtype | None, capsys: Any) -> None:
+    """The kernels are taken, and nothing is said."""
+    unet: Any = tiny.unet(8)
+    norm.choose_norms(unet, CUDA, half or torch.float32)
+    assert isinstance(unet.conv_norm_out, norm.Norm)
+    assert capsys.readouterr().out == ""
+    bound = {None: 1e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
+    assert norm.disagreement(CUDA, half or torch.float32) < bound[half]
+
+
+def gradients(device: torch.device, half: torch.dtype | None, *, norms: bool = True) -> list[Tensor]:
     """Of a tiny UNet on given numbers."""
     torch.manual_seed(0)
-    unet: Any = tiny.unet(8)
+    unet: Any = tiny.unet(8).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if norms:
+        norm.choose_norms(unet, device, half or torch.float32)
     sample, text, target = torch.randn(4, 8, 8, 8), torch.randn(4, 77, 16), torch.randn(4, 4, 8, 8)
     weights = Weights(unet.to(device), half)
     timesteps = torch.tensor([1, 250, 600, 999], device=device)

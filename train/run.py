@@ -25,6 +25,7 @@ from .save.pipeline import export, push, write_card
 from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
+from .unet.norm import choose_norms
 from .unet.update import make_update
 from .unet.weights import Precision
 from .watch.interrupt import Interrupt
@@ -79,6 +80,8 @@ class Run:
         # What it trains.
         unet: Any = load_unet(config, self.base).to(device)
         choose_attention(unet, device, precision.name)
+        if not config.machine.compile:  # which fuses norms in its own way
+            choose_norms(unet, device, precision.dtype)
         self.update = make_update(config, unet, precision, accelerator.num_processes)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number

@@ -82,7 +82,7 @@ class Update:
     def _one_pass(self, gradients: list[Tensor], divisor: Tensor, skipped: Tensor, average: Average | None) -> None:
         kernel = self._kernel = self._kernel or self._make_kernel()
         steps = [self.optimizer.state[master]["step"] for master in self.weights.masters]
-        torch._foreach_add_(steps, 1 - skipped)
+        torch._foreach_add_(steps, [1 - skipped] * len(steps))  # a single tensor it would read, and wait for the device
         group = self.optimizer.param_groups[0]
         powers = torch.stack([torch.pow(beta, steps[0].double()) for beta in group["betas"]])
         numbers = torch.cat([divisor[None], (1 - powers).float(), skipped[None]])
