@@ -21,7 +21,7 @@ from training import Training
 import tiny
 from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
-from ip2p.train.config import Objective as Flags
+from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective
 from ip2p.train.unet.norm import choose_norms, group_norm
 from ip2p.train.unet.norm import disagreement as disagreement_of_norms

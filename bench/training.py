@@ -21,11 +21,11 @@ from torch import Tensor
 from ip2p.encode.base.flags import build
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
-from ip2p.train.config import Objective as Flags
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order
 from ip2p.train.data.samples import Samples
+from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective
 from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention

@@ -26,7 +26,7 @@ FLOORS = """
     infer.batch
     infer.score  infer.ui
     infer.__main__
-    train.demands
+    train.demands  train.learning
     train.config
     train.objective
     train.data  train.unet

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import tiny
-from ip2p.train.config import Objective as Flags
+from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective, drop_conditioning, target_latents
 
 SCALING = 0.18215

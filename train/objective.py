@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..encode.base.errors import SettingsError
 from ..encode.models.checkpoint import Checkpoint
-from .config import Objective as Flags
+from .learning import Objective as Flags
 
 
 class Batch(NamedTuple):
