@@ -1,0 +1,88 @@
+"""Tests of train/memory.py: what a step takes is known without taking it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tiny
+from ip2p.train.memory import Live, Shapes, fill, passes, simulate
+from ip2p.train.unet.weights import Precision
+
+PRECISIONS = [Precision("no", copies=False), Precision("bf16", copies=False), Precision("bf16", copies=True)]
+SHAPES = {False: Shapes((8, 8, 8), (77, 16)), True: Shapes((8, 8, 8), (77, 48), 32)}  # of tiny SD and SDXL
+
+
+def unet(sdxl: bool) -> Any:
+    return tiny.unet(8, sdxl=sdxl).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["float32", "autocast", "copies"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+def test_tensors_without_contents_take_what_real_ones_take(
+    sdxl: bool, checkpointing: bool, precision: Precision
+) -> None:
+    """To the byte, in every precision, for each number of samples."""
+    for batch in (1, 3):
+        real = torch.nn.Module.to(unet(sdxl), precision.half)
+        found = passes(real, SHAPES[sdxl], batch, precision, checkpointing=checkpointing)
+        config, how = dict(unet(sdxl).config), {"checkpointing": checkpointing, "norms": False}
+        assert simulate(config, SHAPES[sdxl], batch, precision, **how) == found  # type: ignore[arg-type]
+
+
+def test_what_is_counted_is_what_is_alive() -> None:
+    """Of memory that was there before nothing, of views nothing, and what is gone no more."""
+    weight = torch.randn(10, 10)
+    with Live([weight]) as live:
+        one = weight.t() @ weight  # 400 bytes; the view of the weight is none of them
+        other = one.view(100)[:50]
+        assert live.now == 400
+        del one
+        assert live.now == 400
+        del other
+        assert live.now == 0
+        big = torch.zeros(1000)
+        del big
+    assert live.most == 4000
+
+
+def test_gradients_that_are_dropped_are_not_there_together() -> None:
+    """With checkpointing the gradients are most of it, and then the largest one remains."""
+    config, shapes, precision = dict(unet(False).config), SHAPES[False], PRECISIONS[0]
+    kept = simulate(config, shapes, 1, precision, checkpointing=True)
+    dropped = simulate(config, shapes, 1, precision, checkpointing=True, drop=True)
+    gradients = 4 * kept.weights
+    assert kept.peak > gradients
+    assert dropped.peak < kept.peak - gradients / 3
+
+
+def test_the_kernels_for_norms_keep_less() -> None:
+    """They keep their input once, where PyTorch keeps what SiLU is given as well."""
+    config, shapes, precision = dict(unet(False).config), SHAPES[False], PRECISIONS[2]
+    with_them = simulate(config, shapes, 16, precision, checkpointing=False)
+    without = simulate(config, shapes, 16, precision, checkpointing=False, norms=False)
+    assert 0.7 * without.peak < with_them.peak < 0.97 * without.peak
+
+
+def test_weights_are_counted_with_their_masters() -> None:
+    """Four bytes each, or two and four."""
+    config = dict(unet(False).config)
+    whole = simulate(config, SHAPES[False], 1, PRECISIONS[0], checkpointing=False)
+    half = simulate(config, SHAPES[False], 1, PRECISIONS[2], checkpointing=False)
+    assert whole.weights == half.weights == sum(weight.numel() for weight in unet(False).parameters())
+    assert whole.static == 4 * whole.weights
+    assert half.static == 6 * half.weights
+
+
+def test_a_model_is_filled_as_it_is_laid_out() -> None:
+    """With the strides, precision and names of its weights."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)).half()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    strides = {name: weight.stride() for name, weight in model.named_parameters()}
+    with FakeTensorMode():
+        fill(model)
+        assert {name: weight.stride() for name, weight in model.named_parameters()} == strides
+        assert all(weight.device.type == "cpu" and weight.dtype == torch.half for weight in model.parameters())
