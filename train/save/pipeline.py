@@ -22,6 +22,7 @@ from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import dtype_of
 from ..config import TrainConfig
+from ..unet.lora import save_adapters
 from .resume import METRICS, SETTINGS, Progress, history, pictures
 
 TEXT = """---
@@ -68,13 +69,17 @@ def export(
 ) -> None:
     """Save the finished pipeline, its frozen parts in the precision in which they were found.
 
-    Raises TrainError where it cannot be written.
+    Adapters, if there are any, are saved for themselves and then fused into the UNet. Raises TrainError where it cannot
+    be written.
     """
     unet.register_to_config(sample_size=resolution // checkpoint.vae_scale_factor)
-    pipeline = make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint))
     hint = ": make space and repeat with --resume_from_checkpoint latest, the training is done"
     with explained(TrainError, f"no pipeline can be written to {output_dir}", hint=hint):
-        pipeline.save_pretrained(output_dir)
+        if hasattr(unet, "peft_config"):
+            save_adapters(unet, changes(scheduler), output_dir)
+            unet.fuse_lora()
+            unet.unload_lora()
+        make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint)).save_pretrained(output_dir)
 
 
 def make_pipeline(
@@ -91,10 +96,15 @@ def make_pipeline(
     else:
         absent: Any = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipeline = StableDiffusionInstructPix2PixPipeline(**parts, **absent)
-    if scheduler.config["rescale_betas_zero_snr"]:  # inference must end where training did
-        changed = {name: scheduler.config[name] for name in ("rescale_betas_zero_snr", "timestep_spacing")}
+    if changed := changes(scheduler):
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **changed)
     return pipeline
+
+
+def changes(scheduler: DDPMScheduler) -> dict[str, Any]:
+    """Settings of a noise schedule that training changed: inference must end where training did."""
+    names = ("rescale_betas_zero_snr", "timestep_spacing") if scheduler.config["rescale_betas_zero_snr"] else ()
+    return {name: scheduler.config[name] for name in names}
 
 
 def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
