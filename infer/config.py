@@ -80,9 +80,9 @@ class InferConfig:
     """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline."""
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()
-    editing: Editing = Editing()
+    editing: Editing = dataclasses.field(default_factory=Editing)
     columns: Columns = dataclasses.field(default_factory=Columns)
-    loading: Loading = Loading()
+    loading: Loading = dataclasses.field(default_factory=Loading)
     page: Page = Page()
 
     def __post_init__(self) -> None:
@@ -157,9 +157,9 @@ class EvaluateConfig:
     dataset: str
     """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens."""
     scoring: Scoring
-    editing: Editing = Editing(num_inference_steps=100, guidance_scale=7.5)
+    editing: Editing = dataclasses.field(default_factory=lambda: Editing(num_inference_steps=100, guidance_scale=7.5))
     columns: Columns = dataclasses.field(default_factory=Columns)
-    loading: Loading = Loading()
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""

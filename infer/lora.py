@@ -56,7 +56,9 @@ def read_base(folders: Sequence[str]) -> Base:
                 said = opened.metadata()
             found.append(Base(read_weights(file), json.loads(said["unet"]), json.loads(said["scheduler"])))
         if any(not torch.equal(found[0].conv_in[name], found[-1].conv_in[name]) for name in ("weight", "bias")):
-            raise EditError(f"--lora {folders[0]} {folder}: these were not trained from the same model, take one of them")
+            raise EditError(
+                f"--lora {folders[0]} {folder}: these were not trained from the same model, take one of them"
+            )
     return found[0]
 
 

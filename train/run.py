@@ -20,8 +20,9 @@ from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
 from .data.samples import Samples, hold_out
 from .objective import Objective, noise_scheduler
+from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
-from .save.pipeline import export, push, write_card
+from .save.pipeline import export, push
 from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
@@ -130,7 +131,7 @@ class Run:
         batches = Batches(self.reader, self.samples, order, device, batch_size=size, start=start, stride=stride)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
-        share = share_of_peak(accelerator.unwrap_model(self.unet).config, self.reader, self.precision, device)
+        share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)
         metrics = Metrics(config, accelerator, (batches, checkpoints), range(progress.step, self.total), share)
         every, signal = validation_every(config, self.per_epoch), 0
         with Interrupt(accelerator) as interrupt:

@@ -17,7 +17,17 @@ from ...infer.lora import ADAPTERS, CONV_IN, need_peft
 from ..learning import Lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-BLOCKS = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv")
+BLOCKS = (
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "conv",
+)
 TARGETS = {"attn": ATTENTION, "all": ATTENTION + BLOCKS}
 """How the names of layers end that get an adapter; `all` are those of the blocks."""
 
@@ -27,8 +37,8 @@ def add_adapters(
 ) -> None:
     """Freeze a UNet and put adapters beside its layers, in place; they change nothing before they are trained.
 
-    Adapters are float32, as in half precision small updates would be lost. So are norms: a CPU takes no mixture of both.
-    All else computes in the `precision` of autocast anyway, and is held in it.
+    Adapters are float32, as in half precision small updates would be lost, and so are norms, since a CPU mixes no two
+    precisions in them. All else computes in the `precision` of autocast anyway, and is held in it.
 
     Args:
         unet: in float32.

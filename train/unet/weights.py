@@ -33,8 +33,8 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     """Take the precision of the flags, or of accelerate's launcher.
 
     On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
-    several batches would lose too much in that precision, AdamW in 8 bits takes no others than float32, and adapters are
-    cast cheaply: there autocast stays. Raises SettingsError where the launcher's is none that is known here.
+    several batches would lose too much in that precision, AdamW in 8 bits takes no others than float32, and adapters
+    are cast cheaply: there autocast stays. Raises SettingsError where the launcher's is none that is known here.
     """
     name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
