@@ -70,18 +70,16 @@ def fuse(unet: Any, folders: Sequence[str], weights: Sequence[float]) -> None:
     need_peft(EditError, "--lora")
     from peft import get_peft_model_state_dict
 
-    names = [f"adapter_{number}" for number in range(len(folders))]
-    for name, folder in zip(names, folders, strict=True):
+    for folder, weight in zip(folders, weights, strict=True):
         file = Path(folder, ADAPTERS)
         misfit = f"--lora {folder} does not fit the UNet of --model, give the one that it was trained from"
         with explained(EditError, misfit):
             state = read_weights(file)
-            unet.load_lora_adapter(folder, prefix="unet", weight_name=file.name, adapter_name=name)
-            taken = {f"unet.{key}" for key in get_peft_model_state_dict(unet, adapter_name=name)}
+            unet.load_lora_adapter(folder, prefix="unet", weight_name=file.name, adapter_name="default")
+            taken = {f"unet.{name}" for name in get_peft_model_state_dict(unet)}
         if left := state.keys() ^ taken:
             raise EditError(f"{misfit}: {min(left)} is in one of them alone")
         if bad := not_finite(state):
             raise EditError(f"{file} holds numbers that are not finite, in {bad}: save the adapters again")
-    unet.set_adapters(names, list(weights))
-    unet.fuse_lora(adapter_names=names)
-    unet.unload_lora()
+        unet.fuse_lora(weight)
+        unet.unload_lora()

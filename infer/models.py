@@ -65,7 +65,7 @@ def load(
         if base:
             base.prepare(parts["unet"])
             fuse(parts["unet"], lora, lora_weights or [1.0] * len(lora))  # in float32, as training does
-            parts["unet"].to(precision)
+            torch.nn.Module.to(parts["unet"], precision)  # diffusers' own `to` warns of layers that it has none of
         if index.get("safety_checker", [None])[-1]:
             parts["safety_checker"] = load_whole(
                 StableDiffusionSafetyChecker, folder / "safety_checker", variant, precision

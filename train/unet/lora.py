@@ -60,7 +60,7 @@ def add_adapters(
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast casts; peft would give each adapter a float32 copy of the input that several of them share.
-            module.cast_input_dtype_enabled = False
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
         elif isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and not module.weight.requires_grad:
             module.to(precision)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
