@@ -1,6 +1,7 @@
 """The flags of ip2p-infer that say what edits, and how: the arguments of `Editor` and `Editor.edit`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -52,11 +53,10 @@ class Loading:
     """What adapters are multiplied by, one number for each --lora. Default: 1."""
 
     def __post_init__(self) -> None:
-        if self.lora and self.lora_weights and len(self.lora_weights) != len(self.lora):
-            raise SettingsError(
-                f"--lora_weights {' '.join(map(str, self.lora_weights))}: expected one number for each --lora "
-                f"({' '.join(self.lora)})"
-            )
+        given = self.lora_weights
+        if self.lora and given and not (len(given) == len(self.lora) and all(map(math.isfinite, given))):
+            shown, folders = " ".join(map(str, given)), " ".join(self.lora)
+            raise SettingsError(f"--lora_weights {shown}: expected one finite number for each --lora ({folders})")
 
     def idle(self, models: Iterable[str], editing: Editing) -> Iterator[str]:
         """What is said of flags that are set and cannot act, of both groups."""

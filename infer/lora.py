@@ -44,7 +44,11 @@ def need_peft(kind: type[Ip2pError], flag: str) -> None:
 
 
 def read_base(folders: Sequence[str]) -> Base:
-    """What conv_in.safetensors in these folders says; EditError: one is missing, or they are not of one base."""
+    """What conv_in.safetensors in these folders says.
+
+    Raises EditError: there is no peft, a file is missing or cannot be read, or they are not of one base.
+    """
+    need_peft(EditError, "--lora")
     found = list[Base]()
     for folder in folders:
         for file in (Path(folder, ADAPTERS), Path(folder, CONV_IN)):
@@ -53,8 +57,9 @@ def read_base(folders: Sequence[str]) -> Base:
                 raise EditError(f"--lora {folder} holds no {file.name}: {expected}")
         with explained(EditError, f"--lora: {file} cannot be read"):
             with safe_open(file, framework="pt") as opened:
-                said = opened.metadata()
-            found.append(Base(read_weights(file), json.loads(said["unet"]), json.loads(said["scheduler"])))
+                said = opened.metadata() or {}
+            conv, changed = read_weights(file), (json.loads(said.get(part, "{}")) for part in ("unet", "scheduler"))
+            found.append(Base({name: conv[name] for name in ("weight", "bias")}, *changed))
         if any(not torch.equal(found[0].conv_in[name], found[-1].conv_in[name]) for name in ("weight", "bias")):
             raise EditError(
                 f"--lora {folders[0]} {folder}: these were not trained from the same model, take one of them"
@@ -65,9 +70,8 @@ def read_base(folders: Sequence[str]) -> Base:
 def fuse(unet: Any, folders: Sequence[str], weights: Sequence[float]) -> None:
     """Add adapters to the weights of a UNet in float32, in place, each times its weight.
 
-    Raises EditError: there is no peft, or a file does not fit the UNet in all it holds.
+    Raises EditError: a file does not fit the UNet in all that it holds.
     """
-    need_peft(EditError, "--lora")
     from peft import get_peft_model_state_dict
 
     for folder, weight in zip(folders, weights, strict=True):

@@ -92,6 +92,9 @@ def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> No
         unet: dict[str, Any] = {}
         if "unet" in index:
             unet = read_config(_file(name, "unet/config.json", revision).parent, "unet")
+    for folder in lora:
+        if how := of_unfinished(Path(folder).resolve()):
+            raise EditError(f"--lora {folder} holds no adapters yet: {how}, and of its adapters")
     if lora and index["_class_name"] in BASES and unet.get("in_channels") == 4:
         return
     if fused := next((folder for folder in lora if Path(folder).resolve() == Path(name).resolve()), None):

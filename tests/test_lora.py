@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ import tiny
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import parse
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig, refused
 from ip2p.train.learning import Lora
@@ -34,6 +36,8 @@ from ip2p.train.unet import norm
 from ip2p.train.unet.load import widen
 from ip2p.train.unet.lora import add_adapters
 from ip2p.train.unet.norm import Residual, stay_in_channels_last
+from ip2p.train.unet.weights import Precision
+from ip2p.train.watch import metrics
 from test_card import Hub, hub  # noqa: F401  a fixture
 from test_train import assert_same, states, unet_file
 
@@ -316,6 +320,16 @@ def test_adapters_stay_in_the_blocks_that_a_gpu_takes(monkeypatch: pytest.Monkey
     torch.testing.assert_close(unet(sample, 1, text).sample, expected, rtol=1e-4, atol=1e-4)
     unet.disable_adapters()
     assert (unet(sample, 1, text).sample - expected).abs().max() > 0.1
+
+
+def test_frozen_weights_are_two_thirds_of_the_arithmetic(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a share of the GPU's peak counts; all weights are three."""
+    monkeypatch.setattr(metrics, "peak", lambda _: 1.0)
+    options = Reader(Cache.open(cache)), Precision("bf16", copies=False), torch.device("cpu")
+    whole = metrics.share_of_peak(unet := tiny.unet(8), *options)
+    add_adapters(unet, Lora(2))
+    assert whole
+    assert metrics.share_of_peak(unet, *options) == pytest.approx(2 / 3 * whole)
 
 
 def test_the_card_and_the_upload_tell_of_lora(sd: Path, cache: Path, tmp_path: Path, hub: type[Hub]) -> None:  # noqa: F811

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import tiny
 from ip2p.encode.base.errors import EditError, SettingsError
 from ip2p.encode.base.flags import parse
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.infer import Editor
 from ip2p.infer.__main__ import main as infer
 from ip2p.infer.config import InferConfig
@@ -217,6 +217,11 @@ def test_a_folder_without_adapters_and_a_model_that_has_them_are_refused(
             f"--lora nowhere holds no {ADAPTERS}: expected a folder that ip2p-train saved with --lora_rank",
         ),
         (sd, sd, f"--lora {sd} holds no {ADAPTERS}"),
+        (
+            sd,
+            outputs[0] / "checkpoint-3",
+            f"--lora {outputs[0] / 'checkpoint-3'} holds no adapters yet: `ip2p-train --c",
+        ),
         (outputs[0], outputs[0], f"--lora {outputs[0]} is in the model {outputs[0]} already: give the one that it was"),
         (sdxl, outputs[0], f"--lora {outputs[0]} does not fit the UNet of --model"),
     ):
@@ -233,7 +238,8 @@ def test_a_folder_without_adapters_and_a_model_that_has_them_are_refused(
     ("flags", "answer"),
     [
         ("--lora_weights 0.5", "--lora_weights belongs to --lora: add that, or leave it out"),
-        ("--lora a b --lora_weights 0.5", "--lora_weights 0.5: expected one number for each --lora (a b)"),
+        ("--lora a b --lora_weights 0.5", "--lora_weights 0.5: expected one finite number for each --lora (a b)"),
+        ("--lora a --lora_weights inf", "--lora_weights inf: expected one finite number for each --lora (a)"),
         ("--lora a --lora_weights much", "--lora_weights much: expected a number"),
     ],
 )
@@ -250,6 +256,6 @@ def test_without_peft_a_line_says_how_to_get_it(
     """Before a model is loaded."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    monkeypatch.setattr(Checkpoint, "network", None)
     with pytest.raises(EditError, match=r"^--lora needs peft: pip install 'ip2p\[lora\]'$"):
         editor(sd, outputs[0])
