@@ -24,7 +24,10 @@ class Base(NamedTuple):
     scheduler: dict[str, Any]  # and of the scheduler
 
     def prepare(self, unet: Any) -> None:
-        """Let a UNet take the size that was trained, and one of 4 input channels the image condition, in place."""
+        """Let a UNet take the size that was trained, and one of 4 input channels the image condition, in place.
+
+        Raises EditError: the adapters are for another one.
+        """
         narrow, (channels, wide) = unet.conv_in, self.conv_in["weight"].shape[:2]
         if channels != narrow.out_channels:
             raise EditError(
@@ -32,6 +35,8 @@ class Base(NamedTuple):
                 f"{narrow.out_channels}: give the model that they were trained from as --model"
             )
         if narrow.in_channels != wide:
+            if self.conv_in["weight"][:, narrow.in_channels :].any():
+                raise EditError("--lora: the adapters are for an InstructPix2Pix model: give it as --model")
             unet.conv_in = torch.nn.Conv2d(wide, channels, narrow.kernel_size, narrow.stride, narrow.padding)
             unet.conv_in.load_state_dict(self.conv_in)
         unet.register_to_config(in_channels=wide, **self.unet)

@@ -108,9 +108,9 @@ def test_several_adapters_add_up_by_their_weights(sd: Path, outputs: tuple[Path,
 
 
 def test_the_base_of_adapters_may_take_pictures_already(
-    model: str, data: Path, encode: Callable[..., None], tmp_path: Path
+    model: str, sd: Path, data: Path, encode: Callable[..., None], tmp_path: Path
 ) -> None:
-    """An InstructPix2Pix model that is adapted further."""
+    """An InstructPix2Pix model that is adapted further; a plain one has nothing that its adapters are for."""
     encode(Path(model), data, tmp_path / "cache")
     train(command(Path(model), tmp_path / "cache", tmp_path / "out", learning_rate=0.05))
     assert_close(weights(editor(Path(model), tmp_path / "out")), weights(editor(tmp_path / "out")))
