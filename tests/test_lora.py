@@ -252,7 +252,8 @@ def test_validation_looks_at_adapters_and_their_average_and_changes_nothing(
     sd: Path, cache: Path, straight: Path, tmp_path: Path
 ) -> None:
     """Losses of both, pictures, and the weights of a run that is not looked at."""
-    looked_at = {"val_image_url_or_path": tmp_path / "x.png", "validation_prompt": "make it red", "validation_steps": 3}
+    looked_at = {"val_image_url_or_path": tmp_path / "x.png", "validation_prompt": "make it red"}
+    looked_at |= {"validation_steps": 3, "num_validation_images": 1}
     tiny.picture(0).save(tmp_path / "x.png")
     main(command(sd, cache, tmp_path / "a", use_ema=True, **looked_at))
     assert_same(states(tmp_path / "a" / "checkpoint-6"), states(straight / "checkpoint-6"))
