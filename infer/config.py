@@ -1,59 +1,13 @@
-"""The flags of ip2p-infer, in groups. `Editing` and `Loading` are the arguments of `Editor.edit` and `Editor`."""
+"""The flags of ip2p-infer, in groups."""
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count, idle
 from ..encode.config import Columns
-
-
-@dataclasses.dataclass(frozen=True)
-class Editing:
-    """How pictures are edited."""
-
-    seed: int = 0
-    """The k-th picture of each input is drawn with seed + k, wherever the input stands."""
-    num_inference_steps: int = 20
-    """Denoising steps. For these and both scales, diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5."""
-    image_guidance_scale: float = 1.5
-    """How closely to keep to the input picture, from 0 up; below 1 works too."""
-    guidance_scale: float = 10.0
-    """How closely to follow the prompt, from 0 up."""
-    guidance_rescale: float = 0.0
-    """0 to 1: pulls back the contrast that guidance adds; for models with zero terminal SNR, about 0.7."""
-    negative_prompt: str | None = None
-    """What to steer away from."""
-    resolution: int | None = None
-    """Long side in pixels while editing, a multiple of 8; default: the trained one. Outputs have their input's size."""
-    batch_size: Count = 4
-    """Pictures edited at once; changes the speed alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loading:
-    """How a model is loaded."""
-
-    device: str | None = None
-    """cuda, mps, cpu …; default: the accelerator if there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Default: float16 on CUDA, float32 elsewhere."""
-    scheduler: str | None = None
-    """diffusers' class name of another scheduler, such as DDIM or EulerAncestralDiscrete."""
-    variant: str | None = None
-    """Variant of the weight files, such as fp16."""
-    revision: str | None = None
-    """Branch, tag or commit of a model on the Hub."""
-
-    def idle(self, models: Iterable[str], editing: Editing) -> Iterator[str]:
-        """What is said of flags that are set and cannot act, of both groups."""
-        if all(map(os.path.exists, models)):
-            yield from idle(self, f"is for models on the Hub, not for {' or '.join(models)}: leave it out", "revision")
-        if editing.image_guidance_scale == editing.guidance_scale == 1:
-            yield from idle(editing, "acts by guidance: raise --guidance_scale", "negative_prompt", "guidance_rescale")
+from .editing import Editing, Loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +80,9 @@ class InferConfig:
     """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline."""
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()
-    editing: Editing = Editing()
+    editing: Editing = dataclasses.field(default_factory=Editing)
     columns: Columns = dataclasses.field(default_factory=Columns)
-    loading: Loading = Loading()
+    loading: Loading = dataclasses.field(default_factory=Loading)
     page: Page = Page()
 
     def __post_init__(self) -> None:
@@ -203,9 +157,9 @@ class EvaluateConfig:
     dataset: str
     """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens."""
     scoring: Scoring
-    editing: Editing = Editing(num_inference_steps=100, guidance_scale=7.5)
+    editing: Editing = dataclasses.field(default_factory=lambda: Editing(num_inference_steps=100, guidance_scale=7.5))
     columns: Columns = dataclasses.field(default_factory=Columns)
-    loading: Loading = Loading()
+    loading: Loading = dataclasses.field(default_factory=Loading)
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""

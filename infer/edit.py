@@ -33,6 +33,9 @@ class Editor:
         variant: variant of the weight files, such as "fp16".
         revision: branch, tag or commit on the Hub.
         scheduler: diffusers' class name of another scheduler, "Scheduler" and case optional, such as "DDIM".
+        lora: folders that `ip2p-train --lora_rank` saved, whose adapters are added to the model that is loaded, the
+            one that they were trained from.
+        lora_weights: what they are multiplied by; default: 1 each.
 
     Attributes:
         pipeline: the diffusers pipeline underneath.
@@ -50,9 +53,11 @@ class Editor:
         variant: str | None = None,
         revision: str | None = None,
         scheduler: str | None = None,
+        lora: Sequence[str] = (),
+        lora_weights: Sequence[float] = (),
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
-            model = load(os.fspath(model), device, dtype, variant, revision)
+            model = load(os.fspath(model), device, dtype, variant, revision, lora, lora_weights)
         else:
             unet = getattr(model, "unet", None)
             check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)

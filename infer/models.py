@@ -2,10 +2,11 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -16,21 +17,31 @@ from ..encode.models.checkpoint import Checkpoint, find_device, read_index
 from ..encode.models.hub import fetch_pipeline, fetching, is_place
 from ..encode.models.parts import read_config
 from ..encode.models.weights import load_whole
+from .lora import fuse, read_base
 
 RUN_CHECKPOINT = r"(?:abandoned-)?checkpoint-(\d+)(?:-\d+)?"
 SD, SDXL = "StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"
+BASES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 FORCE_ZEROS = "force_zeros_for_empty_prompt"
 
 
 def load(
-    name: str, device: Any, dtype: str | torch.dtype | None, variant: str | None, revision: str | None
+    name: str,
+    device: Any,
+    dtype: str | torch.dtype | None,
+    variant: str | None,
+    revision: str | None,
+    lora: Sequence[str] = (),
+    lora_weights: Sequence[float] = (),
 ) -> DiffusionPipeline:
     """Load the pipeline in a folder or on the Hub; the arguments are those of `Editor`.
 
     Raises:
-        EditError: there is none, or it is damaged or of another kind, or the device is not there.
+        EditError: there is none, or it is damaged or of another kind, or the device is not there; or adapters of `lora`
+            do not fit it.
     """
-    check_model(name, revision)
+    check_model(name, revision, lora)
+    base = read_base(lora) if lora else None
     unloadable = f"the model {name} cannot be loaded"
     with explained(EditError, unloadable):
         device = find_device(device)
@@ -41,24 +52,37 @@ def load(
         place = Path(name) if local else fetch_pipeline(name, revision, variant, flag="--model")
         checkpoint = Checkpoint(place, variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
-        if checkpoint.is_sdxl and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
+        plain = index["_class_name"] in BASES  # by adapters, it becomes an InstructPix2Pix pipeline
+        if checkpoint.is_sdxl and not plain and FORCE_ZEROS not in index:  # guidance takes another encoding of no text
             raise EditError(f"{folder}/model_index.json describes a {SDXL} without {FORCE_ZEROS}: save the model again")
-        parts = {part: checkpoint.network(part, precision) for part in ("unet", "vae", *checkpoint.text_encoders)}
+        parts = {part: checkpoint.network(part, precision) for part in ("vae", *checkpoint.text_encoders)}
+        parts["unet"] = checkpoint.network("unet", torch.float32 if base else precision)
         vae = parts["vae"].config
         if vae["shift_factor"] or (vae["latents_mean"] and not checkpoint.is_sdxl):
             raise EditError(f"{checkpoint.vae_folder}/config.json shifts latents, which its pipeline does not undo")
         parts |= {part: checkpoint.tokenizer(part) for part in checkpoint.tokenizers}
-        parts["scheduler"] = checkpoint.scheduler()
+        parts["scheduler"] = checkpoint.scheduler(**base.scheduler if base else {})
+        if base:
+            base.prepare(parts["unet"])
+            fuse(parts["unet"], lora, lora_weights or [1.0] * len(lora))  # in float32, as training does
+            torch.nn.Module.to(parts["unet"], precision)  # diffusers' own `to` warns of layers that it has none of
         if index.get("safety_checker", [None])[-1]:
             parts["safety_checker"] = load_whole(
                 StableDiffusionSafetyChecker, folder / "safety_checker", variant, precision
             )
+    kind: Any = DiffusionPipeline
+    if plain:
+        kind = getattr(diffusers, SDXL if checkpoint.is_sdxl else SD)
+        parts |= {FORCE_ZEROS: False} if checkpoint.is_sdxl else {}  # as in training
     with explained(EditError, unloadable):
-        return DiffusionPipeline.from_pretrained(folder, dtype=precision, variant=variant, **parts).to(device)
+        return kind.from_pretrained(folder, dtype=precision, variant=variant, **parts).to(device)
 
 
-def check_model(name: str, revision: str | None) -> None:
-    """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read."""
+def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> None:
+    """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read.
+
+    With adapters, which make one of it, it may be a plain Stable Diffusion as well.
+    """
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
     if how := of_unfinished(Path(name).resolve()):
@@ -68,6 +92,13 @@ def check_model(name: str, revision: str | None) -> None:
         unet: dict[str, Any] = {}
         if "unet" in index:
             unet = read_config(_file(name, "unet/config.json", revision).parent, "unet")
+    for folder in lora:
+        if how := of_unfinished(Path(folder).resolve()):
+            raise EditError(f"--lora {folder} holds no adapters yet: {how}, and of its adapters")
+    if lora and index["_class_name"] in BASES and unet.get("in_channels") == 4:
+        return
+    if fused := next((folder for folder in lora if Path(folder).resolve() == Path(name).resolve()), None):
+        raise EditError(f"--lora {fused} is in the model {name} already: give the one that it was trained from")
     check_kind(name, index["_class_name"], unet.get("in_channels"))
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -94,6 +94,9 @@ def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: 
     if config.outputs.sweep:
         made["image_guidance_scale"] = config.outputs.sweep_image_guidance_scale
         made["guidance_scale"] = config.outputs.sweep_guidance_scale
+    if lora := config.loading.lora:
+        stamps = [_stamp(Path(folder), Path(folder).glob("*.safetensors")) for folder in lora]
+        made |= {"lora": lora, "lora_weights": config.loading.lora_weights, "lora_files": stamps}
     made |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
     seeds = range(config.editing.seed, config.editing.seed + config.outputs.num_images)
     return [json.dumps(made | {"seed": seed}, ensure_ascii=False) for seed in seeds]
@@ -110,8 +113,11 @@ def model_stamp(model: str) -> str | None:
     # The pipeline's own parts: a training folder also holds checkpoints and logs, which do not matter here.
     found = itertools.chain(folder.glob("*"), folder.glob("*/*"))
     parts = [path for path in found if (path.parent / "config.json").is_file()]
-    parts += folder.glob("scheduler/*")
-    stamps = sorted((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts)
+    return _stamp(folder, [*parts, *folder.glob("scheduler/*")])
+
+
+def _stamp(folder: Path, files: Iterable[Path]) -> str:
+    stamps = sorted((str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
 
 

@@ -20,6 +20,7 @@ FLOORS = """
     encode.pipeline
     encode.run
     encode.__main__  encode.keeper
+    infer.editing  infer.lora
     infer.config
     infer.guidance  infer.models  infer.jobs  infer.score.metrics
     infer.edit  infer.outputs

@@ -1,4 +1,4 @@
-"""Tests of train/save/pipeline.py: the model card, and the upload to a Hub that the test itself plays."""
+"""Tests of train/save/card.py and pipeline.py: the model card, and the upload to a Hub that the test itself plays."""
 
 import base64
 import json

@@ -70,9 +70,12 @@ def twelve(sd: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[
     return folder / "cache"
 
 
-def test_two_processes_have_the_gradients_of_one_with_the_doubled_batch(sd: Path, twelve: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", [{}, {"lora_rank": 2}], ids=["all", "lora"])
+def test_two_processes_have_the_gradients_of_one_with_the_doubled_batch(
+    sd: Path, twelve: Path, tmp_path: Path, adapters: dict[str, object]
+) -> None:
     """Over the same samples and noise, the averaged gradients agree to 1e-6; both ranks see the same average."""
-    changed = {"max_train_steps": 1, "use_ema": False}
+    changed = {"max_train_steps": 1, "use_ema": False} | adapters
     (one,) = launch(1, tmp_path / "one", True, flags(sd, twelve, tmp_path / "1", train_batch_size=4, **changed))
     two = launch(2, tmp_path / "two", True, flags(sd, twelve, tmp_path / "2", train_batch_size=2, **changed))
     assert len(one) == len(two[0]) == len(two[1]) == 1

@@ -9,7 +9,7 @@ from ..encode.base.errors import SettingsError
 from ..encode.base.flags import SECRET, Count, Whole, flags_of
 from ..encode.config import PER_SAMPLE, EncodeConfig, Model
 from .demands import check, idle
-from .learning import Machine, Objective, Optimizer, Steps
+from .learning import Lora, Machine, Objective, Optimizer, Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,7 @@ class TrainConfig:
     saving: Saving
     steps: Steps = dataclasses.field(default_factory=Steps)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    lora: Lora = dataclasses.field(default_factory=Lora)
     objective: Objective = dataclasses.field(default_factory=Objective)
     machine: Machine = dataclasses.field(default_factory=Machine)
     watching: Watching = Watching()
@@ -118,4 +119,5 @@ class TrainConfig:
 def refused() -> dict[str, str]:
     """Flags that `ip2p-train` does not take, with what to do about them."""
     others = flags_of(EncodeConfig).keys() - flags_of(TrainConfig).keys()
-    return PER_SAMPLE | dict.fromkeys(others, "belongs to ip2p-encode: give it there")
+    renamed = {"rank": "is called --lora_rank here"}  # in diffusers' scripts for LoRA
+    return PER_SAMPLE | renamed | dict.fromkeys(others, "belongs to ip2p-encode: give it there")

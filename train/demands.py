@@ -7,6 +7,7 @@ from ..encode.base import flags
 from ..encode.base.errors import SettingsError
 
 EMA = ("ema_decay", "ema_steps")
+LORA = ("lora_targets", "lora_alpha")
 LOOKS = ("validation_steps", "validation_epochs", "num_validation_images")
 
 
@@ -33,6 +34,8 @@ def idle(config: Any) -> Iterator[str]:
     yield from config.model.idle()
     if not optimizer.use_ema:
         yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", *EMA)
+    if not config.lora.lora_rank:
+        yield from flags.idle(config.lora, "does nothing without --lora_rank: add that, or leave it out", *LORA)
     if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
         why = "does nothing with --lr_scheduler constant: take constant_with_warmup, or 0 steps"
         yield from flags.idle(optimizer, why, "lr_warmup_steps")

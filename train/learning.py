@@ -62,6 +62,30 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Training small adapters instead of all weights (LoRA, arXiv 2106.09685); needs pip install 'ip2p[lora]'."""
+
+    lora_rank: Count | None = None
+    """Train adapters of this rank, such as 16, beside the frozen UNet; `conv_in` always gets one of full rank."""
+    lora_targets: Literal["attn", "all"] = "attn"
+    """Layers that get an adapter: those of attention, or all of the UNet's blocks."""
+    lora_alpha: Count | None = None
+    """Strength: what adapters add is multiplied by alpha / rank. Default: the rank."""
+
+    @property
+    def alpha(self) -> int | None:
+        """The strength, which is the rank unless it was given."""
+        return self.lora_alpha or self.lora_rank
+
+    @property
+    def described(self) -> str:
+        """The flags that a checkpoint was trained with and must be gone on with."""
+        if not self.lora_rank:
+            return "all weights (no --lora_rank)"
+        return f"--lora_rank {self.lora_rank} --lora_targets {self.lora_targets} --lora_alpha {self.alpha}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
     """What the UNet learns."""
 

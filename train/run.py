@@ -20,14 +20,16 @@ from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
 from .data.samples import Samples, hold_out
 from .objective import Objective, noise_scheduler
+from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
-from .save.pipeline import export, push, write_card
+from .save.pipeline import export, push
 from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
+from .unet.lora import add_adapters
 from .unet.norm import choose_norms
 from .unet.update import make_update
-from .unet.weights import Precision
+from .unet.weights import Precision, Weights
 from .watch.interrupt import Interrupt
 from .watch.metrics import Metrics, share_of_peak
 from .watch.validate import Validation, open_picture, validation_every
@@ -51,7 +53,7 @@ def train(config: TrainConfig) -> None:
     except torch.OutOfMemoryError:
         raise TrainError(
             "out of memory: use a smaller --train_batch_size with more --gradient_accumulation_steps, "
-            "--gradient_checkpointing, --mixed_precision bf16 or --use_8bit_adam"
+            "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam or --lora_rank 16"
         ) from None
     accelerator.end_training()
     if signal:
@@ -78,7 +80,11 @@ class Run:
         self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, held_out, picture)
 
         # What it trains.
-        unet: Any = load_unet(config, self.base).to(device)
+        seed = agreed_seed(config)
+        unet: Any = load_unet(config, self.base)
+        if config.lora.lora_rank:
+            add_adapters(unet, config.lora, seed, precision.dtype)
+        unet.to(device)
         choose_attention(unet, device, precision.name)
         if not config.machine.compile:  # which fuses norms in its own way
             choose_norms(unet, device, precision.dtype)
@@ -90,7 +96,7 @@ class Run:
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        self.progress = Progress(manifest["identity"] | manifest["encoding"], agreed_seed(config))
+        self.progress = Progress(manifest["identity"] | manifest["encoding"], seed, trains=config.lora.described)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
         # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
@@ -125,7 +131,7 @@ class Run:
         batches = Batches(self.reader, self.samples, order, device, batch_size=size, start=start, stride=stride)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
-        share = share_of_peak(accelerator.unwrap_model(self.unet).config, self.reader, self.precision, device)
+        share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)
         metrics = Metrics(config, accelerator, (batches, checkpoints), range(progress.step, self.total), share)
         every, signal = validation_every(config, self.per_epoch), 0
         with Interrupt(accelerator) as interrupt:
@@ -181,6 +187,10 @@ class Run:
         config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
         unet: Any = self.accelerator.unwrap_model(self.unet)
         self.update.weights.finish(self.update.average)
+        if config.lora.lora_rank:
+            unet = load_unet(config, self.base)  # the base as it is, not in half precision
+            add_adapters(unet, config.lora)
+            Weights(unet).load_state_dict(self.update.weights.state_dict())
         if name := not_finite(unet.state_dict()):
             raise TrainError(
                 f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "

@@ -33,6 +33,7 @@ from ..encode.cache.format import Cache, differences
 from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
+from ..infer.lora import ADAPTERS, CONV_IN
 from .config import TrainConfig
 from .save.resume import SETTINGS
 from .unet.weights import Precision, choose_precision
@@ -40,7 +41,7 @@ from .unet.weights import Precision, choose_precision
 PATIENCE = timedelta(days=1)
 # What lies in an output folder.
 FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
-FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md")
+FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md", ADAPTERS, CONV_IN)
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 

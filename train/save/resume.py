@@ -20,6 +20,7 @@ from ...encode.base.errors import CacheMismatch, SettingsError, TrainError, expl
 from ...encode.base.files import whole
 from ...encode.cache.format import differences
 from ..config import TrainConfig
+from ..learning import Lora
 from ..unet.fit import Misfit, fit
 from .checkpoint import ABANDONED, AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints, take_up
 
@@ -35,15 +36,19 @@ class Progress:
     step: int = 0  # optimizer steps
     samples: int = 0  # seen by all processes: the position in the endless sequence
     files: list[str] = dataclasses.field(default_factory=list)  # that its checkpoints consist of
+    trains: str = Lora().described  # which weights
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; Misfit: something is missing, CacheMismatch: it was on another cache."""
+        """Go on from there; Misfit: something is missing, CacheMismatch: it was on another cache; SettingsError: it has
+        trained other weights."""
         fit(state, {"cache": {}, "seed": 0, "step": 0, "samples": 0})
         if lines := differences(state, vars(self), ["cache"], ("in the checkpoint", "in --cache")):
             raise CacheMismatch("the checkpoint was trained on another cache: give that one\n" + "\n".join(lines))
+        if (found := state.get("trains", Lora().described)) != self.trains:  # older checkpoints did not say
+            raise SettingsError(f"the checkpoint has trained {found}, and this run {self.trains}: go on with its flags")
         self.seed, self.step, self.samples = state["seed"], state["step"], state["samples"]
 
 
@@ -156,7 +161,7 @@ def _usable(file: Path) -> Iterator[None]:
         without = " (or the run was trained without --use_ema: leave that out)" if file.name == AVERAGE else ""
         raise SettingsError(f"{file} {problem}: that checkpoint is damaged{without}; {mend}") from None
     except SettingsError as error:
-        raise SettingsError(f"{file.parent}: {error}") from None
+        raise SettingsError(f"{file}: {error}") from None
     except CacheMismatch as error:
         raise CacheMismatch(f"{file}: {error}") from None
 

@@ -33,14 +33,15 @@ def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     """Take the precision of the flags, or of accelerate's launcher.
 
     On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
-    several batches would lose too much in that precision, and AdamW in 8 bits takes no others than float32: there
-    autocast stays. Raises SettingsError where the launcher's is none that is known here.
+    several batches would lose too much in that precision, AdamW in 8 bits takes no others than float32, and adapters
+    are cast cheaply: there autocast stays. Raises SettingsError where the launcher's is none that is known here.
     """
     name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
         raise SettingsError(f"accelerate's mixed precision {name}: expected no, fp16 or bf16 (--mixed_precision)")
     summed = config.steps.gradient_accumulation_steps > 1
-    return Precision(name, cuda and name != "no" and not summed and not config.optimizer.use_8bit_adam)
+    stays = summed or config.optimizer.use_8bit_adam or config.lora.lora_rank is not None
+    return Precision(name, cuda and name != "no" and not stays)
 
 
 class Average:
@@ -113,19 +114,19 @@ class LossScale:
 
 
 class Weights:
-    """The parameters of a UNet, and the float32 masters behind them.
+    """The parameters of a UNet that are trained, and the float32 masters behind them.
 
     With `half`, the UNet's own `parameters`, which get the gradients, become copies in that precision, so that no step
     casts its weights and their gradients again and again, as autocast does (arXiv 1710.03740, section 3.1). The
     optimizer changes the float32 `masters`, and checkpoints hold them. Who calls the UNet gives and gets float32.
 
     Args:
-        unet: on its device, in float32; changed in place.
+        unet: on its device, what is trained of it in float32; changed in place.
         half: torch.float16 or torch.bfloat16, or None: the parameters are the masters themselves.
     """
 
     def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None):
-        named = dict(unet.named_parameters())
+        named = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
         self.half, self.names, self.parameters = half, list(named), list[Tensor](named.values())
         self.masters: list[Tensor] = list(self.parameters)
         if half:

@@ -162,11 +162,16 @@ def training_flops(config: Any, latents: tuple[int, ...], text: tuple[int, ...],
     return 3 * counter.get_total_flops() / 1e12
 
 
-def share_of_peak(config: Any, reader: Reader, precision: Precision, device: torch.device) -> float | None:
-    """The share of the GPU's peak that one sample of a UNet of some `config` in a second is, if the peak is known."""
+def share_of_peak(unet: Any, reader: Reader, precision: Precision, device: torch.device) -> float | None:
+    """The share of the GPU's peak that one sample of a UNet in a second is, if the peak is known.
+
+    Frozen weights have no gradients, and those are a third of the arithmetic; that of adapters is not counted.
+    """
     tera = peak(device) if precision.name != "no" else None
     if tera is None:
         return None
     shapes = {name: array.row_shape for name, array in reader.arrays.items()}
     channels, *sides = shapes["original"]
-    return training_flops(config, (2 * channels, *sides), shapes["text"], *shapes.get("pooled", (None,))) / tera
+    needed = 2 / 3 if any(not weight.requires_grad for weight in unet.parameters()) else 1
+    flops = training_flops(unet.config, (2 * channels, *sides), shapes["text"], *shapes.get("pooled", (None,)))
+    return needed * flops / tera

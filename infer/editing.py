@@ -1,0 +1,68 @@
+"""The flags of ip2p-infer that say what edits, and how: the arguments of `Editor` and `Editor.edit`."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from ..encode.base.errors import SettingsError
+from ..encode.base.flags import Count, idle
+
+
+@dataclasses.dataclass(frozen=True)
+class Editing:
+    """How pictures are edited."""
+
+    seed: int = 0
+    """The k-th picture of each input is drawn with seed + k, wherever the input stands."""
+    num_inference_steps: int = 20
+    """Denoising steps. For these and both scales, diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5."""
+    image_guidance_scale: float = 1.5
+    """How closely to keep to the input picture, from 0 up; below 1 works too."""
+    guidance_scale: float = 10.0
+    """How closely to follow the prompt, from 0 up."""
+    guidance_rescale: float = 0.0
+    """0 to 1: pulls back the contrast that guidance adds; for models with zero terminal SNR, about 0.7."""
+    negative_prompt: str | None = None
+    """What to steer away from."""
+    resolution: int | None = None
+    """Long side in pixels while editing, a multiple of 8; default: the trained one. Outputs have their input's size."""
+    batch_size: Count = 4
+    """Pictures edited at once; changes the speed alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    device: str | None = None
+    """cuda, mps, cpu …; default: the accelerator if there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Default: float16 on CUDA, float32 elsewhere."""
+    scheduler: str | None = None
+    """diffusers' class name of another scheduler, such as DDIM or EulerAncestralDiscrete."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub."""
+    lora: tuple[str, ...] = ()
+    """Folder or folders that ip2p-train saved with --lora_rank, whose adapters are added to each model (pip install
+    'ip2p[lora]'): the one that they were trained from, which may be a plain Stable Diffusion."""
+    lora_weights: tuple[float, ...] = ()
+    """What adapters are multiplied by, one number for each --lora. Default: 1."""
+
+    def __post_init__(self) -> None:
+        given = self.lora_weights
+        if self.lora and given and not (len(given) == len(self.lora) and all(map(math.isfinite, given))):
+            shown, folders = " ".join(map(str, given)), " ".join(self.lora)
+            raise SettingsError(f"--lora_weights {shown}: expected one finite number for each --lora ({folders})")
+
+    def idle(self, models: Iterable[str], editing: Editing) -> Iterator[str]:
+        """What is said of flags that are set and cannot act, of both groups."""
+        if all(map(os.path.exists, models)):
+            yield from idle(self, f"is for models on the Hub, not for {' or '.join(models)}: leave it out", "revision")
+        if not self.lora:
+            yield from idle(self, "belongs to --lora: add that, or leave it out", "lora_weights")
+        if editing.image_guidance_scale == editing.guidance_scale == 1:
+            yield from idle(editing, "acts by guidance: raise --guidance_scale", "negative_prompt", "guidance_rescale")
