@@ -23,9 +23,9 @@ from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective
+from ip2p.train.unet.make import disagreement
 from ip2p.train.unet.norm import choose_norms, group_norm
 from ip2p.train.unet.norm import disagreement as disagreement_of_norms
-from ip2p.train.unet.update import disagreement
 from ip2p.train.unet.weights import Weights
 
 # The most by which the norm of a difference may be off, of the norm itself.

@@ -18,9 +18,10 @@ import tiny
 from ip2p.encode.cache.format import Cache
 from ip2p.train.__main__ import main, preload
 from ip2p.train.save.checkpoint import HostCopies
-from ip2p.train.unet import norm, update
+from ip2p.train.unet import make, norm
 from ip2p.train.unet.load import check_gradients
-from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet.make import disagreement, takes_one_pass
+from ip2p.train.unet.update import LossScale, Update
 from ip2p.train.unet.weights import Weights
 from ip2p.train.watch.metrics import Metrics
 from test_train import assert_same, flags, states
@@ -140,7 +141,7 @@ def test_training_learns_in_every_precision(sd: Path, cache: Path, tmp_path: Pat
     changed = {"max_train_steps": 120, "learning_rate": 2e-3, "lr_scheduler": "constant", "mixed_precision": precision}
     changed |= {"num_validation_samples": 3, "validation_steps": 60, "train_batch_size": 4, "logging_steps": 60}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "LossScale", High)
+        patch.setattr(make, "LossScale", High)
         patch.setattr("ip2p.train.watch.validate.Validation.draw", lambda *_: None)
         main(flags(sd, cache, tmp_path, **changed))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -74,7 +74,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         if not (installed | {"all": any(installed.values())}).get(str(tracker), True):
             raise ValueError("no such tracker is installed: `pip install` its package, or give another one or none")
         accelerator = Accelerator(
-            mixed_precision="no" if precision.copies else precision.name,
+            mixed_precision="no" if precision.half else precision.name,
             log_with=tracker,
             project_config=folders,
             kwargs_handlers=[
