@@ -147,6 +147,10 @@ def one_pass(bench: Bench) -> None:
     for precision in bench.sizes.precisions:
         error = disagreement(DEVICE, None if precision == "no" else DTYPES[precision])
         bench.add(f"one pass against PyTorch's functions, {precision}", error, "", at_most=1e-5)
+    for name, half in (("adamw", torch.bfloat16), ("adamw8bit", torch.bfloat16), ("adamw8bit", None)):
+        error = disagreement(DEVICE, half, name, rounded=half is not None)
+        weights = "bfloat16" if half else "float32"
+        bench.add(f"one pass against PyTorch's functions, {name}, {weights} weights", error, "", at_most=1e-5)
 
 
 def skips(bench: Bench) -> None:

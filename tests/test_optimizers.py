@@ -225,7 +225,7 @@ def test_8_bits_are_as_close_to_float32_as_those_of_bitsandbytes() -> None:
         found[name] = weight.detach() - begin
     errors = {name: (found[name] - found["float32"]).norm() / found["float32"].norm() for name in ("ours", "theirs")}
     print(errors)
-    assert errors["ours"] < 1.2 * errors["theirs"]
+    assert errors["ours"] < errors["theirs"]
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -340,6 +340,7 @@ def test_flags_go_together_or_are_refused_in_a_line() -> None:
     taken = 0
     for values in itertools.product(*TABLE.values()):
         given = dict(zip(TABLE, values, strict=True))
+        config, said = None, ""
         try:
             config = train_config(**given)
             said = refusal(config)
@@ -349,7 +350,7 @@ def test_flags_go_together_or_are_refused_in_a_line() -> None:
         assert said.startswith(expected), given
         assert (not said) == (not expected), given
         assert "\n" not in said
-        if expected:
+        if not config or expected:
             continue
         taken += 1
         torch.manual_seed(0)
@@ -357,12 +358,12 @@ def test_flags_go_together_or_are_refused_in_a_line() -> None:
         before = copy.deepcopy(net.state_dict())
         precision = choose_precision(config, cuda=True)
         update = make_update(config, net, precision, 1)
-        for micro in range(count := config.steps.gradient_accumulation_steps):
+        count = config.steps.gradient_accumulation_steps
+        for _ in range(count):
             sample, text = torch.randn(2, 8, 4, 4), torch.randn(2, 7, 16)
             with torch.autocast("cpu", precision.dtype, enabled=not precision.half and precision.name != "no"):
                 prediction = net(sample, torch.zeros(2), text)[0]
             update.backward(prediction.float().square().mean() / count)
-            del micro
         _, skipped = update()
         assert skipped == 0, given
         assert update.weights.masters[0].dtype == (torch.bfloat16 if given["weights"] == "bf16" else torch.float32)

@@ -82,8 +82,8 @@ def _change(
         whole_m, whole_v = new_m, tl.sqrt(new_v)
         if ok is not None:
             whole_m, whole_v = tl.where(ok, whole_m, 0.0), tl.where(ok, whole_v, 0.0)
-        new_m, new1 = _to_8_bits(whole_m, levels, (bits >> 16) & 0xFFFF)
-        new_v, new2 = _to_8_bits(whole_v, levels + 256, more & 0xFFFF)
+        new_m, new1 = _to_8_bits(whole_m, levels, (bits >> 16) & 0xFFFF)  # pyright: ignore[reportGeneralTypeIssues]
+        new_v, new2 = _to_8_bits(whole_v, levels + 256, more & 0xFFFF)  # pyright: ignore[reportGeneralTypeIssues]
         tl.store(scale1 + j, tl.where(skipped, old1, new1), mask=fine)
         tl.store(scale2 + j, tl.where(skipped, old2, new2), mask=fine)
     elif first.dtype.element_ty == tl.bfloat16:
