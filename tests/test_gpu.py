@@ -22,8 +22,8 @@ from ip2p.train.save.checkpoint import HostCopies
 from ip2p.train.unet import make, norm
 from ip2p.train.unet.load import check_gradients
 from ip2p.train.unet.make import disagreement, takes_one_pass
-from ip2p.train.unet.update import LossScale, Update
 from ip2p.train.unet.optimizers import optimizer_over
+from ip2p.train.unet.update import LossScale, Update
 from ip2p.train.unet.weights import Average, Weights
 from ip2p.train.watch.metrics import Metrics
 from test_train import assert_same, flags, states

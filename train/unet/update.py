@@ -164,7 +164,10 @@ class Update:
         fit(state, {"state": {0: {}}})
         if "state1" in state["state"][0]:
             raise SettingsError("the checkpoint holds moments of bitsandbytes: go on with the version that wrote it")
-        found = {"optimizer": "adamw", "weights": "fp32"} | {name: state[name] for name in self.kind if name in state}
+        found = {"optimizer": "adamw", "weights": "fp32"}  # what those of earlier versions are, which do not say it
+        if found.keys() & state.keys():
+            fit(state, dict.fromkeys(found))
+            found = {name: state[name] for name in found}
         if found != self.kind:
             was, now = (" ".join(f"--{name} {value}" for name, value in kind.items()) for kind in (found, self.kind))
             raise SettingsError(f"the checkpoint was trained with {was}: go on with that, not with {now}")
