@@ -67,7 +67,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     if precision.name == "fp16" and (on_cpu or not torch.accelerator.is_available()):
         raise SettingsError("--mixed_precision fp16 trains on a GPU, and PyTorch finds none: take bf16 or no")
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
+        flag, mend = ("--weights", "leave it out") if precision.rounded else ("--mixed_precision", "take fp16")
+        raise SettingsError(f"{flag} bf16: this GPU computes in no such format, {mend}")
     try:
         # accelerate would go on without one that is not installed.
         installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
