@@ -1,6 +1,7 @@
 """The sections of bench/gpu.py that say how fast a training step is, in which setting and in which way."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -159,6 +160,10 @@ def variants(bench: Bench) -> None:
         "autocast": {"gradient_accumulation_steps": 2},  # whose sums need it
         "several passes of the optimizer": {"one_pass": False},
         "8-bit Adam": {"use_8bit_adam": True},
+        "bfloat16 weights": {"weights": "bf16", "precision": "bf16"},
+        "bfloat16 weights, 8-bit Adam": {"weights": "bf16", "use_8bit_adam": True, "precision": "bf16"},
+        "steps in the backward pass": {"fused_backward": True, "max_grad_norm": math.inf},
+        "average on the host": {"ema_device": "cpu"},
         "deterministic": {"deterministic": True},
     }
     if bench.demo:

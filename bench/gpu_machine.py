@@ -30,7 +30,7 @@ def machine(bench: Bench) -> None:
     properties = torch.cuda.get_device_properties(0) if GPU else None
     driver = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "gpu": str(properties)}
     bench.note("machine", **driver)
-    for package in ("triton", "xformers", "bitsandbytes"):
+    for package in ("triton", "xformers"):
         try:
             __import__(package)
         except Exception as error:  # a library that does not fit its CUDA may raise anything

@@ -23,9 +23,9 @@ from ip2p.encode.__main__ import main as encode
 from ip2p.encode.cache.format import Cache
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Batch, Draws, Null, Objective
+from ip2p.train.unet.make import disagreement
 from ip2p.train.unet.norm import choose_norms, group_norm
 from ip2p.train.unet.norm import disagreement as disagreement_of_norms
-from ip2p.train.unet.update import disagreement
 from ip2p.train.unet.weights import Weights
 
 # The most by which the norm of a difference may be off, of the norm itself.
@@ -147,6 +147,10 @@ def one_pass(bench: Bench) -> None:
     for precision in bench.sizes.precisions:
         error = disagreement(DEVICE, None if precision == "no" else DTYPES[precision])
         bench.add(f"one pass against PyTorch's functions, {precision}", error, "", at_most=1e-5)
+    for name, half in (("adamw", torch.bfloat16), ("adamw8bit", torch.bfloat16), ("adamw8bit", None)):
+        error = disagreement(DEVICE, half, name, rounded=half is not None)
+        weights = "bfloat16" if half else "float32"
+        bench.add(f"one pass against PyTorch's functions, {name}, {weights} weights", error, "", at_most=1e-5)
 
 
 def skips(bench: Bench) -> None:

@@ -29,8 +29,8 @@ from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective
 from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention
+from ip2p.train.unet.make import make_update
 from ip2p.train.unet.norm import choose_norms
-from ip2p.train.unet.update import make_update
 
 DROPOUT = Flags().dropout
 Loss = Callable[[], Tensor]

@@ -4,6 +4,7 @@ Nothing but ip2p, what it depends on and pytest is imported, so that a machine w
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import tiny
 from ip2p.encode.cache.format import Cache
 from ip2p.train.__main__ import main, preload
 from ip2p.train.save.checkpoint import HostCopies
-from ip2p.train.unet import norm, update
+from ip2p.train.unet import make, norm
 from ip2p.train.unet.load import check_gradients
-from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
-from ip2p.train.unet.weights import Weights
+from ip2p.train.unet.make import disagreement, takes_one_pass
+from ip2p.train.unet.optimizers import optimizer_over
+from ip2p.train.unet.update import LossScale, Update
+from ip2p.train.unet.weights import Average, Weights
 from ip2p.train.watch.metrics import Metrics
 from test_train import assert_same, flags, states
 
@@ -108,6 +111,49 @@ def test_one_pass_over_the_weights_does_what_pytorch_does(half: torch.dtype | No
     assert capsys.readouterr().out == ""
 
 
+FEW_BITS = [(torch.bfloat16, "adamw"), (torch.bfloat16, "adamw8bit"), (None, "adamw8bit")]
+
+
+@pytest.mark.parametrize(("half", "name"), FEW_BITS)
+def test_one_pass_rounds_at_random_as_pytorchs_functions_do(half: torch.dtype | None, name: str, capsys: Any) -> None:
+    """The kernel is taken for bfloat16 weights and for moments in 8 bits, and nothing is said."""
+    assert disagreement(CUDA, half, name, rounded=half is not None) < 1e-5
+    assert takes_one_pass(CUDA, half, name, rounded=half is not None)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("half", "name"), [(None, "adamw"), *FEW_BITS])
+def test_steps_inside_the_backward_pass_are_the_ordinary_ones(
+    half: torch.dtype | None, name: str, one_pass: bool
+) -> None:
+    """Bit for bit, by the kernel and without it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found = []
+    for backwards in (False, True):
+        torch.manual_seed(0)
+        weights = Weights(on_gpu(), half, rounded=half is not None)
+        optimizer = optimizer_over(weights.masters, name, lr=1e-2)
+        update = Update(weights, optimizer, math.inf, fused=one_pass, backwards=backwards)
+        for step in range(3):
+            sums = [(weight.float() * (step + number)).sin().sum() for number, weight in enumerate(weights.parameters)]
+            update.backward(torch.stack(sums).sum())
+            update()
+        found.append({"weights": weights.state_dict()} | update.state_dict())
+    assert_same(*found)
+
+
+def test_an_average_on_the_host_takes_no_second_copy_of_the_weights() -> None:
+    """Tensor by tensor, and it is where it shall be."""
+    weights = [torch.randn(2**20, device=CUDA, dtype=torch.bfloat16) for _ in range(64)]
+    average = Average(weights, 0.9, torch.device("cpu"))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    average.step(weights)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * 2**20
+    assert {mean.device.type for mean in average.tensors} == {"cpu"}
+
+
 def test_an_overflow_changes_nothing_and_halves_the_scale() -> None:
     """Where a gradient of float16 is infinite."""
     weights = Weights(on_gpu(), torch.float16)
@@ -140,7 +186,7 @@ def test_training_learns_in_every_precision(sd: Path, cache: Path, tmp_path: Pat
     changed = {"max_train_steps": 120, "learning_rate": 2e-3, "lr_scheduler": "constant", "mixed_precision": precision}
     changed |= {"num_validation_samples": 3, "validation_steps": 60, "train_batch_size": 4, "logging_steps": 60}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "LossScale", High)
+        patch.setattr(make, "LossScale", High)
         patch.setattr("ip2p.train.watch.validate.Validation.draw", lambda *_: None)
         main(flags(sd, cache, tmp_path, **changed))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -150,10 +196,23 @@ def test_training_learns_in_every_precision(sd: Path, cache: Path, tmp_path: Pat
     assert (skipped > 5) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
-def test_a_resumed_run_equals_an_undisturbed_one(sd: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+BACKWARDS = {"fused_backward": True, "max_grad_norm": "inf"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"mixed_precision": precision} for precision in ("no", "fp16", "bf16")),
+        {"weights": "bf16"},
+        {"weights": "bf16", "use_8bit_adam": True, "ema_device": "cpu"},
+        {"weights": "bf16"} | BACKWARDS,
+        {"use_8bit_adam": True, "mixed_precision": "bf16"} | BACKWARDS,
+        {"optimizer": "adafactor", "weights": "bf16"},
+    ],
+)
+def test_a_resumed_run_equals_an_undisturbed_one(sd: Path, cache: Path, tmp_path: Path, given: dict) -> None:
     """With --deterministic, bit for bit: weights, average, moments, schedule and scale."""
-    changed = {"mixed_precision": precision, "deterministic": True, "max_train_steps": 8, "checkpointing_steps": 4}
+    changed = given | {"deterministic": True, "max_train_steps": 8, "checkpointing_steps": 4}
     changed |= {"checkpoints_total_limit": 0}
     main(flags(sd, cache, tmp_path / "straight", **changed))
     (tmp_path / "resumed").mkdir()
@@ -163,8 +222,18 @@ def test_a_resumed_run_equals_an_undisturbed_one(sd: Path, cache: Path, tmp_path
     assert_same(states(tmp_path / "resumed" / "checkpoint-8"), states(tmp_path / "straight" / "checkpoint-8"))
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_no_step_waits_for_the_gpu(sd: Path, cache: Path, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mixed_precision": "fp16"},
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "bf16", "use_8bit_adam": True},
+        {"weights": "bf16"},
+        {"weights": "bf16", "use_8bit_adam": True} | BACKWARDS,
+        {"weights": "bf16", "optimizer": "adafactor"},
+    ],
+)
+def test_no_step_waits_for_the_gpu(sd: Path, cache: Path, tmp_path: Path, given: dict) -> None:
     """From the second step on, until something is reported, PyTorch sees nothing that would synchronize."""
     steps: list[int] = []
 
@@ -173,7 +242,7 @@ def test_no_step_waits_for_the_gpu(sd: Path, cache: Path, tmp_path: Path, precis
         steps.append(number)
         torch.cuda.set_sync_debug_mode("error" if 2 <= number <= 10 else "default")
 
-    changed = {"mixed_precision": precision, "max_train_steps": 12, "checkpointing_steps": 12, "logging_steps": 12}
+    changed = given | {"max_train_steps": 12, "checkpointing_steps": 12, "logging_steps": 12}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "step", step)
         main(flags(sd, cache, tmp_path, **changed))

@@ -121,7 +121,8 @@ def test_a_cache_of_another_vae_is_refused_field_by_field(
         ({"lr_scheduler": "cosin"}, ["did you mean cosine?"]),
         ({"resume_from_checkpoint": "latest"}, ["holds no checkpoint"]),
         ({"enable_xformers_memory_efficient_attention": True}, ["xformers", "leave the flag out"]),
-        ({"use_8bit_adam": True}, ["bitsandbytes"]),
+        ({"use_8bit_adam": True, "optimizer": "adafactor"}, ["--optimizer adamw8bit", "leave one of them out"]),
+        ({"fused_backward": True}, ["--max_grad_norm 1.0", "give inf"]),
         ({"report_to": "abacus"}, ["abacus", "--report_to"]),
     ],
 )

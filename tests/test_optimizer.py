@@ -13,8 +13,10 @@ from torch import Tensor
 
 import tiny
 from ip2p.encode.base.errors import SettingsError
-from ip2p.train.unet import update as module
-from ip2p.train.unet.update import LossScale, Update, disagreement, takes_one_pass
+from ip2p.train.unet import make as module
+from ip2p.train.unet import optimizers
+from ip2p.train.unet.make import disagreement, takes_one_pass
+from ip2p.train.unet.update import LossScale, Update
 from ip2p.train.unet.weights import Average, Weights
 
 CPU = torch.device("cpu")
@@ -142,18 +144,35 @@ def test_moments_from_a_checkpoint_take_the_order_of_the_weights() -> None:
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_with_what_to_do() -> None:
-    """AdamW in 8 bits keeps its moments under other names."""
+    """That of bitsandbytes kept its moments under other names, in an earlier version."""
     weights = Weights(tiny.unet(8))
     update = Update(weights, adamw(weights.masters), 1.0)
-    with pytest.raises(SettingsError, match="trained with --use_8bit_adam: go on in the same way"):
+    with pytest.raises(SettingsError, match="moments of bitsandbytes: go on with the version that wrote it"):
         update.load_state_dict({"state": {0: {"step": 1, "state1": torch.zeros(1)}}, "param_groups": []})
 
 
 INTERPRETED = """
 import torch
-from ip2p.train.unet.update import disagreement
+from ip2p.train.unet.make import disagreement
+from ip2p.train.unet.optimizers import optimizer_over
+from ip2p.train.unet.update import Update
+from ip2p.train.unet.weights import Weights
 for half in (None, torch.float16, torch.bfloat16):
     print(disagreement(torch.device("cpu"), half))
+for half, name in ((torch.bfloat16, "adamw"), (torch.bfloat16, "adamw8bit"), (None, "adamw8bit")):
+    print(disagreement(torch.device("cpu"), half, name, rounded=half is not None))
+found = []
+for backwards in (False, True):  # tensor by tensor it draws the same
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(70, 50), torch.nn.Linear(50, 3))
+    weights = Weights(net, torch.bfloat16, rounded=True)
+    optimizer = optimizer_over(weights.masters, "adamw8bit", lr=0.1)
+    update = Update(weights, optimizer, float("inf"), fused=True, backwards=backwards)
+    for step in range(2):
+        update.backward(torch.stack([weight.float().sin().sum() for weight in weights.parameters]).sum())
+        update()
+    found.append([*weights.masters, *(value for kept in optimizer.state.values() for value in kept.values())])
+print(max((one.float() - other.float()).abs().max().item() for one, other in zip(*found)))
 """
 
 
@@ -168,16 +187,30 @@ def test_the_kernel_does_what_pytorch_does() -> None:
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    exact, half, bfloat = map(float, done.stdout.split())
+    exact, half, bfloat, *rounded, inside = map(float, done.stdout.split())
     assert exact < 2e-6
     assert half < 2e-6
     assert bfloat <= 2**-6
+    assert max(rounded) < 2e-6
+    assert inside == 0
 
 
 @pytest.mark.parametrize(
-    ("architecture", "gradient", "aligned"), [(75, "fp16", 4), (80, "fp32", 1), (90, "bf16", 16), (100, "bf16", 8)]
+    ("architecture", "gradient", "aligned", "weight", "moment"),
+    [
+        (75, "fp16", 4, "fp32", "fp32"),
+        (80, "fp32", 1, "fp32", "fp32"),
+        (90, "bf16", 16, "fp32", "fp32"),
+        (100, "bf16", 8, "fp32", "fp32"),
+        (80, "bf16", 16, "bf16", "bf16"),
+        (90, "bf16", 8, "bf16", "bf16"),
+        (80, "fp32", 16, "fp32", "u8"),
+        (90, "bf16", 16, "bf16", "u8"),
+    ],
 )
-def test_the_kernel_compiles_for_gpus_that_are_not_here(architecture: int, gradient: str, aligned: int) -> None:
+def test_the_kernel_compiles_for_gpus_that_are_not_here(
+    architecture: int, gradient: str, aligned: int, weight: str, moment: str
+) -> None:
     """Down to machine code; and whole blocks are read and written 16 bytes at a time."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -185,11 +218,13 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(architecture: int, gradi
 
     from ip2p.train.unet.fused import BLOCK, WARPS, _kernel
 
-    constants = {"ALIGNED": aligned, "BLOCK": BLOCK, "AVERAGES": True, "COPIES": gradient != "fp32"}
+    constants: dict[str, object] = {"ALIGNED": aligned, "BLOCK": BLOCK, "AVERAGES": True, "EIGHT": moment == "u8"}
+    constants |= {"COPIES": gradient != weight}
     kinds = dict.fromkeys(_kernel.arg_names, "fp32") | dict.fromkeys(constants, "constexpr")
-    kinds |= dict.fromkeys(("weight", "first", "second", "average", "numbers"), "*fp32")
+    kinds |= dict.fromkeys(("average", "numbers", "scale1", "scale2", "levels"), "*fp32")
+    kinds |= dict.fromkeys(("first", "second"), f"*{moment}") | {"weight": f"*{weight}"}
     kinds |= {"gradient": f"*{gradient}", "copy": f"*{gradient}", "gradients": "*i64", "places": "*i64"}
-    kinds |= {"sizes": "*i32", "blocks": "*i32"}
+    kinds |= {"sizes": "*i32", "blocks": "*i32", "keys": "*i32", "number": "i32"}
     source = ASTSource(
         fn=_kernel,
         signature=kinds,
@@ -199,7 +234,8 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(architecture: int, gradi
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert len(built.asm["cubin"]) > 1000
-    assert built.asm["ptx"].count("st.global.v4") >= 8  # two each of weights, moments and average
+    # Two each of weights, moments and average, where they are float32; 8 numbers of 16 bits are one of them.
+    assert built.asm["ptx"].count("st.global.v4") >= {"fp32": 8, "bf16": 5, "u8": 2}[moment]
 
 
 def test_where_the_kernel_cannot_be_had_the_run_goes_on_without_it(
@@ -207,25 +243,32 @@ def test_where_the_kernel_cannot_be_had_the_run_goes_on_without_it(
 ) -> None:
     """No compiler, another answer, or none at all: a line says why, and PyTorch's functions do it."""
 
-    def raises(*_: object) -> float:
+    def raises(*_: object, **__: object) -> float:
         raise RuntimeError("Failed to find C compiler.\nand so on")
 
     found: dict[str, tuple[Callable[..., float], str]] = {
         "raises": (raises, "instead of one: Failed to find C compiler."),
-        "differs": (lambda *_: 0.1, "instead of one: its kernel is off by 1.0e-01"),
-        "is no number": (lambda *_: float("nan"), "instead of one: its kernel is off by nan"),
+        "differs": (lambda *_, **__: 0.1, "instead of one: its kernel is off by 1.0e-01"),
+        "is no number": (lambda *_, **__: float("nan"), "instead of one: its kernel is off by nan"),
     }
     for answer, said in found.values():
         monkeypatch.setattr(module, "disagreement", answer)
         assert not takes_one_pass(torch.device("cuda"), None)
         assert said in capsys.readouterr().out.splitlines()[0]
-    monkeypatch.setattr(module, "disagreement", lambda *_: 1e-7)
+    monkeypatch.setattr(module, "disagreement", lambda *_, **__: 1e-7)
     assert takes_one_pass(torch.device("cuda"), None)
     assert not takes_one_pass(CPU, None)
 
 
-def test_the_comparison_of_both_ways_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("half", "name"),
+    [(torch.float16, "adamw"), (torch.bfloat16, "adamw"), (torch.bfloat16, "adamw8bit"), (None, "adamw8bit")],
+)
+def test_the_comparison_of_both_ways_finds_a_wrong_one(
+    half: torch.dtype | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each thing that the kernel changes is compared: a planted mistake in any of them shows."""
+    rounded, eight = half == torch.bfloat16, name == "adamw8bit"
     original = Update._by_torch
 
     def wrong(what: str, by: float) -> Callable[..., None]:
@@ -235,13 +278,28 @@ def test_the_comparison_of_both_ways_finds_a_wrong_one(monkeypatch: pytest.Monke
             assert self.average
             targets = {"weight": self.weights.masters[2], "average": self.average.tensors[2]} | state
             targets["copy"] = self.weights.parameters[2]
-            targets[what].detach().view(-1)[0] += by
+            target = targets[what].detach().view(-1)
+            target[0] += 70 if target.dtype == torch.uint8 else by
 
         return change
 
     monkeypatch.setattr(Update, "_one_pass", original)
-    assert disagreement(CPU, torch.float16) == 0
-    for what in ("weight", "average", "exp_avg", "exp_avg_sq", "step", "copy"):
+    assert disagreement(CPU, half, name, rounded=rounded) == 0
+    scales = ("exp_avg_scale", "exp_avg_sq_scale") if eight else ()
+    for what in ("weight", "average", "exp_avg", "exp_avg_sq", "step", *scales, *(("copy",) if not rounded else ())):
         for by in (0.5, torch.nan):
             monkeypatch.setattr(Update, "_one_pass", wrong(what, by))
-            assert not disagreement(CPU, torch.float16) < 1e-5, (what, by)
+            assert not disagreement(CPU, half, name, rounded=rounded) < 1e-5, (what, by)
+
+
+def test_a_kernel_that_rounds_in_another_way_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To nearest, though no number is then more than a step of its last digit away."""
+    original = Update._by_torch
+
+    def nearest(self: Update, *rest: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimizers, "to_bfloat16", lambda values, _: values.bfloat16())
+            original(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Update, "_one_pass", nearest)
+    assert disagreement(CPU, torch.bfloat16, rounded=True) > 1e-5

@@ -1,12 +1,14 @@
 """What the flags of `ip2p-train` ask of each other: each of them acts, or is refused with what to do."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from ..encode.base import flags
 from ..encode.base.errors import SettingsError
 
-EMA = ("ema_decay", "ema_steps")
+EMA = ("ema_decay", "ema_steps", "ema_device")
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 LORA = ("lora_targets", "lora_alpha")
 LOOKS = ("validation_steps", "validation_epochs", "num_validation_images")
 
@@ -18,10 +20,38 @@ def check(config: Any) -> None:
         raise SettingsError(f"--ema_decay {optimizer.ema_decay}: expected a number from 0 to 1")
     if optimizer.max_grad_norm == 0:
         raise SettingsError("--max_grad_norm 0 leaves nothing of any gradient: expected a number above 0, or inf")
+    _fit_together(config)
     if config.objective.snr_gamma == 0:
         raise SettingsError("--snr_gamma 0 leaves nothing of the loss: expected a number above 0")
     if watching.image and not watching.validation_prompt:
         raise SettingsError(f"--val_image_url_or_path {watching.image} needs a --validation_prompt")
+
+
+def _fit_together(config: Any) -> None:
+    """Raise SettingsError for flags that save memory in ways that exclude each other."""
+    optimizer, precision = config.optimizer, config.machine.mixed_precision
+    if optimizer.use_8bit_adam and optimizer.optimizer == "adafactor":
+        raise SettingsError("--use_8bit_adam is --optimizer adamw8bit, not adafactor: leave one of them out")
+    if optimizer.weights == "bf16" and config.lora.lora_rank:
+        raise SettingsError(
+            "--weights bf16: with --lora_rank adapters are float32, and what is frozen is in half precision as it is: "
+            "leave one of them out"
+        )
+    if optimizer.weights == "bf16" and precision not in (None, "bf16"):
+        raise SettingsError(f"--weights bf16 computes in bf16, not in --mixed_precision {precision}: leave that out")
+    if optimizer.fused_backward and (why := _against_fused_backward(config)):
+        raise SettingsError(f"--fused_backward changes a weight as soon as its own gradient is there: {why}")
+
+
+def _against_fused_backward(config: Any) -> str:
+    norm, batches = config.optimizer.max_grad_norm, config.steps.gradient_accumulation_steps
+    if norm < math.inf:
+        return f"it cannot clip the norm of all of them to --max_grad_norm {norm}, give inf"
+    if batches > 1:
+        return f"it cannot sum --gradient_accumulation_steps {batches}, give a larger --train_batch_size"
+    if config.machine.mixed_precision == "fp16":
+        return "it cannot skip a step of --mixed_precision fp16 in which another overflows, take bf16"
+    return ""
 
 
 def idle(config: Any) -> Iterator[str]:
@@ -36,6 +66,8 @@ def idle(config: Any) -> Iterator[str]:
         yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", *EMA)
     if not config.lora.lora_rank:
         yield from flags.idle(config.lora, "does nothing without --lora_rank: add that, or leave it out", *LORA)
+    if optimizer.name == "adafactor":
+        yield from flags.idle(optimizer, "does nothing with --optimizer adafactor: leave one of them out", *ADAM)
     if optimizer.lr_scheduler == "constant" and optimizer.lr_warmup_steps:
         why = "does nothing with --lr_scheduler constant: take constant_with_warmup, or 0 steps"
         yield from flags.idle(optimizer, why, "lr_warmup_steps")

@@ -49,8 +49,14 @@ class Optimizer:
     """Decoupled weight decay."""
     adam_epsilon: float = 1e-8
     """Added to Adam's denominator."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    """adamw8bit keeps moments in 8 bits, a quarter of their memory; adafactor only sums of their rows and columns."""
     use_8bit_adam: bool = False
-    """Keep Adam's moments in 8 bits; needs bitsandbytes."""
+    """The same as --optimizer adamw8bit."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the weights that are trained. bf16 rounds them and AdamW's moments at random: half the memory."""
+    fused_backward: bool = False
+    """Change each weight as soon as its gradient is there, inside the backward pass, so that none has to be kept."""
     max_grad_norm: Amount = 1.0
     """Norm to which gradients are clipped; `inf` leaves them."""
     use_ema: bool = False
@@ -59,6 +65,13 @@ class Optimizer:
     """Largest decay of the average; early on it is (1 + step) / (10 + step)."""
     ema_steps: Count = 1
     """Optimizer steps from one update of the average to the next."""
+    ema_device: Literal["cpu"] | None = None
+    """`cpu` keeps the average in the host's memory, where an update takes longer. Default: beside the weights."""
+
+    @property
+    def name(self) -> str:
+        """The optimizer, whichever flag names it."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,8 @@ from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
+from .unet.make import make_update
 from .unet.norm import choose_norms
-from .unet.update import make_update
 from .unet.weights import Precision, Weights
 from .watch.interrupt import Interrupt
 from .watch.metrics import Metrics, share_of_peak
@@ -53,7 +53,8 @@ def train(config: TrainConfig) -> None:
     except torch.OutOfMemoryError:
         raise TrainError(
             "out of memory: use a smaller --train_batch_size with more --gradient_accumulation_steps, "
-            "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam or --lora_rank 16"
+            "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam, --weights bf16, --ema_device cpu or "
+            "--lora_rank 16"
         ) from None
     accelerator.end_training()
     if signal:
@@ -99,6 +100,7 @@ class Run:
         self.progress = Progress(manifest["identity"] | manifest["encoding"], seed, trains=config.lora.described)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
+        self.update.seed = self.progress.seed
         # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
         flags, step = config.optimizer, self.progress.step
         for group in self.update.optimizer.param_groups:

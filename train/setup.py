@@ -56,8 +56,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     if config.machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads what nobody wrote.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which nobody reads
     torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
     folders = prepare_folders(config)
@@ -68,14 +67,15 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     if precision.name == "fp16" and (on_cpu or not torch.accelerator.is_available()):
         raise SettingsError("--mixed_precision fp16 trains on a GPU, and PyTorch finds none: take bf16 or no")
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise SettingsError("--mixed_precision bf16: this GPU computes in no such format, take fp16")
+        flag, mend = ("--weights", "leave it out") if precision.rounded else ("--mixed_precision", "take fp16")
+        raise SettingsError(f"{flag} bf16: this GPU computes in no such format, {mend}")
     try:
         # accelerate would go on without one that is not installed.
         installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
         if not (installed | {"all": any(installed.values())}).get(str(tracker), True):
             raise ValueError("no such tracker is installed: `pip install` its package, or give another one or none")
         accelerator = Accelerator(
-            mixed_precision="no" if precision.copies else precision.name,
+            mixed_precision="no" if precision.half else precision.name,
             log_with=tracker,
             project_config=folders,
             kwargs_handlers=[

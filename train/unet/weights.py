@@ -1,4 +1,4 @@
-"""The float32 weights that are trained, their average, what the UNet computes with, and the scale of its loss."""
+"""The weights that are trained, their average, and what the UNet computes with."""
 
 import contextlib
 import os
@@ -18,6 +18,7 @@ class Precision(NamedTuple):
 
     name: str  # no, fp16 or bf16
     copies: bool  # by weights that are copies of float32 masters in this precision, in place of autocast
+    rounded: bool = False  # by weights that are in this precision themselves, and are rounded at random
 
     @property
     def dtype(self) -> torch.dtype:
@@ -25,34 +26,43 @@ class Precision(NamedTuple):
 
     @property
     def half(self) -> torch.dtype | None:
-        """That of the weights, if they are copies."""
-        return self.dtype if self.copies else None
+        """That of the weights, if they are not float32."""
+        return self.dtype if self.copies or self.rounded else None
 
 
 def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     """Take the precision of the flags, or of accelerate's launcher.
 
     On a GPU the weights become half-precision copies, which spares autocast's casts. Gradients that are summed over
-    several batches would lose too much in that precision, AdamW in 8 bits takes no others than float32, and adapters
-    are cast cheaply: there autocast stays. Raises SettingsError where the launcher's is none that is known here.
+    several batches would lose too much in that precision, who takes another optimizer wants to spare memory, and
+    adapters are cast cheaply: there autocast stays. With --weights bf16 the weights themselves are bfloat16, and so are
+    sums of gradients. Raises SettingsError where the launcher's precision is none that is known here, or does not go
+    with the other flags.
     """
+    flags = config.optimizer
     name = config.machine.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if name not in ("no", "fp16", "bf16"):
         raise SettingsError(f"accelerate's mixed precision {name}: expected no, fp16 or bf16 (--mixed_precision)")
+    if name == "fp16" and (flags.fused_backward or flags.weights == "bf16"):
+        flag = "--fused_backward" if flags.fused_backward else "--weights bf16"
+        raise SettingsError(f"accelerate's mixed precision fp16 does not go with {flag}: give --mixed_precision bf16")
+    if flags.weights == "bf16":
+        return Precision("bf16", copies=False, rounded=True)
     summed = config.steps.gradient_accumulation_steps > 1
-    stays = summed or config.optimizer.use_8bit_adam or config.lora.lora_rank is not None
+    stays = summed or flags.name != "adamw" or config.lora.lora_rank is not None
     return Precision(name, cuda and name != "no" and not stays)
 
 
 class Average:
     """An exponential moving average with the warm-up of diffusers' `EMAModel`: equal to it for decays above a half.
 
-    It begins as a copy of the float32 `weights`, on their device or another one. `decay` is the largest; early on it
-    is (1 + update) / (10 + update).
+    It is float32, and begins as a copy of the `weights`, on their device or another one. In bfloat16 it would stand
+    still: what an update adds is less than half of its last digit. `decay` is the largest; early on it is
+    (1 + update) / (10 + update).
     """
 
     def __init__(self, weights: Sequence[Tensor], decay: float, device: torch.device | None = None):
-        self.tensors = [weight.detach().to(device, copy=True) for weight in weights]
+        self.tensors = [weight.detach().to(device, torch.float32, copy=True) for weight in weights]
         self.decay, self.updates = decay, 0
 
     def share(self) -> float:
@@ -63,9 +73,16 @@ class Average:
 
     @torch.no_grad()
     def step(self, weights: Sequence[Tensor]) -> None:
-        """Move towards the weights: one pass, and no second copy where both are on one device."""
-        near = [weight.detach().to(mean.device) for weight, mean in zip(weights, self.tensors, strict=True)]
-        torch._foreach_lerp_(self.tensors, near, self.share())
+        """Move towards the weights: in one pass, or tensor by tensor where they lie elsewhere or are bfloat16."""
+        share = self.share()
+        if all(weight.dtype == mean.dtype and weight.device == mean.device for weight, mean in self._pairs(weights)):
+            torch._foreach_lerp_(self.tensors, list(weights), share)
+        else:
+            for weight, mean in self._pairs(weights):
+                mean.lerp_(weight.detach().to(mean), share)
+
+    def _pairs(self, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(weights, self.tensors, strict=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Under the names that diffusers gives it."""
@@ -80,93 +97,69 @@ class Average:
             mean.copy_(saved)
 
 
-class LossScale:
-    """The factor that keeps gradients of float16 above its smallest numbers (arXiv 1710.03740, section 3.2).
-
-    The rule and the numbers of `torch.amp.GradScaler`, which refuses gradients that are float16 themselves.
-    """
-
-    GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000
-
-    def __init__(self, device: torch.device):
-        self.value = torch.full((), 2.0**16, device=device)
-        self.good_steps = torch.zeros((), dtype=torch.int32, device=device)
-
-    def update(self, skipped: Tensor) -> None:
-        """Halve it after a step that overflowed, double it after many that did not."""
-        torch._amp_update_scale_(self.value, self.good_steps, skipped, self.GROWTH, self.BACKOFF, self.INTERVAL)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As that of `GradScaler`."""
-        return {
-            "scale": self.value.item(),
-            "growth_factor": self.GROWTH,
-            "backoff_factor": self.BACKOFF,
-            "growth_interval": self.INTERVAL,
-            "_growth_tracker": self.good_steps.item(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, or raise Misfit."""
-        fit(state, {"scale": 0.0, "_growth_tracker": 0})
-        self.value.fill_(state["scale"])
-        self.good_steps.fill_(state["_growth_tracker"])
-
-
 class Weights:
-    """The parameters of a UNet that are trained, and the float32 masters behind them.
+    """The parameters of a UNet that are trained, and the masters behind them.
 
     With `half`, the UNet's own `parameters`, which get the gradients, become copies in that precision, so that no step
     casts its weights and their gradients again and again, as autocast does (arXiv 1710.03740, section 3.1). The
     optimizer changes the float32 `masters`, and checkpoints hold them. Who calls the UNet gives and gets float32.
 
+    With `rounded` there are no masters but the parameters in half precision, which the optimizer rounds at random.
+
     Args:
         unet: on its device, what is trained of it in float32; changed in place.
-        half: torch.float16 or torch.bfloat16, or None: the parameters are the masters themselves.
+        half: torch.float16 or torch.bfloat16, or None: the parameters are float32, and the masters themselves.
+        rounded: whether the parameters are the masters with `half`, too.
     """
 
-    def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None):
+    def __init__(self, unet: torch.nn.Module, half: torch.dtype | None = None, *, rounded: bool = False):
         named = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
-        self.half, self.names, self.parameters = half, list(named), list[Tensor](named.values())
+        self.names, self.parameters = list(named), list[Tensor](named.values())
         self.masters: list[Tensor] = list(self.parameters)
-        if half:
+        self.copies = half is not None and not rounded
+        if self.copies:
             self.masters = [torch.nn.Parameter(weight.detach().clone()) for weight in self.parameters]
+        if half:
             torch.nn.Module.to(unet, half)  # diffusers' own `to` warns that a pipeline could not use it on a CPU
             take_float32(unet, half)
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the copies up to date with the masters."""
-        if self.half:
-            torch._foreach_copy_(self.parameters, self.masters)
+    def refresh(self, part: slice = slice(None)) -> None:
+        """Bring the copies, or a part of them, up to date with the masters."""
+        if self.copies:
+            torch._foreach_copy_(self.parameters[part], self.masters[part])
 
     @contextlib.contextmanager
     def averaged(self, average: Average | None) -> Iterator[None]:
         """Let the UNet compute with the average for a while."""
-        self._exchange(average)
+        means = kept = average.tensors if average else self.masters[:0]
+        if means and means[0].dtype != self.masters[0].dtype:  # an average would not come back whole from bfloat16
+            kept = [master.detach().to("cpu", copy=True) for master in self.masters]
+        self._exchange(means)
         try:
             yield
         finally:
-            self._exchange(average)
+            self._exchange(kept)
 
     @torch.no_grad()
-    def _exchange(self, average: Average | None) -> None:
-        """Swap masters and average, one tensor after the other: at no time is there a second copy."""
-        if average:
-            for master, mean in zip(self.masters, average.tensors, strict=True):
-                kept = master.detach().clone()
-                master.copy_(mean)
-                mean.copy_(kept)
-            self.refresh()
+    def _exchange(self, others: Sequence[Tensor]) -> None:
+        """Swap masters with others, one tensor after the other: at no time is there a second copy on the device."""
+        for master, other in zip(self.masters[: len(others)], others, strict=True):
+            kept = master.detach().clone()
+            master.copy_(other)
+            if other.dtype == kept.dtype:
+                other.copy_(kept)
+        self.refresh()
 
     @torch.no_grad()
     def finish(self, average: Average | None) -> None:
-        """Leave what was trained in the UNet, in float32: the average if there is one. Nothing trains after that."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.data = master.data
-        if average:
-            for parameter, mean in zip(self.parameters, average.tensors, strict=True):
-                parameter.copy_(mean)
+        """Leave what was trained in the UNet, with all its digits and no more: the average if there is one.
+
+        That is float32 but for bfloat16 weights without an average. Each lies where it lay. Nothing trains after that.
+        """
+        trained = average.tensors if average else self.masters
+        for parameter, tensor in zip(self.parameters, trained, strict=True):
+            parameter.data = tensor.data
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masters by name: what a checkpoint keeps."""

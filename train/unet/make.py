@@ -1,0 +1,91 @@
+"""What a run's flags ask an optimizer step to be, in one pass where a kernel does what PyTorch's functions do."""
+
+import torch
+
+from ...encode.base.console import say
+from ...encode.base.errors import SettingsError, reason
+from ..config import TrainConfig
+from .optimizers import make_optimizer, optimizer_over
+from .scale import LossScale
+from .update import Update
+from .weights import Average, Precision, Weights
+
+FLIPS = 1e-2  # share of the numbers that are rounded at random, which two ways to compute may round otherwise
+
+
+def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision, processes: int) -> Update:
+    """All that a step changes of a UNet, which is on its device and in float32; its weights may be so no longer.
+
+    Raises SettingsError for numbers that the optimizer does not take, and for several processes where each would
+    change its weights before the others' gradients are there.
+    """
+    flags, device = config.optimizer, next(unet.parameters()).device
+    if flags.fused_backward and processes > 1:
+        raise SettingsError(
+            f"--fused_backward changes a weight as soon as its own gradient is there, and cannot wait for those of "
+            f"{processes} processes: leave it out, or train on one GPU"
+        )
+    weights = Weights(unet, precision.half, rounded=precision.rounded)
+    beside = torch.device(flags.ema_device) if flags.ema_device else None
+    average = Average(weights.masters, flags.ema_decay, beside) if flags.use_ema else None
+    scale = LossScale(device) if precision.name == "fp16" else None
+    optimizer = make_optimizer(config, weights, processes)
+    fused = takes_one_pass(device, precision.half, flags.name, rounded=precision.rounded)
+    backwards = flags.fused_backward
+    return Update(weights, optimizer, flags.max_grad_norm, average, scale, fused=fused, backwards=backwards)
+
+
+def takes_one_pass(
+    device: torch.device, half: torch.dtype | None, name: str = "adamw", *, rounded: bool = False
+) -> bool:
+    """Whether the kernel for one pass can be had, and does on small tensors what PyTorch's functions do."""
+    if device.type != "cuda" or name == "adafactor":
+        return False
+    try:
+        error = disagreement(device, half, name, rounded=rounded)
+    except Exception as error:  # whatever goes wrong between a driver, a compiler and a kernel: there is another way
+        problem = reason(error)
+    else:
+        if error < 1e-5:
+            return True
+        problem = f"its kernel is off by {error:.1e}"
+    say(f"the optimizer takes several passes over the weights instead of one: {problem}")
+    return False
+
+
+def disagreement(
+    device: torch.device, half: torch.dtype | None, name: str = "adamw", *, rounded: bool = False
+) -> float:
+    """How far the weights, moments and averages of both ways are apart after four steps, of which one is skipped.
+
+    A difference in the last digit of float32 now and then rounds a number the other way, which is a step of its last
+    digit. That counts as none, for at most `FLIPS` of all numbers.
+    """
+    found = []
+    for fused in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        unet = torch.nn.Sequential(torch.nn.Conv2d(8, 20, 3), torch.nn.Linear(41, 1000), torch.nn.Linear(5, 3))
+        for weight in unet.parameters():
+            weight.data = torch.randn(weight.shape, generator=generator)
+        unet.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        weights = Weights(unet, half, rounded=rounded)
+        average = Average(weights.masters, 0.9)
+        optimizer = optimizer_over(weights.masters, name, lr=0.1, weight_decay=0.1)
+        update = Update(weights, optimizer, 10.0, average, fused=fused)
+        for step in range(4):
+            for weight in weights.parameters:
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.grad = torch.empty_like(weight).copy_(noise * (torch.nan if step == 2 else 1))
+            update(averages=step != 1)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        pairs = zip(weights.parameters, weights.masters, strict=True)
+        stale = [copy.float() - master.to(copy).float() for copy, master in pairs]
+        found.append([*weights.masters, *average.tensors, *moments, *stale])
+    pairs = (
+        (one.float(), other.float(), 64 if one.dtype == torch.uint8 else 1) for one, other in zip(*found, strict=True)
+    )
+    apart = torch.cat([((one - other).abs() / size).flatten() for one, other, size in pairs])
+    flips = (apart > 1e-5) & (apart < 0.1)
+    if (name != "adamw" or rounded) and flips.float().mean() < FLIPS:
+        apart = apart.where(~flips, 0)
+    return apart.max().item()  # which is no number where one of them is none
