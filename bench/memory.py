@@ -53,7 +53,7 @@ def gib(size: str, resolution: int, batch: int, *, checkpointing: bool) -> float
     rows = shape.rows(resolution)
     shapes = Shapes((8, resolution // 8, resolution // 8), (77, rows["text"]["text"][-1]), shape.pooled)
     found = simulate(config, shapes, batch, Precision("bf16", copies=True), checkpointing=checkpointing)
-    return (found.static + found.peak + (MOMENTS + AVERAGE) * found.weights) / 2**30
+    return (found.static + found.peak + (MOMENTS + AVERAGE) * found.numbers) / 2**30
 
 
 if __name__ == "__main__":

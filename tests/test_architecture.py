@@ -31,9 +31,10 @@ FLOORS = """
     train.config
     train.objective
     train.data  train.unet
-    train.save
+    train.memory  train.save
     train.watch
     train.setup
+    train.need
     train.run
     train.__main__
 """

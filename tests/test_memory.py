@@ -53,7 +53,7 @@ def test_gradients_that_are_dropped_are_not_there_together() -> None:
     config, shapes, precision = dict(unet(False).config), SHAPES[False], PRECISIONS[0]
     kept = simulate(config, shapes, 1, precision, checkpointing=True)
     dropped = simulate(config, shapes, 1, precision, checkpointing=True, drop=True)
-    gradients = 4 * kept.weights
+    gradients = 4 * kept.numbers
     assert kept.peak > gradients
     assert dropped.peak < kept.peak - gradients / 3
 
@@ -71,9 +71,9 @@ def test_weights_are_counted_with_their_masters() -> None:
     config = dict(unet(False).config)
     whole = simulate(config, SHAPES[False], 1, PRECISIONS[0], checkpointing=False)
     half = simulate(config, SHAPES[False], 1, PRECISIONS[2], checkpointing=False)
-    assert whole.weights == half.weights == sum(weight.numel() for weight in unet(False).parameters())
-    assert whole.static == 4 * whole.weights
-    assert half.static == 6 * half.weights
+    assert whole.numbers == half.numbers == sum(weight.numel() for weight in unet(False).parameters())
+    assert whole.static == 4 * whole.numbers
+    assert half.static == 6 * half.numbers
 
 
 def test_a_model_is_filled_as_it_is_laid_out() -> None:

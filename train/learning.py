@@ -140,5 +140,9 @@ class Machine:
     """Attention by xformers instead of PyTorch."""
     allow_tf32: bool = True
     """Let what stays in float32 use the TF32 format on NVIDIA GPUs; --no_allow_tf32 for full float32."""
+    ignore_memory: bool = False
+    """Begin also where the GPU has less memory than a step is expected to need."""
+    estimate: bool = False
+    """Print what a step needs of a GPU's memory, with these flags and with others, and train nothing. Needs no GPU."""
     deterministic: bool = False
     """Use slower GPU kernels that give the same bits each time, as those of a CPU do: a resumed run is then exact."""

@@ -1,10 +1,11 @@
-"""What a run needs of a GPU's memory, before anything is loaded: one step on tensors without contents, and arithmetic.
+"""What a forward and a backward pass take of a GPU's memory, by one on tensors without contents.
 
-diffusers' UNet runs forward and backward under PyTorch's FakeTensorMode, and what is alive at a time is counted.
-Moments and averages are so many bytes for each weight. Not counted: what CUDA and its libraries take, and fragments.
+diffusers' UNet runs under PyTorch's FakeTensorMode, and what is alive at a time is counted. Not counted: what CUDA and
+its libraries take, and pieces of free memory too small to be used.
 """
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .learning import Lora
 from .unet import norm
+from .unet.lora import add_adapters
 from .unet.norm import stay_in_channels_last
 from .unet.weights import Precision, take_float32
 
@@ -35,9 +38,14 @@ class Shapes(NamedTuple):
 class Passes(NamedTuple):
     """A forward and a backward pass."""
 
-    weights: int  # numbers
-    static: int  # bytes of the weights, and of the float32 masters behind copies in half precision
+    trained: tuple[tuple[int, ...], ...]  # shapes of the weights that are
+    static: int  # bytes of all weights, and of the float32 masters behind copies in half precision
     peak: int  # bytes beside these at most: activations, passing copies, gradients
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are trained."""
+        return sum(map(math.prod, self.trained))
 
 
 class Live(TorchDispatchMode):
@@ -72,55 +80,74 @@ def simulate(
     *,
     checkpointing: bool,
     drop: bool = False,
+    summed: bool = False,
     norms: bool = True,
+    lora: Lora | None = None,
 ) -> Passes:
     """One step of a UNet of some configuration, of which nothing is computed: seconds, whatever the batch.
 
     Args:
         drop: let each gradient go as soon as it is there, as `--fused_backward` does.
+        summed: a second pass, while the gradients of the first one are kept.
         norms: with the kernels for norms, as on a GPU unless it is compiled.
+        lora: with adapters beside the weights, which alone are trained.
     """
     with torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config({**unet, "in_channels": shapes.latents[0]})
     torch.nn.Module.to(model.train(), dtype=precision.half, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if lora:
+        add_adapters(model, lora, precision=precision.dtype)
     if norms:
         stay_in_channels_last(model)
     with FakeTensorMode(), mock.patch.object(norm, "kernels", _Nothing):
         fill(model)
-        return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop)
+        return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop, summed=summed)
 
 
 def passes(
-    model: Any, shapes: Shapes, batch: int, precision: Precision, *, checkpointing: bool, drop: bool = False
+    model: Any,
+    shapes: Shapes,
+    batch: int,
+    precision: Precision,
+    *,
+    checkpointing: bool,
+    drop: bool = False,
+    summed: bool = False,
 ) -> Passes:
     """The same for a UNet that is there, in the precision of its weights, with contents or without."""
     weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
     if checkpointing:
         model.enable_gradient_checkpointing()
     if precision.half:
         take_float32(model, precision.half)
-    for weight in weights if drop else ():
+    for weight in trained if drop else ():
         weight.register_post_accumulate_grad_hook(_drop)
-    autocast = precision.name != "no" and not precision.copies
-    device = weights[0].device.type
-    cast = torch.autocast(device, precision.dtype, cache_enabled=False) if autocast else contextlib.nullcontext()
     with Live(weights) as live, _norms_as_on_cuda():
-        sample, text = torch.randn(batch, *shapes.latents), torch.randn(batch, *shapes.text)
-        added = None
-        if shapes.pooled:
-            added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
-        channels = model.config.out_channels
-        with cast:
-            found = model(sample, torch.zeros(batch), text, added_cond_kwargs=added, return_dict=False)[0]
-        # Not mse_loss, which on a CPU keeps what it sums.
-        loss = (found.float() - torch.randn(batch, channels, *shapes.latents[1:])).square().mean()
-        del found
-        loss.backward()
+        for _ in range(2 if summed else 1):
+            _pass(model, shapes, batch, precision)
         peak = live.most
     model.zero_grad()
-    numbers = sum(weight.numel() for weight in weights)
-    masters = 4 * numbers if precision.half else 0
-    return Passes(numbers, sum(weight.nbytes for weight in weights) + masters, peak)
+    masters = 4 * sum(weight.numel() for weight in trained) if precision.copies else 0
+    shapes_of = tuple(tuple(weight.shape) for weight in trained)
+    return Passes(shapes_of, sum(weight.nbytes for weight in weights) + masters, peak)
+
+
+def _pass(model: Any, shapes: Shapes, batch: int, precision: Precision) -> None:
+    """Forward and backward, on numbers that do not matter."""
+    sample, text = torch.randn(batch, *shapes.latents), torch.randn(batch, *shapes.text)
+    added = None
+    if shapes.pooled:
+        added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
+    cast: Any = contextlib.nullcontext()
+    if precision.name != "no" and not precision.half:
+        cast = torch.autocast(next(model.parameters()).device.type, precision.dtype, cache_enabled=False)
+    with cast:
+        found = model(sample, torch.zeros(batch), text, added_cond_kwargs=added, return_dict=False)[0]
+    # Not mse_loss, which on a CPU keeps what it sums.
+    loss = (found.float() - torch.randn_like(found, dtype=torch.float32)).square().mean()
+    del found
+    loss.backward()
 
 
 class _Nothing:

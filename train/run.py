@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.order import make_order
 from .data.samples import Samples, hold_out
+from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
@@ -42,6 +43,8 @@ def train(config: TrainConfig) -> None:
         Ip2pError: anything the user can mend.
         SystemExit: stopped by a signal, after a checkpoint.
     """
+    if config.machine.estimate:
+        return estimate(config)
     accelerator, precision = make_accelerator(config)
     say(*advise(accelerator, precision))
     try:
@@ -81,6 +84,7 @@ class Run:
         self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, held_out, picture)
 
         # What it trains.
+        check_memory(config, self.base, self.reader, device)
         seed = agreed_seed(config)
         unet: Any = load_unet(config, self.base)
         if config.lora.lora_rank:

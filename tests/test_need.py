@@ -1,0 +1,142 @@
+"""Tests of train/need.py: what a run needs is said, and where it does not fit, what would."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.base.flags import build, changed
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.train import need
+from ip2p.train.__main__ import main
+from ip2p.train.config import TrainConfig
+from ip2p.train.memory import Shapes
+from ip2p.train.need import GIB, Model, changes, check_memory, needed
+from ip2p.train.unet.make import make_update
+from ip2p.train.unet.weights import Precision, choose_precision
+from test_train import flags
+
+CUDA = torch.device("cuda")
+TINY = Model(dict(tiny.unet(8).config), Shapes((8, 8, 8), (77, 16)))
+
+
+def config(**values: Any) -> TrainConfig:
+    places = {"pretrained_model_name_or_path": "model", "cache": "cache", "output_dir": "out"}
+    return build(TrainConfig, {**places, "train_batch_size": 4, "mixed_precision": "bf16", **values})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16"])
+def test_weights_moments_and_average_are_those_of_a_run(optimizer: str, weights: str) -> None:
+    """To the byte, but for the counts of steps."""
+    run = config(optimizer=optimizer, weights=weights, use_ema=True)
+    found, unet = needed(run, TINY), tiny.unet(8)
+    update = make_update(run, unet, choose_precision(run, cuda=True), 1)
+    kept = [value for state in update.optimizer.state.values() for value in state.values()]
+    assert found.moments == sum(value.nbytes for value in kept if isinstance(value, torch.Tensor) and value.dim())
+    held = {id(weight): weight.nbytes for weight in (*update.weights.masters, *update.weights.parameters)}
+    assert found.weights == sum(held.values())
+    assert update.average
+    assert found.average == sum(mean.nbytes for mean in update.average.tensors)
+
+
+def test_an_average_on_the_host_takes_nothing() -> None:
+    assert needed(config(use_ema=True, ema_device="cpu"), TINY).average == needed(config(), TINY).average == 0
+
+
+def test_sums_of_gradients_are_there_beside_activations() -> None:
+    """From the second batch on."""
+    one = needed(config(optimizer="adamw8bit"), TINY)
+    summed = needed(config(optimizer="adamw8bit", gradient_accumulation_steps=2), TINY)
+    gradients = one.weights
+    assert one.passes < summed.passes <= one.passes + gradients
+
+
+def test_adapters_are_all_that_has_moments() -> None:
+    """And gradients; the frozen weights are in half precision."""
+    pytest.importorskip("peft")
+    whole, adapters = needed(config(), TINY), needed(config(lora_rank=2), TINY)
+    assert adapters.moments < whole.moments
+    assert adapters.weights < whole.weights
+
+
+@pytest.mark.parametrize("given", [{}, {"use_ema": True}, {"lora_rank": 4}, {"mixed_precision": "fp16"}])
+def test_each_change_needs_less(given: dict[str, Any]) -> None:
+    """And is a configuration that the command takes."""
+    found = [(words, sum(needed(other, TINY))) for words, other in changes(config(**given))]
+    whole = [size for words, size in found if "--lora_rank" not in words]
+    assert whole == sorted(whole, reverse=True)
+    assert len({words for words, _ in found}) == len(found) > 2
+    for words, other in changes(config(**given)):
+        assert other == build(TrainConfig, dump_of(other)), words
+
+
+def dump_of(configuration: TrainConfig) -> dict[str, Any]:
+    from ip2p.encode.base.flags import dump
+
+    return dump(configuration)
+
+
+def test_steps_inside_the_backward_pass_sum_no_gradients() -> None:
+    """That change is left out, and what remains needs less than with all gradients."""
+    run = config(fused_backward=True, max_grad_norm=math.inf)
+    assert not any("accumulation" in words for words, _ in changes(run))
+    assert needed(run, TINY).passes < needed(config(), TINY).passes
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(free)))
+    monkeypatch.setattr(need, "LIBRARIES", 0)
+
+
+def test_what_fits_is_said_and_begun(
+    sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside what is free; on a CPU nothing is said."""
+    reader, base = Reader(Cache.open(cache)), Checkpoint(sd)
+    check_memory(config(), base, reader, torch.device("cpu"))
+    assert capsys.readouterr().out == ""
+    with_free(monkeypatch, GIB)
+    check_memory(config(), base, reader, CUDA)
+    assert "a step needs about 0.0 GiB" in (said := capsys.readouterr().out)
+    assert "1.0 GiB are free" in said
+
+
+def test_what_does_not_fit_is_refused_with_what_would(sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest changes that do; and begun all the same if the user says so."""
+    reader, base = Reader(Cache.open(cache)), Checkpoint(sd)
+    model = Model.of(base, reader)
+    monkeypatch.setattr(need, "LIBRARIES", 0)
+    sizes = [(words, needed(other, model).card) for words, other in changes(config(use_ema=True))]
+    with_free(monkeypatch, sizes[2][1] + 1)
+    with pytest.raises(SettingsError, match=f"it would fit with {sizes[2][0]};"):
+        check_memory(config(use_ema=True), base, reader, CUDA)
+    with_free(monkeypatch, 1000)
+    with pytest.raises(SettingsError, match="no flags make it fit; --ignore_memory begins all the same"):
+        check_memory(config(), base, reader, CUDA)
+    check_memory(changed(config(), ignore_memory=True), base, reader, CUDA)
+
+
+def test_an_estimate_is_a_table_and_trains_nothing(
+    sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for each set of flags, the given ones first."""
+    main(flags(sd, cache, tmp_path / "out", estimate=True, mixed_precision="bf16"))
+    head, first, *others = capsys.readouterr().out.splitlines()
+    assert head.split()[-7:] == ["weights", "moments", "average", "passes", "in", "all", "fits", "on"][-7:]
+    assert first.startswith("--train_batch_size 2 and the flags that are given")
+    assert first.endswith("8 GB")
+    assert len(others) >= 5
+    assert not (tmp_path / "out").exists()
+
+
+def test_precision_of_a_gpu_is_what_is_estimated() -> None:
+    """Also where there is none: copies of float32 masters."""
+    assert choose_precision(config(), cuda=True) == Precision("bf16", copies=True)
+    assert needed(config(), TINY).weights == 6 * sum(weight.numel() for weight in tiny.unet(8).parameters())
