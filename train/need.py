@@ -1,5 +1,7 @@
 """What a step needs of a GPU's memory, said before the UNet is loaded; and where it does not fit, which flags would."""
 
+import functools
+import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -125,20 +127,27 @@ def smaller(config: TrainConfig) -> dict[str, Any]:
 
 def needed(config: TrainConfig, model: Model) -> Need:
     """What a step of a run on a GPU needs."""
-    flags, machine = config.optimizer, config.machine
-    found = simulate(
-        model.unet,
+    flags, machine, precision = config.optimizer, config.machine, choose_precision(config, cuda=True)
+    found = _simulated(
+        json.dumps(model.unet),
         model.shapes,
         config.steps.train_batch_size,
-        precision := choose_precision(config, cuda=True),
+        precision._replace(copies=precision.half is not None, rounded=False),
         checkpointing=machine.gradient_checkpointing,
         drop=flags.fused_backward,
         summed=config.steps.gradient_accumulation_steps > 1,
         norms=not machine.compile,
         lora=config.lora if config.lora.lora_rank else None,
     )
+    masters = 4 * found.numbers if precision.rounded else 0  # which copies have behind them, and rounded weights do not
     average = 4 * found.numbers if flags.use_ema and not flags.ema_device else 0
-    return Need(found.static, moments(found, flags.name, rounded=precision.rounded), average, found.peak)
+    return Need(found.static - masters, moments(found, flags.name, rounded=precision.rounded), average, found.peak)
+
+
+@functools.cache
+def _simulated(unet: str, *args: Any, **how: Any) -> Passes:
+    """The same passes only once, which take seconds."""
+    return simulate(json.loads(unet), *args, **how)
 
 
 def moments(found: Passes, optimizer: str, *, rounded: bool) -> int:
