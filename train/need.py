@@ -60,18 +60,17 @@ class Model(NamedTuple):
 def estimate(config: TrainConfig) -> None:
     """For --estimate: print what a step of this model on these pictures needs, as it is and with other flags."""
     caches = [Cache.open(folder) for folder in config.samples.cache]
-    model = Model.of(base_checkpoint(config, caches[0], Accelerator(cpu=True)), Reader(*caches))
-    height, width = (8 * side for side in model.shapes.latents[1:])
-    head = f"GiB of a GPU's memory, {width} x {height} px, at the peak of a step"
-    lines = [f"{head:72} {'weights':>8} {'moments':>8} {'average':>8} {'passes':>8} {'in all':>8}  fits on"]
+    base = base_checkpoint(config, caches[0], Accelerator(cpu=True))
+    model = Model.of(base, Reader(*caches))
+    height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])
+    batch = config.steps.train_batch_size
+    say(f"GiB of a GPU's memory at the peak of a step, for {width} x {height} px, {batch} samples in a batch:")
+    say(" ".join(f"{name:>8}" for name in (*Need._fields, "in all", "card of")) + "  with")
     for flags, other in changes(config):
         need = needed(other, model)
-        batch = f"--train_batch_size {other.steps.train_batch_size}"
-        name = f"{batch} {flags}" if flags else f"{batch} and the flags that are given"
-        figures = " ".join(f"{part / GIB:8.1f}" for part in (*need, sum(need)))
-        card = next((f"{size} GB" for size in CARDS if need.card <= size * GIB), "no card")
-        lines.append(f"{name:72} {figures}  {card}")
-    say(*lines)
+        figures = " ".join(f"{part / GIB:8.2f}" for part in (*need, sum(need)))
+        card = next((f"{size} GB" for size in CARDS if need.card <= size * GIB), "none")
+        say(f"{figures} {card:>8}  {flags or 'the flags that are given'}")
 
 
 def check_memory(config: TrainConfig, base: Checkpoint, reader: Reader, device: torch.device) -> None:
