@@ -1,6 +1,7 @@
 """Fixtures that many tests share: tiny checkpoints, a tiny dataset, a finished cache."""
 
 import os
+import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more, and some tests start processes
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-import tiny
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # libraries that diffusers imports where they are installed, in whatever version
+    import tiny
 
 if TYPE_CHECKING:
     from ip2p.infer import Editor

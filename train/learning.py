@@ -141,7 +141,7 @@ class Machine:
     allow_tf32: bool = True
     """Let what stays in float32 use the TF32 format on NVIDIA GPUs; --no_allow_tf32 for full float32."""
     ignore_memory: bool = False
-    """Begin also where the GPU has less memory than a step is expected to need."""
+    """Begin without asking what a step needs of the GPU's memory, which takes some seconds."""
     estimate: bool = False
     """Print what a step needs of a GPU's memory, with these flags and with others, and train nothing. Needs no GPU."""
     deterministic: bool = False

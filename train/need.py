@@ -75,14 +75,14 @@ def estimate(config: TrainConfig) -> None:
 
 def check_memory(config: TrainConfig, base: Checkpoint, reader: Reader, device: torch.device) -> None:
     """Say what a step needs beside what the GPU has; raises SettingsError where it does not fit, with what would."""
-    if device.type != "cuda":
+    if device.type != "cuda" or config.machine.ignore_memory:
         return
     model, free = Model.of(base, reader), torch.cuda.mem_get_info(device)[0]
     need = needed(config, model)
     parts = ", ".join(f"{name} {part / GIB:.1f}" for name, part in need._asdict().items())
     told = f"a step needs about {need.card / GIB:.1f} GiB of the GPU's memory ({parts})"
     say(f"{told}; {free / GIB:.1f} GiB are free")
-    if need.card <= free or config.machine.ignore_memory:
+    if need.card <= free:
         return
     fit = next((flags for flags, other in changes(config) if flags and needed(other, model).card <= free), None)
     mend = f"it would fit with {fit}" if fit else "no flags make it fit"
