@@ -77,6 +77,18 @@ def test_each_change_needs_less(given: dict[str, Any]) -> None:
         assert other == build(TrainConfig, dump_of(other)), words
 
 
+def test_without_peft_no_adapters_are_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate needs no more than the run does."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert not any("--lora_rank" in words for words, _ in changes(config()))
+
+
+@pytest.mark.parametrize("given", [{"use_8bit_adam": True}, {"optimizer": "adafactor"}])
+def test_who_spares_moments_already_is_not_told_to(given: dict[str, Any]) -> None:
+    """The same optimizer under its other name is no change, and 8 bits need more than Adafactor."""
+    assert not any("adamw8bit" in words for words, _ in changes(config(**given)))
+
+
 def dump_of(configuration: TrainConfig) -> dict[str, Any]:
     from ip2p.encode.base.flags import dump
 

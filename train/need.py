@@ -1,6 +1,7 @@
 """What a step needs of a GPU's memory, said before the UNet is loaded; and where it does not fit, which flags would."""
 
 import functools
+import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ def changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         ("--gradient_checkpointing", {"gradient_checkpointing": True}),
         ("--ema_device cpu", {"ema_device": "cpu"} if config.optimizer.use_ema else {}),
         ("--mixed_precision bf16 --weights bf16", {"weights": "bf16", "mixed_precision": "bf16"}),
-        ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+        ("--optimizer adamw8bit", {"optimizer": "adamw8bit"} if config.optimizer.name == "adamw" else {}),
         (f"--train_batch_size 1 --gradient_accumulation_steps {batches}", smaller(config)),
     ]
     for flags, values in steps if not config.lora.lora_rank else steps[:2] + steps[4:]:
@@ -105,7 +106,7 @@ def changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
         if other != whole:
             whole, taken = other, f"{taken} {flags}".lstrip()
             yield taken, whole
-    if not config.lora.lora_rank:
+    if not config.lora.lora_rank and importlib.util.find_spec("peft"):  # without it no adapters can be simulated
         adapters = {"lora_rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16", "weights": "fp32"}
         yield (
             "--lora_rank 16 --mixed_precision bf16 --gradient_checkpointing",
