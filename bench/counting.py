@@ -1,13 +1,10 @@
 """Counts what a GPU would run for a piece of PyTorch, from operations on CPU tensors that may have no contents."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,28 +144,6 @@ def storage(tensor: Tensor) -> int:
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-@contextlib.contextmanager
-def norms_as_on_cuda() -> Iterator[None]:
-    """Norms as CUDA computes them, for CPU tensors under `torch.autocast("cpu")`: in float32, and GroupNorm in NCHW.
-
-    A fake CUDA device does not work without a GPU, and the list of what a CPU keeps in float32 has no norms on it. The
-    functions themselves are replaced, since checkpointing would not see other means when it computes again.
-    """
-    group, layer = F.group_norm, F.layer_norm
-
-    def cast(norm: Any, tensor: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if torch.is_autocast_enabled("cpu"):
-            tensor = tensor.float()
-        with torch.autocast("cpu", enabled=False):
-            return norm(tensor.contiguous(), *args, **kwargs)
-
-    with (
-        mock.patch.object(F, "group_norm", lambda tensor, *args, **kwargs: cast(group, tensor, args, kwargs)),
-        mock.patch.object(F, "layer_norm", lambda tensor, *args, **kwargs: cast(layer, tensor, args, kwargs)),
-    ):
-        yield
 
 
 class Saved(torch.autograd.graph.saved_tensors_hooks):

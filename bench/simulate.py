@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 from baselines import bare
 from common import Row, parser, report
-from counting import CLASSES, HIDDEN, PRODUCTS, REST, Count, Saved, norms_as_on_cuda
+from counting import CLASSES, HIDDEN, PRODUCTS, REST, Count, Saved
 from diffusers import UNet2DConditionModel
 from shapes import SIZES, Shape, make_unet
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from ip2p.train.memory import fill, norms_as_on_cuda
 
 TERA = {"convolutions": 500, "linear layers": 580, "attention": 212}  # TFLOP/s on an H100
 BANDWIDTH = 3.0  # TB/s of an H100 for what reads and writes
@@ -129,12 +131,8 @@ def step(shape: Shape, case: Case, setting: str) -> tuple[Count, Count, int]:
 def fake_unet(shape: Shape, dtype: torch.dtype) -> UNet2DConditionModel:
     """A UNet in channels_last whose weights have no contents; the caller is in a FakeTensorMode."""
     with unset_fake_temporarily(), torch.device("meta"):
-        unet = make_unet(shape).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in unet.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                empty = torch.empty_strided(weight.shape, weight.stride(), dtype=dtype)
-                module._parameters[name] = torch.nn.Parameter(empty)
+        unet = make_unet(shape).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fill(unet)
     return unet
 
 

@@ -15,6 +15,8 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ip2p.train.memory import norms_as_on_cuda
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 baselines, counting, shapes, simulate = map(importlib.import_module, ("baselines", "counting", "shapes", "simulate"))
 TEXT = shapes.text_config(16, 2, 2)
@@ -78,7 +80,7 @@ def test_views_and_copies_that_are_none_cost_nothing() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_block_under_autocast_casts_as_on_cuda(layout: torch.memory_format) -> None:
     """Image, weight and bias are cast down, the norm's input up, and SiLU stays there; NHWC is undone for the norm."""
-    with counting.norms_as_on_cuda():
+    with norms_as_on_cuda():
         block = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.GroupNorm(4, 8), torch.nn.SiLU())
         block.to(memory_format=layout)  # type: ignore[call-overload]
         given = image().contiguous(memory_format=layout)
@@ -95,7 +97,7 @@ def test_a_block_under_autocast_casts_as_on_cuda(layout: torch.memory_format) ->
 
 def test_in_half_precision_a_norm_runs_as_it_is() -> None:
     """Without autocast nothing is cast."""
-    with counting.norms_as_on_cuda():
+    with norms_as_on_cuda():
         norm, given = torch.nn.GroupNorm(4, 8, dtype=torch.bfloat16), image(dtype=torch.bfloat16)
         count = counted(lambda: norm(given))
     assert (count.kernels, count.bytes["casts"]) == (1, 0)

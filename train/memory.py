@@ -123,7 +123,7 @@ def passes(
         take_float32(model, precision.half)
     for weight in trained if drop else ():
         weight.register_post_accumulate_grad_hook(_drop)
-    with Live(weights) as live, _norms_as_on_cuda():
+    with Live(weights) as live, norms_as_on_cuda():
         for _ in range(2 if summed else 1):
             _pass(model, shapes, batch, precision)
         peak = live.most
@@ -177,7 +177,7 @@ def fill(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _norms_as_on_cuda() -> Iterator[None]:
+def norms_as_on_cuda() -> Iterator[None]:
     """Norms as CUDA computes them, also for tensors of a CPU under autocast: in float32 there, and GroupNorm in NCHW.
 
     A fake CUDA device does not work without a GPU, and the list of what a CPU keeps in float32 has no norms on it. The

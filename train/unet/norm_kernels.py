@@ -125,10 +125,8 @@ def differentiate(
     facts += picture * 3 * channels + channel
     mean, scale = tl.load(facts + channels, mask=there), tl.load(facts + 2 * channels, mask=there)
     less = _shift(shift, picture, channels, channel, there, SHIFTED) - mean
-    gain, rest = (
-        tl.load(weight + channel, mask=there).to(tl.float32),
-        tl.load(bias + channel, mask=there).to(tl.float32),
-    )
+    gain = tl.load(weight + channel, mask=there).to(tl.float32)
+    rest = tl.load(bias + channel, mask=there).to(tl.float32)
     of_bias, of_weight = tl.zeros((TALL, WIDTH), tl.float32), tl.zeros((TALL, WIDTH), tl.float32)
     if not SUMS:
         slopes += picture * 2 * channels + channel
