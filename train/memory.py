@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .learning import Lora
-from .unet import norm
+from .unet import norm as modules
 from .unet.lora import add_adapters
 from .unet.norm import stay_in_channels_last
 from .unet.weights import Precision, take_float32
@@ -103,6 +103,14 @@ def simulate(
         norms: with the kernels for norms, as on a GPU unless it is compiled.
         lora: with adapters beside the weights, which alone are trained.
     """
+    model = build(unet, shapes, precision, norms=norms, lora=lora)
+    return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop, summed=summed)
+
+
+def build(
+    unet: Mapping[str, Any], shapes: Shapes, precision: Precision, *, norms: bool = True, lora: Lora | None = None
+) -> Any:
+    """A UNet as `simulate` is given it, in the precision of its weights, on the meta device."""
     with torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config({**unet, "in_channels": shapes.latents[0]})
     torch.nn.Module.to(model.train(), dtype=precision.half, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -110,8 +118,7 @@ def simulate(
         add_adapters(model, lora, precision=precision.dtype)
     if norms:
         stay_in_channels_last(model)
-    with mock.patch.object(norm, "kernels", _Nothing):
-        return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop, summed=summed)
+    return model
 
 
 def passes(
@@ -133,8 +140,7 @@ def passes(
         take_float32(model, precision.half)
     for weight in trained if drop else ():
         weight.register_post_accumulate_grad_hook(_drop)
-    casts = precision.dtype if precision.name != "no" and not precision.half else None
-    with Live(weights) as live, as_on_cuda(casts):
+    with Live(weights) as live, as_on_cuda(precision.casts):
         for weight in trained if summed else ():
             weight.grad = torch.empty_like(weight)
         _pass(model, shapes, batch)
@@ -146,17 +152,22 @@ def passes(
 
 
 def _pass(model: Any, shapes: Shapes, batch: int) -> None:
-    """Forward and backward, on numbers that do not matter."""
-    added = None
-    with next(model.parameters()).device:
-        sample, text = torch.randn(batch, *shapes.latents), torch.randn(batch, *shapes.text)
-        if shapes.pooled:
-            added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
-        found = model(sample, torch.zeros(batch), text, added_cond_kwargs=added, return_dict=False)[0]
+    """Forward and backward."""
+    found = predict(model, shapes, batch)
     # Not mse_loss, which on a CPU keeps what it sums.
     loss = (found.float() - torch.randn_like(found, dtype=torch.float32)).square().mean()
     del found
     loss.backward()
+
+
+def predict(model: Any, shapes: Shapes, batch: int) -> Tensor:
+    """What a UNet makes of numbers that do not matter."""
+    with next(model.parameters()).device:
+        given = torch.randn(batch, *shapes.latents), torch.zeros(batch), torch.randn(batch, *shapes.text)
+        added = None
+        if shapes.pooled:
+            added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
+    return model(*given, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class _Nothing:
@@ -181,7 +192,7 @@ def as_on_cuda(casts: torch.dtype | None = None) -> Iterator[None]:
     """PyTorch's functions as CUDA computes them, under autocast to a precision without its cache if `casts`.
 
     On the meta device there is no autocast, and attention would keep all scores. Norms are in float32 under autocast,
-    which a CPU's leaves as they are, and GroupNorm is in NCHW. The functions are replaced, since checkpointing would not
+    which a CPU's leaves as they are, and GroupNorm is in NCHW. The functions are replaced, as checkpointing would not
     see other means when it computes again.
     """
 
@@ -208,5 +219,6 @@ def as_on_cuda(casts: torch.dtype | None = None) -> Iterator[None]:
     scores = F.scaled_dot_product_attention
     replaced = {name: norm(getattr(F, name)) for name in ("group_norm", "layer_norm")}
     replaced |= {name: product(getattr(F, name)) for name in ("linear", "conv2d")}
-    with mock.patch.multiple(F, **replaced, scaled_dot_product_attention=product(attention)):
+    replaced |= {"scaled_dot_product_attention": product(attention)}
+    with mock.patch.multiple(F, **replaced), mock.patch.object(modules, "kernels", _Nothing):
         yield
