@@ -139,7 +139,7 @@ def passes(
     if precision.half:
         take_float32(model, precision.half)
     for weight in trained if drop else ():
-        weight.register_post_accumulate_grad_hook(_drop)
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     with Live(weights) as live, as_on_cuda(precision.casts):
         for weight in trained if summed else ():
             weight.grad = torch.empty_like(weight)
@@ -181,10 +181,6 @@ class _Nothing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-def _drop(weight: Tensor) -> None:
-    weight.grad = None
 
 
 @contextlib.contextmanager
