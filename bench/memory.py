@@ -39,7 +39,7 @@ FITS: list[tuple[int, str, int, int, str]] = [  # GB of a card, model, pixels, s
     (24, "sdxl", 1024, 1, "--weights bf16"),
     (32, "sdxl", 1024, 4, "--use_8bit_adam"),
     (48, "sdxl", 512, 4, ""),
-    (80, "sdxl", 1024, 4, ""),
+    (48, "sdxl", 1024, 4, ""),
 ]
 STEP = re.compile(r"(\w+), (\d+) px, batch (\d+): (?:cached(, gradient checkpointing)?, )?peak memory")
 MOMENTS, AVERAGE = 8, 4  # bytes of each weight

@@ -184,8 +184,21 @@ def test_a_run_needs_what_its_higher_peak_does(given: dict[str, Any], others: st
     assert needed(config(**given, train_batch_size=1), BIG).validation == 0 < found.validation
 
 
-def test_a_validation_that_does_not_fit_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several GPUs gradients are never gone, and pictures are drawn beside them."""
+def test_a_validation_alone_that_does_not_fit_is_refused(
+    sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than found out at the first one, which would be without pictures."""
+    reader, base = Reader(Cache.open(cache)), Checkpoint(sd)
+    monkeypatch.setattr(need, "simulate_picture", lambda *_, **__: GIB)
+    need._simulated_picture.cache_clear()
+    with_free(monkeypatch, GIB)
+    with pytest.raises(SettingsError, match="it would fit without --num_validation_samples"):
+        check_memory(config(num_validation_samples=1), base, reader, CUDA)
+    need._simulated_picture.cache_clear()
+
+
+def test_several_gpus_draw_beside_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are never gone there."""
     one = needed(config(num_validation_samples=1), TINY)
     monkeypatch.setenv("WORLD_SIZE", "2")
     two = needed(config(num_validation_samples=1), TINY)

@@ -73,7 +73,7 @@ class Model(NamedTuple):
 
 
 def estimate(config: TrainConfig) -> None:
-    """For --estimate: print what a step of this model on these pictures needs, as it is and with other flags."""
+    """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags."""
     caches = [Cache.open(folder) for folder in config.samples.cache]
     base = base_checkpoint(config, caches[0])
     model = Model.of(base, Reader(*caches))
@@ -89,7 +89,7 @@ def estimate(config: TrainConfig) -> None:
 
 
 def check_memory(config: TrainConfig, base: Checkpoint, reader: Reader, device: torch.device) -> None:
-    """Say what a step needs beside what the GPU has; raises SettingsError where it does not fit, with what would."""
+    """Say what a run needs beside what the GPU has; raises SettingsError where it does not fit, with what would."""
     if device.type != "cuda" or config.machine.ignore_memory:
         return
     model, free = Model.of(base, reader), torch.cuda.mem_get_info(device)[0]
@@ -101,6 +101,8 @@ def check_memory(config: TrainConfig, base: Checkpoint, reader: Reader, device: 
         return
     fit = next((flags for flags, other in changes(config) if flags and needed(other, model).card <= free), None)
     mend = f"it would fit with {fit}" if fit else "no flags make it fit"
+    if not fit and need._replace(validation=0).card <= free:
+        mend = "it would fit without --num_validation_samples and --val_image_url_or_path"
     raise SettingsError(f"{told}, and {free / GIB:.1f} GiB are free: {mend}; --ignore_memory begins all the same")
 
 

@@ -62,9 +62,9 @@ class Validation:
                     self.draw(step, model)
                 except (torch.OutOfMemoryError, TooLarge):
                     say(f"no pictures at step {step}: out of memory")
-        gc.collect()  # what pictures were drawn with
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+                gc.collect()  # what they were drawn with goes before the weights come back
+                if self.accelerator.device.type == "cuda":
+                    torch.cuda.empty_cache()
         model.train()
         return values
 
