@@ -78,8 +78,8 @@ def spare(vae: Any, *, tiles: bool) -> Any:
 class Frozen(NamedTuple):
     """The frozen parts of a model by their configurations."""
 
-    vae: Mapping[str, Any]
-    texts: tuple[Mapping[str, Any], ...]
+    vae: dict[str, Any]
+    texts: tuple[dict[str, Any], ...]
     vae_overflows: bool
 
     @classmethod
