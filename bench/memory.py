@@ -1,4 +1,4 @@
-"""What a training step needs of a GPU's memory, by simulation (`ip2p.train.memory`, `need`): a table, and a check.
+"""What training needs of a GPU's memory, by simulation (`ip2p.train.memory`, `need`): a table, and a check.
 
 The check: steps whose peak memory `bench/gpu.py` has measured, with the average, bfloat16 copies of float32 masters,
 AdamW, and the kernels for norms. The table: with which flags a model fits on which card.
@@ -6,33 +6,41 @@ AdamW, and the kernels for norms. The table: with which flags a model fits on wh
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, Row, parser, report
-from shapes import SIZES, make_unet
+from shapes import SIZES, make_unet, make_vae
 
-from ip2p.encode.base.flags import build
+from ip2p.encode.base.flags import parse
 from ip2p.train.config import TrainConfig
 from ip2p.train.memory import Shapes, simulate
-from ip2p.train.need import Model, needed
+from ip2p.train.need import Model, Need, needed
 from ip2p.train.unet.weights import Precision
+from ip2p.train.watch.frozen import Frozen
 
-# With the average, but on the host.
-SAVING = {"gradient_checkpointing": True, "use_ema": True, "ema_device": "cpu", "mixed_precision": "bf16"}
-FITS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "sd15, 256 px, batch 4, --use_8bit_adam": ("sd15", 256, 12, {"use_8bit_adam": True, "train_batch_size": 4}),
-    "sd15, 512 px, batch 4, --use_8bit_adam": ("sd15", 512, 12, {"use_8bit_adam": True, "train_batch_size": 4}),
-    "sd15, 512 px, batch 4, --weights bf16": ("sd15", 512, 12, {"weights": "bf16", "train_batch_size": 4}),
-    "sd15, 512 px, batch 4, --lora_rank 16": ("sd15", 512, 8, {"lora_rank": 16, "train_batch_size": 4}),
-    "sdxl, 1024 px, batch 1, --lora_rank 16": ("sdxl", 1024, 12, {"lora_rank": 16, "train_batch_size": 1}),
-    "sdxl, 1024 px, batch 1, --weights bf16": ("sdxl", 1024, 24, {"weights": "bf16", "train_batch_size": 1}),
-    "sdxl, 1024 px, batch 4, --weights bf16 --use_8bit_adam": (
-        *("sdxl", 1024, 24),
-        {"weights": "bf16", "use_8bit_adam": True, "train_batch_size": 4},
-    ),
-}
+# All with validation, and with the average, but that on the host.
+SAVING = "--gradient_checkpointing --mixed_precision bf16 --use_ema --ema_device cpu --num_validation_samples 4"
+FITS: list[tuple[int, str, int, int, str]] = [  # GB of a card, model, pixels, samples in a batch, flags
+    (8, "sd15", 512, 4, "--lora_rank 16"),
+    (8, "sd15", 512, 4, "--weights bf16 --use_8bit_adam"),
+    (8, "sdxl", 512, 4, "--lora_rank 16"),
+    (12, "sd15", 256, 4, "--use_8bit_adam"),
+    (12, "sd15", 512, 4, "--use_8bit_adam"),
+    (12, "sdxl", 1024, 1, "--lora_rank 16"),
+    (12, "sdxl", 1024, 1, "--weights bf16 --optimizer adafactor --fused_backward --max_grad_norm inf"),
+    (16, "sd15", 512, 16, "--use_8bit_adam"),
+    (16, "sdxl", 1024, 4, "--lora_rank 16"),
+    (16, "sdxl", 1024, 1, "--weights bf16 --use_8bit_adam --fused_backward --max_grad_norm inf"),
+    (24, "sd15", 512, 16, ""),
+    (24, "sdxl", 1024, 4, "--weights bf16 --use_8bit_adam"),
+    (24, "sdxl", 1024, 1, "--weights bf16"),
+    (32, "sdxl", 1024, 4, "--use_8bit_adam"),
+    (48, "sdxl", 512, 4, ""),
+    (48, "sdxl", 1024, 4, ""),
+]
 STEP = re.compile(r"(\w+), (\d+) px, batch (\d+): (?:cached(, gradient checkpointing)?, )?peak memory")
 MOMENTS, AVERAGE = 8, 4  # bytes of each weight
 
@@ -50,13 +58,25 @@ def main() -> None:
             rows.append(Row(f"{step}: predicted", predicted, "GiB"))
             rows.append(Row(f"{step}: read on the GPU", measured, "GiB"))
             rows.append(Row(f"{step}: predicted / read", predicted / measured, "times", 0.97, 1.03))
-    for name, (size, resolution, card, given) in FITS.items():
+    for card, size, resolution, batch, words in FITS:
+        name = ", ".join(filter(None, [size, f"{resolution} px", f"batch {batch}", words]))
         if re.search(args.only, name):
-            places = {"pretrained_model_name_or_path": "model", "cache": "cache", "output_dir": "out"}
-            config = build(TrainConfig, {**places, **SAVING, **given})
-            need = needed(config, Model(*shape_of(size, resolution)))
-            rows.append(Row(f"{name}: a card of", need.card / 2**30, "GiB", at_most=card))
+            rows += list(fits(name, card, needed(config_of(batch, words), model_of(size, resolution))))
     report("memory", args, rows)
+
+
+def config_of(batch: int, words: str) -> TrainConfig:
+    """A run with `SAVING` and some flags more."""
+    places = "--pretrained_model_name_or_path model --cache cache --output_dir out"
+    return parse(TrainConfig, f"{places} {SAVING} --train_batch_size {batch} {words}".split(), "ip2p-train")
+
+
+def fits(name: str, card: int, need: Need) -> Iterator[Row]:
+    """What a run takes in a step and when it draws pictures, and the card that it asks for."""
+    static = need.weights + need.moments + need.average
+    yield Row(f"{name}: a step", (static + need.gradients + need.activations) / 2**30, "GiB")
+    yield Row(f"{name}: a validation", (static + need.validation) / 2**30, "GiB")
+    yield Row(f"{name}: a card of", need.card / 2**30, "GiB", at_most=card)
 
 
 def readings(results: Path) -> dict[str, float]:
@@ -81,6 +101,14 @@ def shape_of(size: str, resolution: int) -> tuple[dict[str, Any], Shapes]:
     with torch.device("meta"):
         config = dict(make_unet(shape).config)
     return config, Shapes((8, side, side), (77, shape.text_width), shape.pooled)
+
+
+def model_of(size: str, resolution: int) -> Model:
+    """A whole model by its configurations; SDXL with its own VAE, which half precision is too small for."""
+    shape = SIZES[size]
+    with torch.device("meta"):
+        vae = dict(make_vae(shape).config)
+    return Model(*shape_of(size, resolution), Frozen(vae, shape.text, vae_overflows=size == "sdxl"))
 
 
 if __name__ == "__main__":

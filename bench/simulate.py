@@ -25,7 +25,7 @@ from shapes import SIZES, Shape, make_unet
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ip2p.train.memory import fill, norms_as_on_cuda
+from ip2p.train.memory import as_on_cuda
 
 TERA = {"convolutions": 500, "linear layers": 580, "attention": 212}  # TFLOP/s on an H100
 BANDWIDTH = 3.0  # TB/s of an H100 for what reads and writes
@@ -112,7 +112,7 @@ def simulated(case: Case) -> list[Row]:
 def step(shape: Shape, case: Case, setting: str) -> tuple[Count, Count, int]:
     """Counts of the forward and the backward pass, and the bytes that are kept in between."""
     half = setting == "half"
-    with FakeTensorMode(), norms_as_on_cuda():
+    with FakeTensorMode(), as_on_cuda():
         unet = fake_unet(shape, torch.bfloat16 if half else torch.float32)
         if case.checkpointing:
             unet.enable_gradient_checkpointing()
@@ -134,6 +134,15 @@ def fake_unet(shape: Shape, dtype: torch.dtype) -> UNet2DConditionModel:
         unet = make_unet(shape).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fill(unet)
     return unet
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Give a model on the meta device tensors of the mode that is active, in place, laid out as they are."""
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
 
 
 def door(unet: torch.nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Writes the newest results into the tables of docs/performance.md, each figure with the file that it comes from."""
+"""Writes the newest results into the tables of the docs, each figure with the file that it comes from."""
 
 import json
 import re
@@ -7,11 +7,12 @@ from typing import Any
 
 from common import RESULTS, Row, number
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("performance.md", "memory.md")]
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
 
 
 def filled(page: str, results: Path) -> str:

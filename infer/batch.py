@@ -37,6 +37,10 @@ def edit(config: InferConfig) -> int:
     output_place(config.outputs.output)  # before datasets are opened
     if config.outputs.sheet:
         check_file(Path(config.outputs.sheet), "--sheet")
+    if config.loading.lora:
+        from .models import check_model  # torch takes seconds to import
+
+        check_model(config.model, config.loading.revision, config.loading.lora)
     if config.inputs.table:
         check_place(Dataset(dataset_name=config.inputs.table), Path(config.outputs.output), "--output")
     jobs = find_jobs(config)

@@ -16,6 +16,10 @@ from .guidance import Guidance
 from .models import SDXL, check_kind, load, scheduler_like
 
 
+class TooLarge(EditError):
+    """There is not memory enough for the pictures that are edited at once."""
+
+
 class Editor:
     """A trained InstructPix2Pix pipeline that edits pictures, one or many, by instruction.
 
@@ -167,7 +171,7 @@ class Editor:
                 made = pipeline(image=image, **arguments)
         except torch.OutOfMemoryError:
             found = f"out of memory with {len(image)} pictures of {width} x {height} at once"
-            raise EditError(f"{found}: lower --batch_size or --resolution") from None
+            raise TooLarge(f"{found}: lower --batch_size or --resolution") from None
         # Flagged pictures alone, not black ones: an edit may be black by itself. SDXL has no such checker.
         flags = getattr(made, "nsfw_content_detected", None) or itertools.repeat(False)
         for picture, flagged in zip(made.images, flags, strict=False):

@@ -81,7 +81,7 @@ def load(
 def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read.
 
-    With adapters, which make one of it, it may be a plain Stable Diffusion as well.
+    With adapters, which make one of it, it may be a plain Stable Diffusion as well; they must be there.
     """
     if not is_place(name):
         raise EditError(f"{name} is no model: expected a folder as ip2p-train saves it, or a Hub id")
@@ -95,6 +95,8 @@ def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> No
     for folder in lora:
         if how := of_unfinished(Path(folder).resolve()):
             raise EditError(f"--lora {folder} holds no adapters yet: {how}, and of its adapters")
+    if lora:
+        read_base(lora)
     if lora and index["_class_name"] in BASES and unet.get("in_channels") == 4:
         return
     if fused := next((folder for folder in lora if Path(folder).resolve() == Path(name).resolve()), None):

@@ -190,9 +190,10 @@ def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
     assert summary.filled(page, tmp_path) == page
 
 
-def test_the_tables_of_the_page_are_those_of_the_results() -> None:
-    """docs/performance.md shows what the newest results say: `python bench/summary.py` brings it up to date."""
-    page = summary.PAGE.read_text()
+@pytest.mark.parametrize("path", summary.PAGES, ids=lambda path: path.name)
+def test_the_tables_of_the_page_are_those_of_the_results(path: Path) -> None:
+    """The page shows what the newest results say: `python bench/summary.py` brings it up to date."""
+    page = path.read_text()
     assert summary.filled(page, common.RESULTS) == page
     assert "Not measured yet" not in page
 
@@ -204,8 +205,9 @@ def test_every_results_file_that_is_named_is_there(path: Path) -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_every_paragraph_with_a_measured_figure_names_its_results() -> None:
-    """In docs/performance.md no rate, time or size of a run stands without the file that it comes from."""
+@pytest.mark.parametrize("path", summary.PAGES, ids=lambda path: path.name)
+def test_every_paragraph_with_a_measured_figure_names_its_results(path: Path) -> None:
+    """On both pages no rate, time or size of a run stands without the file that it comes from."""
     figure = re.compile(r"\d\s*(samples/s|pairs/s|TFLOP|GiB|ms\b|s\b)")
-    for paragraph in summary.PAGE.read_text().split("\n\n"):
+    for paragraph in path.read_text().split("\n\n"):
         assert not figure.search(paragraph) or "bench/results/" in paragraph, paragraph

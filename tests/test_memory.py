@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny
-from ip2p.train.memory import Live, Shapes, fill, passes, simulate
+from ip2p.train import memory
+from ip2p.train.memory import Live, Shapes, as_on_cuda, passes, simulate
 from ip2p.train.unet.weights import Precision
 
 PRECISIONS = [Precision("no", copies=False), Precision("bf16", copies=False), Precision("bf16", copies=True)]
@@ -24,12 +24,26 @@ def unet(sdxl: bool) -> Any:
 def test_tensors_without_contents_take_what_real_ones_take(
     sdxl: bool, checkpointing: bool, precision: Precision
 ) -> None:
-    """To the byte, in every precision, for each number of samples."""
+    """To the byte, for each number of samples; but that norms in half precision keep their statistics in float32.
+
+    So they do on a GPU, where on a CPU these are in half precision as well.
+    """
     for batch in (1, 3):
         real = torch.nn.Module.to(unet(sdxl), precision.half)
         found = passes(real, SHAPES[sdxl], batch, precision, checkpointing=checkpointing)
         config, how = dict(unet(sdxl).config), {"checkpointing": checkpointing, "norms": False}
-        assert simulate(config, SHAPES[sdxl], batch, precision, **how) == found  # type: ignore[arg-type]
+        simulated = simulate(config, SHAPES[sdxl], batch, precision, **how)  # type: ignore[arg-type]
+        assert simulated._replace(peak=found.peak) == found
+        assert simulated.peak == pytest.approx(found.peak, rel=0.02 if precision.half else 0)
+
+
+def test_casts_are_those_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a CPU under PyTorch's own has as many bytes alive, once norms are as a GPU's."""
+    ours = passes(unet(False), SHAPES[False], 2, PRECISIONS[1], checkpointing=False)
+    monkeypatch.setattr(memory, "as_on_cuda", lambda _: as_on_cuda())
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert passes(unet(False), SHAPES[False], 2, PRECISIONS[1], checkpointing=False) == ours
+    assert passes(unet(False), SHAPES[False], 2, PRECISIONS[1], checkpointing=False).peak > ours.peak
 
 
 def test_what_is_counted_is_what_is_alive() -> None:
@@ -74,15 +88,3 @@ def test_weights_are_counted_with_their_masters() -> None:
     assert whole.numbers == half.numbers == sum(weight.numel() for weight in unet(False).parameters())
     assert whole.static == 4 * whole.numbers
     assert half.static == 6 * half.numbers
-
-
-def test_a_model_is_filled_as_it_is_laid_out() -> None:
-    """With the strides, precision and names of its weights."""
-    with torch.device("meta"):
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)).half()
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    strides = {name: weight.stride() for name, weight in model.named_parameters()}
-    with FakeTensorMode():
-        fill(model)
-        assert {name: weight.stride() for name, weight in model.named_parameters()} == strides
-        assert all(weight.device.type == "cpu" and weight.dtype == torch.half for weight in model.parameters())

@@ -1,6 +1,8 @@
 """Tests of train/need.py: what a run needs is said, and where it does not fit, what would."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,16 @@ from ip2p.train.memory import Shapes
 from ip2p.train.need import GIB, Model, changes, check_memory, needed
 from ip2p.train.unet.make import make_update
 from ip2p.train.unet.weights import Precision, choose_precision
+from ip2p.train.watch.frozen import Frozen
 from test_train import flags
 
 CUDA = torch.device("cuda")
-TINY = Model(dict(tiny.unet(8).config), Shapes((8, 8, 8), (77, 16)))
+TEXT = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+FROZEN = Frozen(dict(tiny.vae().config), (TEXT,), vae_overflows=False)
+TINY = Model(dict(tiny.unet(8).config), Shapes((8, 8, 8), (77, 16)), FROZEN)
+
+# Of so large pictures that its VAE takes more than its adapters.
+BIG = Model(dict(tiny.unet(8).config), Shapes((8, 32, 32), (77, 16)), FROZEN)
 
 
 def config(**values: Any) -> TrainConfig:
@@ -54,8 +62,7 @@ def test_sums_of_gradients_are_there_beside_activations() -> None:
     """From the second batch on."""
     one = needed(config(optimizer="adamw8bit"), TINY)
     summed = needed(config(optimizer="adamw8bit", gradient_accumulation_steps=2), TINY)
-    gradients = one.weights
-    assert one.passes < summed.passes <= one.passes + gradients
+    assert one.activations < summed.activations <= one.activations + one.gradients == one.activations + one.weights
 
 
 def test_adapters_are_all_that_has_moments() -> None:
@@ -69,7 +76,7 @@ def test_adapters_are_all_that_has_moments() -> None:
 @pytest.mark.parametrize("given", [{}, {"use_ema": True}, {"lora_rank": 4}, {"mixed_precision": "fp16"}])
 def test_each_change_needs_less(given: dict[str, Any]) -> None:
     """And is a configuration that the command takes."""
-    found = [(words, sum(needed(other, TINY))) for words, other in changes(config(**given))]
+    found = [(words, needed(other, TINY).most) for words, other in changes(config(**given))]
     whole = [size for words, size in found if "--lora_rank" not in words]
     assert whole == sorted(whole, reverse=True)
     assert len({words for words, _ in found}) == len(found) > 2
@@ -99,7 +106,8 @@ def test_steps_inside_the_backward_pass_sum_no_gradients() -> None:
     """That change is left out, and what remains needs less than with all gradients."""
     run = config(fused_backward=True, max_grad_norm=math.inf)
     assert not any("accumulation" in words for words, _ in changes(run))
-    assert needed(run, TINY).passes < needed(config(), TINY).passes
+    kept, dropped = (needed(changed(one, gradient_checkpointing=True), TINY) for one in (config(), run))
+    assert dropped.most < kept.most
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
@@ -116,7 +124,7 @@ def test_what_fits_is_said_and_begun(
     assert capsys.readouterr().out == ""
     with_free(monkeypatch, GIB)
     check_memory(config(), base, reader, CUDA)
-    assert "a step needs about 0.0 GiB" in (said := capsys.readouterr().out)
+    assert "this run needs about 0.0 GiB" in (said := capsys.readouterr().out)
     assert "1.0 GiB are free" in said
 
 
@@ -142,10 +150,73 @@ def test_an_estimate_is_a_table_and_trains_nothing(
     main(flags(sd, cache, tmp_path / "out", estimate=True, mixed_precision="bf16"))
     title, head, first, *others = capsys.readouterr().out.splitlines()
     assert "for 16 x 16 px, 2 samples in a batch" in title
-    assert head.split() == ["weights", "moments", "average", "passes", "in", "all", "card", "of", "with"]
+    assert head.split() == [
+        "weights",
+        "moments",
+        "average",
+        "gradients",
+        "activations",
+        "validation",
+        "in",
+        "all",
+        "card",
+        "of",
+        "with",
+    ]
     assert first.endswith("8 GB  the flags that are given")
     assert len(others) >= 5
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        ({}, "weights moments average gradients activations"),
+        ({"gradient_checkpointing": True, "lora_rank": 1}, "weights moments average validation"),
+    ],
+)
+def test_a_run_needs_what_its_higher_peak_does(given: dict[str, Any], others: str) -> None:
+    """Of a step, or of a validation where there is any, when gradients and activations are gone."""
+    if "lora_rank" in given:
+        pytest.importorskip("peft")
+    found = needed(config(**given, train_batch_size=1, num_validation_samples=1), BIG)
+    assert found.most == sum(getattr(found, name) for name in others.split())
+    assert needed(config(**given, train_batch_size=1), BIG).validation == 0 < found.validation
+
+
+def test_a_validation_alone_that_does_not_fit_is_refused(
+    sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than found out at the first one, which would be without pictures."""
+    reader, base = Reader(Cache.open(cache)), Checkpoint(sd)
+    monkeypatch.setattr(need, "simulate_picture", lambda *_, **__: GIB)
+    need._simulated_picture.cache_clear()
+    with_free(monkeypatch, GIB)
+    with pytest.raises(SettingsError, match="it would fit without --num_validation_samples"):
+        check_memory(config(num_validation_samples=1), base, reader, CUDA)
+    need._simulated_picture.cache_clear()
+
+
+def test_several_gpus_draw_beside_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are never gone there."""
+    one = needed(config(num_validation_samples=1), TINY)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = needed(config(num_validation_samples=1), TINY)
+    assert two.validation == one.validation + one.gradients
+    assert two.activations > one.activations
+
+
+def test_an_estimate_reads_no_weights(sd: Path, cache: Path, tmp_path: Path, capsys: Any) -> None:
+    """Configurations are enough, of a model that encoded the cache; of another one it is refused."""
+    bare = tmp_path / "model"
+    shutil.copytree(sd, bare, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
+    main(flags(bare, cache, tmp_path / "out", estimate=True, num_validation_samples=1))
+    assert "with\n" in capsys.readouterr().out
+    file = bare / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_size": 24}))
+    with pytest.raises(SystemExit):
+        main(flags(bare, cache, tmp_path / "out", estimate=True))
+    assert f"{cache} holds text of 16 numbers, and {bare} takes 24" in capsys.readouterr().err
 
 
 def test_precision_of_a_gpu_is_what_is_estimated() -> None:

@@ -343,6 +343,8 @@ def test_the_output_folder_stands_for_its_newest_checkpoint(
         f"ip2p-train: {tmp_path / 'other'} holds checkpoint-10 already: continue with --resume_from_checkpoint latest, "
         "or name another --output_dir"
     )
+    refused(capsys, go_on, tmp_path / "never", "checkpoint-1")
+    assert not (tmp_path / "never").exists()  # known before a folder is made
     (tmp_path / "empty").mkdir()
     line = refused(capsys, go_on, tmp_path / "new", tmp_path / "empty")
     assert line.startswith(f"ip2p-train: {tmp_path / 'empty' / PROGRESS} is missing: ")

@@ -15,7 +15,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ip2p.train.memory import norms_as_on_cuda
+from ip2p.train.memory import as_on_cuda
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 baselines, counting, shapes, simulate = map(importlib.import_module, ("baselines", "counting", "shapes", "simulate"))
@@ -80,7 +80,7 @@ def test_views_and_copies_that_are_none_cost_nothing() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_block_under_autocast_casts_as_on_cuda(layout: torch.memory_format) -> None:
     """Image, weight and bias are cast down, the norm's input up, and SiLU stays there; NHWC is undone for the norm."""
-    with norms_as_on_cuda():
+    with as_on_cuda():
         block = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.GroupNorm(4, 8), torch.nn.SiLU())
         block.to(memory_format=layout)  # type: ignore[call-overload]
         given = image().contiguous(memory_format=layout)
@@ -97,7 +97,7 @@ def test_a_block_under_autocast_casts_as_on_cuda(layout: torch.memory_format) ->
 
 def test_in_half_precision_a_norm_runs_as_it_is() -> None:
     """Without autocast nothing is cast."""
-    with norms_as_on_cuda():
+    with as_on_cuda():
         norm, given = torch.nn.GroupNorm(4, 8, dtype=torch.bfloat16), image(dtype=torch.bfloat16)
         count = counted(lambda: norm(given))
     assert (count.kernels, count.bytes["casts"]) == (1, 0)
@@ -223,3 +223,15 @@ def test_the_time_of_a_step_is_that_of_its_parts(tmp_path: Path, monkeypatch: py
         assert step == pytest.approx(sum(times.values()))
         assert rows[f"{name}: rate"]["value"] == pytest.approx(2000 / step)
         assert rows[f"{name}: rate"]["at_least"] == 5
+
+
+def test_a_model_is_filled_as_it_is_laid_out() -> None:
+    """With the strides, precision and names of its weights."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)).half()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    strides = {name: weight.stride() for name, weight in model.named_parameters()}
+    with FakeTensorMode():
+        simulate.fill(model)
+        assert {name: weight.stride() for name, weight in model.named_parameters()} == strides
+        assert all(weight.device.type == "cpu" and weight.dtype == torch.half for weight in model.parameters())

@@ -1,6 +1,7 @@
 """Tests of train/watch/validate.py: looking at a run without touching it."""
 
 import json
+import weakref
 from collections.abc import Callable
 from functools import partialmethod
 from pathlib import Path
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
 from ip2p.encode.base.errors import EditError, SettingsError
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.infer import Editor
 from ip2p.train.__main__ import main
 from ip2p.train.data.samples import Samples, hold_out
-from ip2p.train.watch import validate
+from ip2p.train.watch import frozen, validate
 from ip2p.train.watch.validate import BANDS
 from test_train import assert_same, flags, states, unet_file
 
@@ -90,18 +93,101 @@ def test_pictures_are_drawn_once_at_each_validation_and_on_the_main_process_alon
     assert not (tmp_path / "other" / "validation").exists()
 
 
+@pytest.mark.parametrize("place", ["the cached pictures", "the edits"])
 def test_without_memory_for_pictures_the_run_goes_on(
-    sd: Path, cache: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    sd: Path, cache: Path, watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, place: str
 ) -> None:
     """Hours of training are not lost to a sheet of pictures: it is said, and the weights are as they would be."""
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(validate.Validation, "held_out_pictures", full)
+    if place == "the edits":
+        monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "__call__", full)
+    else:
+        monkeypatch.setattr(validate.Validation, "held_out_pictures", full)
     main(flags(sd, cache, tmp_path, **WATCHED))
     assert capsys.readouterr().out.count("no pictures at step 4: out of memory") == 1
     assert_same(states(tmp_path / "checkpoint-8"), states(watched / "checkpoint-8"))
+
+
+def edits(monkeypatch: pytest.MonkeyPatch, *words: Any, **changed: Any) -> np.ndarray:
+    """What a run of one step draws: rows of original, target and edits."""
+    rows: list[Any] = []
+    monkeypatch.setattr(validate, "contact_sheet", lambda given, _: rows.extend(given) or Image.new("RGB", (1, 1)))
+    main(flags(*words, **WATCHED | {"max_train_steps": 1, "learning_rate": 1e-9} | changed))
+    return np.array([[np.asarray(picture) for picture in pictures] for _, pictures in rows], np.int16)
+
+
+@pytest.fixture(scope="module")
+def sdxl_cache(sdxl: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[..., None]) -> Path:
+    folder = tmp_path_factory.mktemp("caches") / "sdxl"
+    encode(sdxl, data, folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_pictures_are_those_of_the_whole_pipeline(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline that is saved draws the same, with its text encoders, several at once."""
+    model = request.getfixturevalue(family)
+    cache = request.getfixturevalue("cache" if family == "sd" else "sdxl_cache")
+    found = edits(monkeypatch, model, cache, tmp_path)
+    monkeypatch.undo()
+    editor = Editor(str(tmp_path))
+    editor.pipeline.set_progress_bar_config(disable=True)
+    samples = hold_out(Samples.of(Cache.open(cache), None), 3)[1]
+    instructions = samples.instructions([Cache.open(cache)])
+    for row, instruction in zip(found, [instructions[0], instructions[1]], strict=True):
+        expected = editor.edit(Image.fromarray(row[0].astype(np.uint8)), instruction, num_images=2)
+        assert abs(row[2:] - np.array([np.asarray(picture) for picture in expected])).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def whole(sd: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """Pictures in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        return edits(patch, sd, cache, tmp_path_factory.mktemp("whole"), use_ema=False, num_validation_images=1)
+
+
+HALVES: list[dict[str, Any]] = [
+    {"mixed_precision": "bf16"},
+    {"weights": "bf16"},
+    {"mixed_precision": "bf16", "lora_rank": 2, "lora_targets": "all"},
+]
+
+
+@pytest.mark.parametrize("changed", HALVES, ids=["autocast", "bf16 weights", "adapters"])
+def test_precisions_are_mixed_as_on_a_gpu(
+    sd: Path, cache: Path, whole: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    """With VAE and text encoders in half precision beside a UNet in whichever, pictures are nearly the same."""
+    if "lora_rank" in changed:
+        pytest.importorskip("peft")
+    for module in (validate, frozen):
+        monkeypatch.setattr(module, "half", lambda _: torch.bfloat16)
+    found = edits(monkeypatch, sd, cache, tmp_path, use_ema=False, num_validation_images=1, **changed)
+    assert abs(found - whole).mean() < 4
+
+
+def test_text_encoders_are_loaded_once_and_gone(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often pictures are drawn, and before the VAE is there; then again for the pipeline that is saved."""
+    loaded, encoders, beside = list[str](), list[Any](), list[bool]()
+
+    def network(self: Checkpoint, part: str, *rest: Any, original: Any = Checkpoint.network) -> Any:
+        loaded.append(part)
+        beside.extend([any(encoder() for encoder in encoders)] if part == "vae" else [])
+        found = original(self, part, *rest)
+        encoders.extend([weakref.ref(found)] if part == "text_encoder" else [])
+        return found
+
+    monkeypatch.setattr(Checkpoint, "network", network)
+    main(flags(sd, cache, tmp_path, **WATCHED | {"num_validation_images": 1}))
+    assert loaded == ["unet", "text_encoder", "vae", "vae", "text_encoder", "vae"]
+    assert beside == [False, False, True]
 
 
 def test_an_edit_that_cannot_be_made_is_a_line_and_no_traceback(

@@ -1,7 +1,7 @@
 """What a forward and a backward pass take of a GPU's memory, by one on tensors without contents.
 
-diffusers' UNet runs under PyTorch's FakeTensorMode, and what is alive at a time is counted. Not counted: what CUDA and
-its libraries take, and pieces of free memory too small to be used.
+diffusers' UNet runs on the meta device, and what is alive at a time is counted. Not counted: what CUDA and its
+libraries take, and pieces of free memory too small to be used.
 """
 
 import contextlib
@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .learning import Lora
-from .unet import norm
+from .unet import norm as modules
 from .unet.lora import add_adapters
 from .unet.norm import stay_in_channels_last
 from .unet.weights import Precision, take_float32
+
+aten = torch.ops.aten
 
 
 class Shapes(NamedTuple):
@@ -60,6 +61,8 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func in (aten.convolution.default, aten.convolution_backward.default):
+            out = _as_cudnn(out, [arg for arg in args[:3] if isinstance(arg, Tensor) and arg.dim() == 4][-2:])
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen[storage] = True
@@ -70,6 +73,14 @@ class Live(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self.now -= size
+
+
+def _as_cudnn(out: Any, operands: list[Tensor]) -> Any:
+    """What a convolution of an image and a weight gives on the meta device, laid out as cuDNN does."""
+    last = torch.channels_last
+    if operands[0].device.type != "meta" or not any(one.is_contiguous(memory_format=last) for one in operands):
+        return out
+    return tree_map_only(Tensor, lambda one: one.contiguous(memory_format=last) if one.dim() == 4 else one, out)
 
 
 def simulate(
@@ -88,10 +99,18 @@ def simulate(
 
     Args:
         drop: let each gradient go as soon as it is there, as `--fused_backward` does.
-        summed: a second pass, while the gradients of the first one are kept.
+        summed: while the gradients of an earlier pass are kept.
         norms: with the kernels for norms, as on a GPU unless it is compiled.
         lora: with adapters beside the weights, which alone are trained.
     """
+    model = build(unet, shapes, precision, norms=norms, lora=lora)
+    return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop, summed=summed)
+
+
+def build(
+    unet: Mapping[str, Any], shapes: Shapes, precision: Precision, *, norms: bool = True, lora: Lora | None = None
+) -> Any:
+    """A UNet as `simulate` is given it, in the precision of its weights, on the meta device."""
     with torch.device("meta"):
         model: Any = UNet2DConditionModel.from_config({**unet, "in_channels": shapes.latents[0]})
     torch.nn.Module.to(model.train(), dtype=precision.half, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -99,9 +118,7 @@ def simulate(
         add_adapters(model, lora, precision=precision.dtype)
     if norms:
         stay_in_channels_last(model)
-    with FakeTensorMode(), mock.patch.object(norm, "kernels", _Nothing):
-        fill(model)
-        return passes(model, shapes, batch, precision, checkpointing=checkpointing, drop=drop, summed=summed)
+    return model
 
 
 def passes(
@@ -122,10 +139,11 @@ def passes(
     if precision.half:
         take_float32(model, precision.half)
     for weight in trained if drop else ():
-        weight.register_post_accumulate_grad_hook(_drop)
-    with Live(weights) as live, norms_as_on_cuda():
-        for _ in range(2 if summed else 1):
-            _pass(model, shapes, batch, precision)
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    with Live(weights) as live, as_on_cuda(precision.casts):
+        for weight in trained if summed else ():
+            weight.grad = torch.empty_like(weight)
+        _pass(model, shapes, batch)
         peak = live.most
     model.zero_grad()
     masters = 4 * sum(weight.numel() for weight in trained) if precision.copies else 0
@@ -133,21 +151,23 @@ def passes(
     return Passes(shapes_of, sum(weight.nbytes for weight in weights) + masters, peak)
 
 
-def _pass(model: Any, shapes: Shapes, batch: int, precision: Precision) -> None:
-    """Forward and backward, on numbers that do not matter."""
-    sample, text = torch.randn(batch, *shapes.latents), torch.randn(batch, *shapes.text)
-    added = None
-    if shapes.pooled:
-        added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
-    cast: Any = contextlib.nullcontext()
-    if precision.name != "no" and not precision.half:
-        cast = torch.autocast(next(model.parameters()).device.type, precision.dtype, cache_enabled=False)
-    with cast:
-        found = model(sample, torch.zeros(batch), text, added_cond_kwargs=added, return_dict=False)[0]
+def _pass(model: Any, shapes: Shapes, batch: int) -> None:
+    """Forward and backward."""
+    found = predict(model, shapes, batch)
     # Not mse_loss, which on a CPU keeps what it sums.
     loss = (found.float() - torch.randn_like(found, dtype=torch.float32)).square().mean()
     del found
     loss.backward()
+
+
+def predict(model: Any, shapes: Shapes, batch: int) -> Tensor:
+    """What a UNet makes of numbers that do not matter."""
+    with next(model.parameters()).device:
+        given = torch.randn(batch, *shapes.latents), torch.zeros(batch), torch.randn(batch, *shapes.text)
+        added = None
+        if shapes.pooled:
+            added = {"text_embeds": torch.randn(batch, shapes.pooled), "time_ids": torch.zeros(batch, 6)}
+    return model(*given, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class _Nothing:
@@ -163,38 +183,38 @@ class _Nothing:
         pass
 
 
-def _drop(weight: Tensor) -> None:
-    weight.grad = None
-
-
-def fill(model: torch.nn.Module) -> None:
-    """Give a model on the meta device tensors of the mode that is active, in place, laid out as they are."""
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                empty = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
-
-
 @contextlib.contextmanager
-def norms_as_on_cuda() -> Iterator[None]:
-    """Norms as CUDA computes them, also for tensors of a CPU under autocast: in float32 there, and GroupNorm in NCHW.
+def as_on_cuda(casts: torch.dtype | None = None) -> Iterator[None]:
+    """PyTorch's functions as CUDA computes them, under autocast to a precision without its cache if `casts`.
 
-    A fake CUDA device does not work without a GPU, and the list of what a CPU keeps in float32 has no norms on it. The
-    functions are replaced, since checkpointing would not see other means when it computes again.
+    On the meta device there is no autocast, and attention would keep all scores. Norms are in float32 under autocast,
+    which a CPU's leaves as they are, and GroupNorm is in NCHW. The functions are replaced, as checkpointing would not
+    see other means when it computes again.
     """
 
-    def as_on_cuda(norm: Any) -> Any:
-        def cast(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if torch.is_autocast_enabled(tensor.device.type):
+    def norm(function: Any) -> Any:
+        def computed(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if casts or torch.is_autocast_enabled("cpu"):
                 tensor = tensor.float()
-            with torch.autocast(tensor.device.type, enabled=False):
-                return norm(tensor.contiguous(), *args, **kwargs)
+            with torch.autocast("cpu", enabled=False):
+                return function(tensor.contiguous(), *args, **kwargs)
 
-        return cast
+        return computed
 
-    with (
-        mock.patch.object(F, "group_norm", as_on_cuda(F.group_norm)),
-        mock.patch.object(F, "layer_norm", as_on_cuda(F.layer_norm)),
-    ):
+    def product(function: Any) -> Any:
+        def computed(*args: Any, **kwargs: Any) -> Tensor:
+            return function(*(arg.to(casts) if isinstance(arg, Tensor) else arg for arg in args), **kwargs)
+
+        return computed if casts else function
+
+    def attention(*args: Any, scale: float | None = None, **kwargs: Any) -> Tensor:
+        if args[0].device.type != "meta":
+            return scores(*args, scale=scale, **kwargs)
+        return aten._scaled_dot_product_flash_attention_for_cpu(*args, scale=scale, **kwargs)[0]
+
+    scores = F.scaled_dot_product_attention
+    replaced = {name: norm(getattr(F, name)) for name in ("group_norm", "layer_norm")}
+    replaced |= {name: product(getattr(F, name)) for name in ("linear", "conv2d")}
+    replaced |= {"scaled_dot_product_attention": product(attention)}
+    with mock.patch.multiple(F, **replaced), mock.patch.object(modules, "kernels", _Nothing):
         yield

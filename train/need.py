@@ -1,17 +1,17 @@
-"""What a step needs of a GPU's memory, said before the UNet is loaded; and where it does not fit, which flags would."""
+"""What a run needs of a GPU's memory, said before the UNet is loaded; and where it does not fit, which flags would."""
 
 import functools
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 
 from ..encode.base.console import say
-from ..encode.base.errors import SettingsError
+from ..encode.base.errors import CacheMismatch, SettingsError
 from ..encode.base.flags import changed
 from ..encode.cache.format import Cache
 from ..encode.cache.reader import Reader
@@ -21,72 +21,88 @@ from .config import TrainConfig
 from .memory import Passes, Shapes, simulate
 from .setup import base_checkpoint
 from .unet.rounding import BLOCK
-from .unet.weights import choose_precision
+from .unet.weights import Precision, choose_precision
+from .watch.frozen import Frozen, simulate_picture
 
 GIB = 2**30
 LIBRARIES = 0.7 * GIB  # bytes of CUDA's context, and what its libraries work in
 FRAGMENTS = 0.07  # share of the memory in free pieces too small to be used
+WIDTH = len("activations")
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB
 
 
 class Need(NamedTuple):
-    """Bytes at the peak of a step."""
+    """Bytes at the peaks of a run: of a step, and of a validation, when gradients and activations are gone."""
 
     weights: int  # and masters behind them
     moments: int
     average: int
-    passes: int  # activations and gradients
+    gradients: int
+    activations: int  # and whatever else a step takes beside all gradients
+    validation: int  # what draws pictures, beside the UNet
+
+    @property
+    def most(self) -> int:
+        """Bytes at the higher peak."""
+        return self.weights + self.moments + self.average + max(self.gradients + self.activations, self.validation)
 
     @property
     def card(self) -> float:
         """Bytes of a GPU on which that fits, with what it holds besides."""
-        return (sum(self) + LIBRARIES) / (1 - FRAGMENTS)
+        return (self.most + LIBRARIES) / (1 - FRAGMENTS)
 
 
 class Model(NamedTuple):
-    """What a run trains: the configuration of the UNet, and the shapes in the cache."""
+    """What a run trains and draws with: configurations, and the shapes in the cache."""
 
     unet: Mapping[str, Any]
     shapes: Shapes
+    frozen: Frozen
 
     @classmethod
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
         """From the files of a checkpoint and of a cache."""
-        found = {name: array.row_shape for name, array in reader.arrays.items()}
-        channels, height, width = found["original"]
-        shapes = Shapes((2 * channels, height, width), found["text"], *found.get("pooled", ()))  # type: ignore[arg-type]
-        return cls(read_config(base.folder / "unet", "unet"), shapes)
+        found: dict[str, Any] = {name: array.row_shape for name, array in reader.arrays.items()}
+        length, width, pooled = base.text_shape()
+        channels, *sides = found["original"]
+        if (channels, *found["text"]) != (base.latent_channels, length, width):
+            was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {width}"
+            raise CacheMismatch(f"{reader.caches[0].folder} holds {was}, and {asked}: give the model that encoded it")
+        shapes = Shapes((2 * channels, *sides), (length, width), pooled)
+        return cls(read_config(base.folder / "unet", "unet"), shapes, Frozen.of(base))
 
 
 def estimate(config: TrainConfig) -> None:
-    """For --estimate: print what a step of this model on these pictures needs, as it is and with other flags."""
+    """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags."""
     caches = [Cache.open(folder) for folder in config.samples.cache]
-    base = base_checkpoint(config, caches[0], Accelerator(cpu=True))
+    base = base_checkpoint(config, caches[0])
     model = Model.of(base, Reader(*caches))
     height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])
     batch = config.steps.train_batch_size
-    say(f"GiB of a GPU's memory at the peak of a step, for {width} x {height} px, {batch} samples in a batch:")
-    say(" ".join(f"{name:>8}" for name in (*Need._fields, "in all", "card of")) + "  with")
+    say(f"GiB of a GPU's memory at the most, for {width} x {height} px, {batch} samples in a batch:")
+    say(" ".join(f"{name:>{WIDTH}}" for name in (*Need._fields, "in all", "card of")) + "  with")
     for flags, other in changes(config):
         need = needed(other, model)
-        figures = " ".join(f"{part / GIB:8.2f}" for part in (*need, sum(need)))
+        figures = " ".join(f"{part / GIB:{WIDTH}.2f}" for part in (*need, need.most))
         card = next((f"{size} GB" for size in CARDS if need.card <= size * GIB), "none")
-        say(f"{figures} {card:>8}  {flags or 'the flags that are given'}")
+        say(f"{figures} {card:>{WIDTH}}  {flags or 'the flags that are given'}")
 
 
 def check_memory(config: TrainConfig, base: Checkpoint, reader: Reader, device: torch.device) -> None:
-    """Say what a step needs beside what the GPU has; raises SettingsError where it does not fit, with what would."""
+    """Say what a run needs beside what the GPU has; raises SettingsError where it does not fit, with what would."""
     if device.type != "cuda" or config.machine.ignore_memory:
         return
     model, free = Model.of(base, reader), torch.cuda.mem_get_info(device)[0]
     need = needed(config, model)
     parts = ", ".join(f"{name} {part / GIB:.1f}" for name, part in need._asdict().items())
-    told = f"a step needs about {need.card / GIB:.1f} GiB of the GPU's memory ({parts})"
+    told = f"this run needs about {need.card / GIB:.1f} GiB of the GPU's memory ({parts})"
     say(f"{told}; {free / GIB:.1f} GiB are free")
     if need.card <= free:
         return
     fit = next((flags for flags, other in changes(config) if flags and needed(other, model).card <= free), None)
     mend = f"it would fit with {fit}" if fit else "no flags make it fit"
+    if not fit and need._replace(validation=0).card <= free:
+        mend = "it would fit without --num_validation_samples and --val_image_url_or_path"
     raise SettingsError(f"{told}, and {free / GIB:.1f} GiB are free: {mend}; --ignore_memory begins all the same")
 
 
@@ -126,28 +142,41 @@ def smaller(config: TrainConfig) -> dict[str, Any]:
 
 
 def needed(config: TrainConfig, model: Model) -> Need:
-    """What a step of a run on a GPU needs."""
+    """What a run on a GPU needs."""
     flags, machine, precision = config.optimizer, config.machine, choose_precision(config, cuda=True)
+    how = precision._replace(copies=precision.half is not None, rounded=False)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # then gradients are never gone
     found = _simulated(
         json.dumps(model.unet),
         model.shapes,
         config.steps.train_batch_size,
-        precision._replace(copies=precision.half is not None, rounded=False),
+        how,
         checkpointing=machine.gradient_checkpointing,
         drop=flags.fused_backward,
-        summed=config.steps.gradient_accumulation_steps > 1,
+        summed=several or config.steps.gradient_accumulation_steps > 1,
         norms=not machine.compile,
         lora=config.lora if config.lora.lora_rank else None,
     )
     masters = 4 * found.numbers if precision.rounded else 0  # which copies have behind them, and rounded weights do not
     average = 4 * found.numbers if flags.use_ema and not flags.ema_device else 0
-    return Need(found.static - masters, moments(found, flags.name, rounded=precision.rounded), average, found.peak)
+    gradients = 0 if flags.fused_backward else (2 if precision.half else 4) * found.numbers
+    validation = 0
+    if config.watching.image or config.watching.num_validation_samples:
+        validation = _simulated_picture(json.dumps(model), how, norms=not machine.compile) + several * gradients
+    kept = moments(found, flags.name, rounded=precision.rounded)
+    return Need(found.static - masters, kept, average, gradients, found.peak - gradients, validation)
 
 
 @functools.cache
 def _simulated(unet: str, *args: Any, **how: Any) -> Passes:
     """The same passes only once, which take seconds."""
     return simulate(json.loads(unet), *args, **how)
+
+
+@functools.cache
+def _simulated_picture(model: str, precision: Precision, *, norms: bool) -> int:
+    unet, shapes, frozen = json.loads(model)
+    return simulate_picture(Frozen(*frozen), unet, Shapes(*shapes), precision, norms=norms)
 
 
 def moments(found: Passes, optimizer: str, *, rounded: bool) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from .objective import Objective, noise_scheduler
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, push
-from .save.resume import SETTINGS, Progress, go_on, resume
+from .save.resume import SETTINGS, Progress, find, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
@@ -45,6 +46,8 @@ def train(config: TrainConfig) -> None:
     """
     if config.machine.estimate:
         return estimate(config)
+    if os.environ.get("RANK", "0") == "0":  # before anything is made or loaded
+        find(config.saving.output_dir, config.saving.resume_from_checkpoint)
     accelerator, precision = make_accelerator(config)
     say(*advise(accelerator, precision))
     try:

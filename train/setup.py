@@ -152,16 +152,16 @@ def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator) -> Checkpoint:
-    """Find the model, and make sure that the cache was encoded with its VAE and text encoder: else CacheMismatch."""
-    recorded, model = cache.manifest["model"], config.model
-    name = model.pretrained_model_name_or_path
+def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator | None = None) -> Checkpoint:
+    """Find the model; for a run make sure that the cache is of its VAE and text encoder: else CacheMismatch."""
+    recorded, model, name = cache.manifest["model"], config.model, config.model.pretrained_model_name_or_path
     vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
     single_file = model.single_file_config or (recorded["single_file_config"] if Path(name).is_file() else None)
+    model = dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)
+    if accelerator is None:
+        return find_checkpoint(model)
     with accelerator.main_process_first():
-        checkpoint = find_checkpoint(
-            dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)
-        )
+        checkpoint = find_checkpoint(model)
     identity, names = {"identity": checkpoint.identity()}, ("in the cache", f"in {name}")
     if different := differences(cache.manifest, identity, ["identity"], names):
         raise CacheMismatch(

@@ -1,5 +1,6 @@
 """What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, and an upload."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,15 @@ def export(
             save_adapters(unet, changes(scheduler), output_dir)
             unet.fuse_lora()
             unet.unload_lora()
-        make_pipeline(unet, scheduler, checkpoint, dtypes(checkpoint)).save_pretrained(output_dir)
+        frozen = {name: checkpoint.network(name, dtype) for name, dtype in dtypes(checkpoint).items()}
+        make_pipeline(unet, scheduler, checkpoint, frozen).save_pretrained(output_dir)
 
 
 def make_pipeline(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, dtype: torch.dtype | dict[str, Any]
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, frozen: Mapping[str, Any]
 ) -> Any:
-    """The pipeline that a UNet in training belongs to, with the base model's frozen parts."""
-    parts: dict[str, Any] = {"unet": unet, "scheduler": checkpoint.scheduler()}
-    for name in ("vae", *checkpoint.text_encoders):
-        parts[name] = checkpoint.network(name, dtype[name] if isinstance(dtype, dict) else dtype)
+    """The pipeline that a UNet in training belongs to, with the base model's VAE and text encoders."""
+    parts: dict[str, Any] = {"unet": unet, "scheduler": checkpoint.scheduler(), **frozen}
     parts |= {name: checkpoint.tokenizer(name) for name in checkpoint.tokenizers}
     if checkpoint.is_sdxl:
         # Training drops text to the encoding of "", so that is what guidance must use, not zeros.

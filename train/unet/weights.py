@@ -29,6 +29,11 @@ class Precision(NamedTuple):
         """That of the weights, if they are not float32."""
         return self.dtype if self.copies or self.rounded else None
 
+    @property
+    def casts(self) -> torch.dtype | None:
+        """That of autocast, if it is needed."""
+        return None if self.half or self.name == "no" else self.dtype
+
 
 def choose_precision(config: TrainConfig, *, cuda: bool) -> Precision:
     """Take the precision of the flags, or of accelerate's launcher.

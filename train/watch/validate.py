@@ -5,6 +5,7 @@ Nothing of it touches the run: it has its own seed, and weights with and without
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import math
 from collections.abc import Iterator, Sequence
@@ -22,13 +23,14 @@ from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
 from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
-from ...infer.edit import Editor
+from ...infer.edit import Editor, TooLarge
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
 from ..data.samples import Samples
 from ..objective import Objective
 from ..save.pipeline import make_pipeline
 from ..unet.update import Update
+from .frozen import Texts, encode, half, load_vae
 
 BANDS = 4  # of timesteps, for which the loss is reported separately
 SEED = 0
@@ -58,8 +60,11 @@ class Validation:
                 values |= self.losses(model, "ema_validation_loss") if update.average else {}
                 try:
                     self.draw(step, model)
-                except torch.OutOfMemoryError:
-                    say(f"no pictures at step {step}: out of memory (--num_validation_images draws fewer at once)")
+                except (torch.OutOfMemoryError, TooLarge):
+                    say(f"no pictures at step {step}: out of memory")
+                gc.collect()  # what they were drawn with goes before the weights come back
+                if self.accelerator.device.type == "cuda":
+                    torch.cuda.empty_cache()
         model.train()
         return values
 
@@ -85,19 +90,25 @@ class Validation:
         return {name: math.fsum(means) / BANDS} | bands
 
     def draw(self, step: int, unet: UNet2DConditionModel) -> None:
-        """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them."""
+        """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them.
+
+        One picture at a time, so that it takes less than a training step of most models does.
+        """
         if not self.accelerator.is_main_process or (self.picture is None and not len(self.held_out.rows)):
             return
-        pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, torch.float32)
+        frozen = {
+            **self.texts,
+            "vae": load_vae(self.checkpoint, self.accelerator.device),
+        }  # the VAE when texts are done
+        pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, frozen)
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.to(self.accelerator.device)
         editor = Editor(pipeline)
         seeds = range(SEED, SEED + self.config.watching.num_validation_images)
         pairs = [] if self.picture is None else [(str(self.config.watching.validation_prompt), self.picture, None)]
-        rows: list[tuple[str, Sequence[Image.Image | None]]] = [
-            (prompt, [original, target, *editor.edit(original, prompt, seed=SEED, num_images=len(seeds))])
-            for prompt, original, target in [*pairs, *self.held_out_pictures(pipeline)]
-        ]
+        rows: list[tuple[str, Sequence[Image.Image | None]]] = []
+        for prompt, original, target in [*pairs, *self.held_out_pictures(pipeline)]:
+            edited = editor.edit(original, prompt, seed=SEED, num_images=len(seeds), batch_size=1)
+            rows.append((prompt, [original, target, *edited]))
         sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
         folder = self.config.saving.output_dir / "validation"
         folder.mkdir(exist_ok=True)
@@ -107,24 +118,31 @@ class Validation:
                 tracker.log_images({"validation": np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({"validation": [sheet]}, step=step)
-        del pipeline, editor  # the encoders go with it
-        gc.collect()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
 
-    def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
-        """Instruction, original and target of held-out samples from all over; the pictures decoded from the cache."""
+    @functools.cached_property
+    def texts(self) -> dict[str, Texts]:
+        """What the text encoders make of all instructions that are drawn, and of none; they are loaded for it once."""
+        texts = {"", *self.shown.instructions(self.reader.caches)}
+        if self.picture is not None:
+            texts.add(str(self.config.watching.validation_prompt))
+        return encode(self.checkpoint, texts, self.accelerator.device, half(self.accelerator.device))
+
+    @property
+    def shown(self) -> Samples:
+        """Held-out samples from all over, which are drawn."""
         there = len(self.held_out.rows)
         count = min(self.config.watching.num_validation_images, there)
-        if not count:
+        return self.held_out.select(np.arange(count) * there // max(1, count))
+
+    def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
+        """Instruction, original and target of the samples that are drawn; the pictures decoded from the cache."""
+        if not (count := len(self.shown.rows)):
             return
-        numbers = np.arange(count) * there // count
-        batch = gather(self.reader, self.held_out, numbers, self.accelerator.device)
+        batch = gather(self.reader, self.shown, np.arange(count), self.accelerator.device)
         decode, to_pictures = pipeline.vae.decode, pipeline.image_processor.postprocess
         originals = to_pictures(decode(batch.original.float()).sample)
         targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
-        instructions = self.held_out.select(numbers).instructions(self.reader.caches)
-        yield from zip(instructions, originals, targets, strict=True)
+        yield from zip(self.shown.instructions(self.reader.caches), originals, targets, strict=True)
 
 
 def open_picture(flags: Watching) -> Image.Image | None:
