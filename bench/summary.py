@@ -18,7 +18,8 @@ def main() -> None:
 def filled(page: str, results: Path) -> str:
     """The page with its tables written anew: each stands between `<!-- NAME: PATTERN -->` and `<!-- end -->`.
 
-    NAME is a results file and PATTERN a regular expression for its rows.
+    NAME is a results file and PATTERN a regular expression for its rows. What its group `column` takes of their names
+    heads a column, and rows that are otherwise called the same are one.
     """
     return re.sub(
         r"(<!-- (\w+): ([^\n]+) -->\n).*?(<!-- end -->)",
@@ -41,12 +42,18 @@ def table(file: Path, pattern: str) -> str:
         if place(line) == place(lines[-1]):
             found |= line["rows"]
     rows = [Row(**{name: row[name] for name in Row._fields}) for row in found.values()]
-    rows = [row for row in rows if re.search(pattern, row.what)]
     head = f"{place(lines[-1])[0]}, {lines[-1]['date'][:10]} (`bench/results/{file.name}`)"
-    cells = [[row.what, f"{number(row.value)} {row.unit}", row.bar] for row in rows]
-    columns = 3 if any(row.bar for row in rows) else 2
-    table = [[head, "", "bar"], ["---"] * 3, *cells]
-    return "\n" + "".join(f"| {' | '.join(row[:columns])} |\n" for row in table) + "\n"
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if named := re.search(pattern, row.what):
+            column = named.groupdict().get("column") or ""
+            line = cells.setdefault(row.what.removesuffix(column).rstrip(": "), {})
+            line |= {column: f"{number(row.value)} {row.unit}"} | ({"bar": row.bar} if row.bar else {})
+    columns = [*dict.fromkeys(column for line in cells.values() for column in line if column != "bar")]
+    columns += ["bar"] * any("bar" in line for line in cells.values())
+    table = [[head, *columns], ["---"] * (1 + len(columns))]
+    table += [[name, *(line.get(column, "") for column in columns)] for name, line in cells.items()]
+    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table) + "\n"
 
 
 def place(line: dict[str, Any]) -> tuple[str, dict[str, Any]]:

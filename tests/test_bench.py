@@ -190,6 +190,21 @@ def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
     assert summary.filled(page, tmp_path) == page
 
 
+def test_rows_become_columns_by_what_a_pattern_names(tmp_path: Path) -> None:
+    """The part of a name that the group `column` takes heads a column; what is left names the row."""
+    rows = {"a: step": 1, "a: card": 4, "b: step": 2, "c": 3}
+    found = {what: common.Row(what, value, "s", at_most=8)._asdict() for what, value in rows.items()}
+    line = {"date": "2026-01-02T03", "machine": {}, "settings": {}, "rows": found}
+    (tmp_path / "speed.jsonl").write_text(json.dumps(line))
+    page = summary.filled("<!-- speed: : (?P<column>step|card)$ -->\n<!-- end -->", tmp_path)
+    assert page.splitlines()[2:6] == [
+        "| On paper, 2026-01-02 (`bench/results/speed.jsonl`) | step | card | bar |",
+        "| --- | --- | --- | --- |",
+        "| a | 1 s | 4 s | <= 8 |",
+        "| b | 2 s |  | <= 8 |",
+    ]
+
+
 @pytest.mark.parametrize("path", summary.PAGES, ids=lambda path: path.name)
 def test_the_tables_of_the_page_are_those_of_the_results(path: Path) -> None:
     """The page shows what the newest results say: `python bench/summary.py` brings it up to date."""
