@@ -1,6 +1,6 @@
 """Compares one setting with another by the demo's recipe: same pairs, same steps, several seeds, one table.
 
-    python examples/openmoji/compare.py --train "--snr_gamma 5"
+    python examples/openmoji/compare.py --train="--snr_gamma 5"
 
 trains with and without, and says what each reached on characters that neither has seen: accuracy and PSNR of edits, and
 the loss with noise that is the same for all. A difference counts where it is larger than the range of either's seeds.
