@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -164,6 +164,17 @@ def check_resolution(resolution: int, bucket_step: int | None, factor: int) -> N
     if bucket_step and resolution % bucket_step:
         near = _near(resolution, bucket_step)
         raise SettingsError(f"--resolution {resolution}: --bucket_step needs a multiple of {near}")
+
+
+def remarks(geometry: Geometry, factor: int, halvings: int) -> Iterator[str]:
+    """What is said of several shapes: which they are, and whether a UNet that halves latents so often divides them."""
+    if len(geometry.shapes) > 1:
+        names = ", ".join(f"{shape.width} x {shape.height}" for shape in geometry.shapes)
+        yield f"pictures get the nearest of {len(geometry.shapes)} shapes: {names} px"
+    whole = factor * 2**halvings
+    if geometry.bucket_step and geometry.bucket_step % whole:
+        why = f"the UNet halves latents {halvings} times, and resizes inside what does not divide by {whole} px"
+        yield f"--bucket_step {geometry.bucket_step}: {why}; a multiple of {whole} spares that"
 
 
 def _near(side: int, factor: int) -> str:

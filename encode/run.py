@@ -19,9 +19,10 @@ from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.pairs import Pairs, open_pairs
 from .data.places import check_place
-from .geometry import check_resolution
+from .geometry import Geometry, check_resolution
+from .geometry import remarks as of_shapes
 from .models.checkpoint import Checkpoint, find_checkpoint
-from .plan import make_plan, workers
+from .plan import encoding, make_plan, workers
 
 EXAMPLE = 100  # letters of an instruction that is shown
 
@@ -33,13 +34,16 @@ def encode(config: EncodeConfig) -> None:
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
+    pictures = config.pictures
     with state.main_process_first():
         checkpoint = find_checkpoint(config.model, without=("unet",))
-        check_resolution(config.pictures.resolution, config.pictures.bucket_step, checkpoint.vae_scale_factor)
+        check_resolution(pictures.resolution, pictures.bucket_step, checkpoint.vae_scale_factor)
         source = open_pairs(config.dataset, config.model.cache_dir)
     main = state.is_main_process
     with exclusive(config.cache) if main else nullcontext() as lock:
         if lock:
+            geometry, halvings = Geometry.of(encoding(config, checkpoint)), 2 if checkpoint.is_sdxl else 3
+            say(*of_shapes(geometry, checkpoint.vae_scale_factor, halvings))
             plan = make_plan(config, source, checkpoint, state.num_processes)
             plan.announce(config)
             prepare(config.cache, plan.shapes, plan.samples, plan.ledger)

@@ -46,7 +46,7 @@ class Pairs(list[Pair]):
 class Checkpoint:
     """A checkpoint of no weights, whose VAE halves the side."""
 
-    vae_scale_factor, latent_channels, tokenizers = 2, 4, ()
+    vae_scale_factor, latent_channels, tokenizers, is_sdxl = 2, 4, (), False
 
     def identity(self) -> dict[str, Any]:
         """What the manifest records."""

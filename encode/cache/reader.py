@@ -158,8 +158,8 @@ class Reader:
     @property
     def largest(self) -> tuple[int, int, int]:
         """Channels, height and width of the largest latents: of several shapes, the square."""
-        channels, *cells = self.arrays["original"].row_shape
-        return (channels, *cells) if len(cells) == 2 else (channels, math.isqrt(*cells), math.isqrt(*cells))
+        channels, height, *width = self.arrays["original"].row_shape
+        return (channels, height, *width) if width else (channels, math.isqrt(height), math.isqrt(height))  # type: ignore[return-value]
 
     def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
         """Make sure that `take` can be asked for these rows in every view; others must never reach it.

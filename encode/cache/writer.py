@@ -126,7 +126,7 @@ class UnitWriter:
             at = row - self.first
             self.keys[at], self.sizes[at] = key, sizes
             for name, value in values.items():
-                row = self.buffers[name][at]
+                row: Any = self.buffers[name][at]
                 if row.ndim < value.ndim:  # which has room for the largest shape
                     value = value.reshape(len(value), -1)
                     row[:, value.shape[1] :] = 0
