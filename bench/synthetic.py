@@ -1,8 +1,9 @@
 """Caches in the real format, filled with random numbers, and made cold at will."""
 
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,23 @@ from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.columns import Role, Rows, preset
 from ip2p.encode.data.pairs import Pairs
+from ip2p.encode.geometry import Shape
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.plan import describe
 
 
-def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = None) -> Cache:
+def build(
+    folder: Path, samples: int, shapes: RowShapes, model: Path | None = None, latents: Sequence[Shape] = ()
+) -> Cache:
     """Write a finished cache of `samples` samples, each with an instruction of its own.
 
     With a `model`, it is a cache that this checkpoint can be trained from, however large: all shards of an array but
-    the last are then one file under many names.
+    the last are then one file under many names. With `latents`, samples have these shapes in turns, and `shapes` is of
+    rows that have room for the largest.
     """
     rows = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
-    resolution = 8 * shapes["images"]["original"][-1]
-    manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}}
+    resolution = 8 * (math.isqrt(shapes["images"]["original"][-1]) if latents else shapes["images"]["original"][-1])
+    manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}, "vae_scale_factor": 8}
     if model:
         flags = {"pretrained_model_name_or_path": str(model), "cache": folder, "resolution": resolution}
         config = flags_into(EncodeConfig, flags | {"dataset_name": "synthetic"})
@@ -41,6 +46,8 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     columns |= {"row": numbers, "text_row": numbers + 1, "status": ["ok"] * samples}
     columns |= {"crop_top": [[0]] * samples, "crop_left": [[0]] * samples, "flip": [True] * samples}
     columns |= {name: [resolution] * samples for name in SIZES}
+    sides = np.resize(8 * np.array(latents or [(resolution // 8, resolution // 8)]), (samples, 2))
+    columns |= {"height": sides[:, 0], "width": sides[:, 1]}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)
     prepare(folder, shapes, table, Ledger({}, rows, 1))
     write_state(folder, manifest | {"format": FORMAT, "shard_rows": rows}, table)

@@ -28,15 +28,6 @@ from test_train import assert_same, flags, states
 
 Encode = Callable[..., None]
 SHAPED = {"resolution": 32, "bucket_step": 4, "resize_mode": "random_crop", "crops": 2, "random_flip": True}
-SIDES = [(48, 30), (30, 48), (40, 40), (44, 34), (34, 44), (90, 30), (37, 41)]
-
-
-def pairs(count: int) -> dict[str, list]:
-    """Pairs of pictures of seven sizes, of which five shapes are made."""
-    return tiny.pairs(count) | {
-        side: [tiny.picture(2 * n + number, SIDES[n % len(SIDES)]) for n in range(count)]
-        for number, side in enumerate(("input_image", "edited_image"))
-    }
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +42,7 @@ def small_shards() -> Any:
 def shaped(small_shards: None, sd: Path, tmp_path_factory: pytest.TempPathFactory, encode: Encode) -> Path:
     """A cache of fifty pairs in five shapes, two crops and their flips."""
     folder = tmp_path_factory.mktemp("shaped")
-    encode(sd, tiny.dataset(folder / "data", pairs(50)), folder / "cache", **SHAPED)
+    encode(sd, tiny.dataset(folder / "data", tiny.pairs(50, sizes=tiny.SIDES)), folder / "cache", **SHAPED)
     return folder / "cache"
 
 
@@ -94,7 +85,7 @@ def test_growth_touches_no_record(
     """What is there stays where it is; squares, or another step, are another encoding."""
     cache = Path(shutil.copytree(shaped, tmp_path / "cache"))
     records = {path.name: path.read_bytes() for path in (cache / "commits").iterdir() if "000003" not in path.name}
-    data = tiny.dataset(tmp_path / "data", pairs(70))
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(70, sizes=tiny.SIDES))
     encode(sd, data, cache, **SHAPED)
     assert {name: (cache / "commits" / name).read_bytes() for name in records} == records
     assert verify(cache) == []
@@ -150,7 +141,7 @@ def test_other_samples_are_gone_through_anew(
     arguments = flags(sd, cache, tmp_path / "out", train_batch_size=7, use_ema=False)
     main([*arguments, "--max_train_steps", "2"])
     assert "fewer than" not in capsys.readouterr().out
-    encode(sd, tiny.dataset(tmp_path / "data", pairs(54)), cache, **SHAPED)
+    encode(sd, tiny.dataset(tmp_path / "data", tiny.pairs(54, sizes=tiny.SIDES)), cache, **SHAPED)
     main([*arguments, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"])
     assert "gone through anew" in capsys.readouterr().out
     state = torch.load(tmp_path / "out" / "checkpoint-4" / "custom_checkpoint_0.pkl")
