@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
@@ -115,7 +116,10 @@ def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator
     equal = (width == samples["edited_width"].to_numpy()) & (height == samples["edited_height"].to_numpy())
     if different := (~equal).sum():
         yield f"{different:,} pairs have images of two sizes: the edited one was fitted to the original's shape"
-    if len(views) > 1 and views[0].crop is not None and (square := (width == height).sum()):
-        yield f"{square:,} originals are square: all their crops are the same"
+    if sum(seen := [view.crop is not None and not view.flip for view in views]) > 1:
+        places = [samples[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
+        crops = np.stack(places).reshape(2, -1, len(views))[:, :, seen]  # (2, N, crops)
+        if whole := (crops == crops[:, :, :1]).all(axis=(0, 2)).sum():
+            yield f"{whole:,} originals have no more than is shown: all their crops are the same"
     if any(view.flip for view in views) and (kept := (~samples["flip"].to_numpy()).sum()):
         yield f"{kept:,} instructions match --no_flip_regex: training does not flip these samples"
