@@ -17,6 +17,7 @@ from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, View
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.shapes import latents_of
 from ip2p.encode.data.pairs import open_pairs
 from ip2p.encode.geometry import Geometry, Shape
 from ip2p.encode.keeper.__main__ import main as keep
@@ -71,10 +72,10 @@ def test_each_picture_is_encoded_in_its_own_shape(sd: Path, shaped: Path) -> Non
     assert arrays["edited"].shape == (50, 4, 8, 256)
     assert len({(sample["height"], sample["width"]) for sample in table}) == 5
     for sample, moments in zip(table, fresh(sd, cache), strict=True):
-        latents = cache.latents(sample)
-        assert latents["original"].shape[-2:] == (sample["height"] // 2, sample["width"] // 2)
-        np.testing.assert_allclose(latents["original"], moments[:, 0, :4], rtol=0, atol=2e-3)
-        np.testing.assert_allclose(latents["edited"], moments[:, 1], rtol=0, atol=2e-3)
+        found = latents_of(cache, sample)
+        assert found["original"].shape[-2:] == (sample["height"] // 2, sample["width"] // 2)
+        np.testing.assert_allclose(found["original"], moments[:, 0, :4], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(found["edited"], moments[:, 1], rtol=0, atol=2e-3)
         row = np.asarray(arrays["edited"][sample["row"]])
         assert not row[:, :, sample["height"] // 2 * sample["width"] // 2 :].any()
 
@@ -107,9 +108,9 @@ def test_batches_hold_latents_in_their_shape(shaped: Path) -> None:
         batch = gather(reader, samples, members, torch.device("cpu"))
         assert batch.edited.shape == (len(members), 8, *shape)
         for number, original, edited in zip(members, batch.original, batch.edited, strict=True):
-            latents = cache.latents(table[number])
-            assert np.array_equal(original, latents["original"][0])
-            assert np.array_equal(edited, latents["edited"][0])
+            found = latents_of(cache, table[number])
+            assert np.array_equal(original, found["original"][0])
+            assert np.array_equal(edited, found["edited"][0])
 
 
 def test_training_goes_through_all_shapes_and_goes_on_exactly(
