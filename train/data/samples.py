@@ -12,7 +12,6 @@ from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
 from ...encode.cache.samples import counts
-from ...encode.cache.tables import KEYS
 
 SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
 
@@ -26,8 +25,7 @@ class Samples(NamedTuple):
     time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
     shapes: np.ndarray  # (N, 2): height and width of the latents
     groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
-    keys: np.ndarray  # (N,) identity, the same in every cache
-    pairs: np.ndarray  # (N,) that of the image pair
+    pairs: np.ndarray  # (N,) identity of the image pair, the same in every cache
     caches: np.ndarray  # (N,) number of the cache
     numbers: np.ndarray  # (N,) where that cache's samples table has them
 
@@ -64,7 +62,7 @@ class Samples(NamedTuple):
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples("status", *KEYS, "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
+        table = cache.samples("status", "pair", "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
         if pending := counts(table).get("pending", 0):
             raise CacheError(
                 f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
@@ -84,11 +82,11 @@ class Samples(NamedTuple):
         time_ids = np.empty((*shape, 6), np.float32)
         for number, size in enumerate(sizes):
             time_ids[:, :, number] = size
-        hashes = (np.frombuffer(bytes.fromhex("".join(table[name].to_pylist())), ">u8") for name in KEYS)
-        keys, pairs = (both[1::2].astype(np.uint64) for both in hashes)  # 64 bits of each
+        digits = "".join(table["pair"].to_pylist())
+        pairs = np.frombuffer(bytes.fromhex(digits), ">u8")[1::2].astype(np.uint64)  # 64 bits of a hash
         shapes = shapes // cache.factor
         caches, rows, text_rows = np.zeros(len(table), np.int64), table["row"].to_numpy(), table["text_row"].to_numpy()
-        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), keys, pairs, caches, numbers)
+        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), pairs, caches, numbers)
 
     @classmethod
     def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
