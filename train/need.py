@@ -64,7 +64,7 @@ class Model(NamedTuple):
         """From the files of a checkpoint and of a cache."""
         found: dict[str, Any] = {name: array.row_shape for name, array in reader.arrays.items()}
         length, width, pooled = base.text_shape()
-        channels, *sides = found["original"]
+        channels, *sides = reader.largest
         if (channels, *found["text"]) != (base.latent_channels, length, width):
             was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {width}"
             raise CacheMismatch(f"{reader.caches[0].folder} holds {was}, and {asked}: give the model that encoded it")

@@ -66,6 +66,9 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
     sizes = {name: folder_bytes(cache / "data.zarr" / name) for name in arrays}
     found: dict[str, Any] = {"samples": status, "views": opened.views, "bytes": folder_bytes(cache)}
     found["arrays"] = {name: {"shape": list(array.shape), "bytes": sizes[name]} for name, array in arrays.items()}
+    groups = table.filter(table["status"].to_numpy() == "ok").group_by(["width", "height"])
+    shapes = sorted(groups.aggregate([([], "count_all")]).to_pylist(), key=lambda shape: shape["width"])
+    found["shapes"] = {"{width} x {height}".format_map(shape): shape["count_all"] for shape in shapes}
     found |= {part: opened.manifest[part] for part in parts}
     if quarantined:
         rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
@@ -77,6 +80,7 @@ def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> in
     print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {found['bytes'] / 2**20:,.1f} MiB")
     for name, array in arrays.items():
         print(f"  {name:<9} {' x '.join(map(str, array.shape)):<28} {sizes[name] / 2**20:,.1f} MiB")
+    print("  shapes   ", ", ".join(f"{shape} px: {count:,}" for shape, count in found["shapes"].items()))
     for part in parts:
         print(part)
         for field, value in found[part].items():

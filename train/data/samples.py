@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from ...encode.base.errors import CacheError, SettingsError
+from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
+from ...encode.cache.samples import counts
+from ...encode.cache.tables import packed_keys
+
+SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
 
 
 class Samples(NamedTuple):
@@ -18,6 +24,7 @@ class Samples(NamedTuple):
     text_rows: np.ndarray  # (N,)
     views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
     time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
+    shapes: np.ndarray  # (N, 2): height and width of the latents
     groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
     pairs: np.ndarray  # (N,) identity of the image pair, the same in every cache
     caches: np.ndarray  # (N,) number of the cache
@@ -27,9 +34,16 @@ class Samples(NamedTuple):
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
 
-    def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Where a `Reader` has some samples in some views: rows, views and text rows; and their time ids."""
-        return self.rows[numbers], views, self.text_rows[numbers], self.time_ids[numbers, views]
+    def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[Any, ...]:
+        """Where a `Reader` has some samples of one shape in some views: rows, views, text rows; time ids; the shape."""
+        shape = tuple(self.shapes[numbers[0]].tolist())
+        return self.rows[numbers], views, self.text_rows[numbers], self.time_ids[numbers, views], shape
+
+    def by_shape(self) -> dict[tuple[int, int], np.ndarray]:
+        """The numbers of the samples of each shape, by height and width of its latents."""
+        height, width = self.shapes.T
+        found, owners = np.unique((height << 32) + width, return_inverse=True)
+        return {divmod(shape, 2**32): np.flatnonzero(owners == n) for n, shape in enumerate(found.tolist())}
 
     def prompts(self) -> np.ndarray:
         """The prompt of each sample, numbered from 0 without gaps, (N,)."""
@@ -37,7 +51,9 @@ class Samples(NamedTuple):
 
     def instructions(self, caches: Sequence[Cache]) -> list[str]:
         """The instruction of each sample."""
-        tables = {cache: caches[cache].samples()["instruction"] for cache in np.unique(self.caches).tolist()}
+        tables = {
+            cache: caches[cache].samples("instruction")["instruction"] for cache in np.unique(self.caches).tolist()
+        }
         places = zip(self.caches.tolist(), self.numbers.tolist(), strict=True)
         return [tables[cache][number].as_py() for cache, number in places]
 
@@ -47,32 +63,30 @@ class Samples(NamedTuple):
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples()
-        status = table["status"].to_numpy(zero_copy_only=False)
-        if pending := int((status == "pending").sum()):
+        table = cache.samples("status", "pair", "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
+        if pending := counts(table).get("pending", 0):
             raise CacheError(
                 f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
-        numbers = np.flatnonzero(status == "ok")[:limit]
-        table = table.take(numbers)
+        numbers = pc.indices_nonzero(pc.equal(table["status"], "ok"))[:limit].to_numpy().astype(np.int64)
+        table = table.take(numbers) if len(numbers) < len(table) else table
         if len(table) == 0:
             raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
-        side = cache.manifest["encoding"]["resolution"]
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
-        sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
-        crops = [table[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
-        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), side, side]
-        time_ids = np.stack([np.broadcast_to(size, shape) for size in sizes], axis=2).astype(np.float32)
-        text_rows = table["text_row"].to_numpy()
-        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
-        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
-        groups = np.unique(names, return_inverse=True)[1]
-        pairs = np.array([int(key[-16:], 16) for key in table["pair"].to_pylist()], np.uint64)  # 64 bits of a hash
-        caches = np.zeros(len(table), np.int64)
-        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, pairs, caches, numbers)
+        sizes = [table[name].to_numpy()[:, None] for name in SIZE]
+        crops = [table[name].combine_chunks().flatten().to_numpy() for name in CROPS]
+        shapes = np.stack([table[name].to_numpy() for name in SHAPE], axis=1).astype(np.int64)
+        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), *shapes.T[:, :, None]]
+        time_ids = np.empty((*shape, 6), np.float32)
+        for number, size in enumerate(sizes):
+            time_ids[:, :, number] = size
+        pairs = np.frombuffer(packed_keys(table["pair"]), ">u8")[1::2].astype(np.uint64)  # 64 bits of a hash
+        shapes = shapes // cache.factor
+        caches, rows, text_rows = np.zeros(len(table), np.int64), table["row"].to_numpy(), table["text_row"].to_numpy()
+        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), pairs, caches, numbers)
 
     @classmethod
     def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
@@ -95,6 +109,19 @@ class Samples(NamedTuple):
             )
             prompts += part.groups.max() + 1
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _groups(table: pa.Table) -> np.ndarray:
+    """Numbers of the prompts, in the order of their names: a sample's own group, or else its instruction."""
+    names = table["text_row"]
+    if table["group"].null_count < len(table):
+        own = pc.binary_join_element_wise("group", table["group"], " ")
+        names = pc.coalesce(own, names.cast(pa.string()))
+    encoded = names.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary.cast(pa.string())).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks[encoded.indices.to_numpy()]
 
 
 def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:

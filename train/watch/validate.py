@@ -76,11 +76,14 @@ class Validation:
         steps = len(self.objective.scheduler.alphas_cumprod)
         width, device = steps // BANDS, self.accelerator.device
         sums = torch.zeros(BANDS, device=device)
-        starts = range(0, count, size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        for start in starts:
-            numbers = np.arange(start, min(start + size, count))
-            batch = gather(self.reader, self.held_out, numbers, device)
-            draws = self.objective.draw(batch, SEED, start, 0, 0)
+        batches = [
+            members[start : start + size]
+            for members in self.held_out.by_shape().values()
+            for start in range(0, len(members), size)
+        ]
+        for number in range(len(batches))[self.accelerator.process_index :: self.accelerator.num_processes]:
+            batch = gather(self.reader, self.held_out, batches[number], device)
+            draws = self.objective.draw(batch, SEED, number * size, 0, 0)
             draws = draws._replace(dropout=torch.ones_like(draws.dropout))
             for band in range(BANDS):
                 timesteps = band * width + draws.timesteps % width
@@ -92,23 +95,25 @@ class Validation:
     def draw(self, step: int, unet: UNet2DConditionModel) -> None:
         """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them.
 
-        One picture at a time, so that it takes less than a training step of most models does.
+        One picture at a time, so that it takes less than a training step of most models does; those that are held out
+        at the size that they have in the cache.
         """
         if not self.accelerator.is_main_process or (self.picture is None and not len(self.held_out.rows)):
             return
-        frozen = {
-            **self.texts,
-            "vae": load_vae(self.checkpoint, self.accelerator.device),
-        }  # the VAE when texts are done
+        texts = self.texts  # before the VAE is there
+        frozen = texts | {"vae": load_vae(self.checkpoint, self.accelerator.device)}
         pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, frozen)
         pipeline.set_progress_bar_config(disable=True)
         editor = Editor(pipeline)
         seeds = range(SEED, SEED + self.config.watching.num_validation_images)
-        pairs = [] if self.picture is None else [(str(self.config.watching.validation_prompt), self.picture, None)]
+        how: dict[str, Any] = {"seed": SEED, "num_images": len(seeds), "batch_size": 1}
         rows: list[tuple[str, Sequence[Image.Image | None]]] = []
-        for prompt, original, target in [*pairs, *self.held_out_pictures(pipeline)]:
-            edited = editor.edit(original, prompt, seed=SEED, num_images=len(seeds), batch_size=1)
-            rows.append((prompt, [original, target, *edited]))
+        if self.picture is not None:
+            prompt = str(self.config.watching.validation_prompt)
+            rows.append((prompt, [self.picture, None, *editor.edit(self.picture, prompt, **how)]))
+        for prompt, original, target in self.held_out_pictures(pipeline):
+            edits = editor.edit(original, prompt, resolution=max(original.size), **how)
+            rows.append((prompt, [original, target, *edits]))
         sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
         folder = self.config.saving.output_dir / "validation"
         folder.mkdir(exist_ok=True)
@@ -136,13 +141,10 @@ class Validation:
 
     def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
         """Instruction, original and target of the samples that are drawn; the pictures decoded from the cache."""
-        if not (count := len(self.shown.rows)):
-            return
-        batch = gather(self.reader, self.shown, np.arange(count), self.accelerator.device)
-        decode, to_pictures = pipeline.vae.decode, pipeline.image_processor.postprocess
-        originals = to_pictures(decode(batch.original.float()).sample)
-        targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
-        yield from zip(self.shown.instructions(self.reader.caches), originals, targets, strict=True)
+        for number, instruction in enumerate(self.shown.instructions(self.reader.caches)):
+            batch = gather(self.reader, self.shown, np.array([number]), self.accelerator.device)
+            latents = torch.cat([batch.original, batch.edited[:, : batch.original.shape[1]]]).float()
+            yield instruction, *pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 
 
 def open_picture(flags: Watching) -> Image.Image | None:
