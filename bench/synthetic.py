@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.base.flags import build as flags_into
-from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, shard_rows
+from ip2p.encode.cache.format import SAMPLES, Cache, RowShapes, Unit, shard_rows
 from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
@@ -43,7 +43,7 @@ def build(folder: Path, samples: int, shapes: RowShapes, model: Path | None = No
     columns |= {name: [resolution] * samples for name in SIZES}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)
     prepare(folder, shapes, table, Ledger({}, rows, 1))
-    write_state(folder, manifest | {"format": FORMAT, "shard_rows": rows}, table)
+    write_state(folder, manifest | {"shard_rows": rows}, table)
 
     cache, random = Cache.open(folder), np.random.Generator(np.random.SFC64(0))
     keys = {"images": names, "text": [text_key(NULL_PROMPT), *map(text_key, names)]}

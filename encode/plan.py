@@ -21,7 +21,6 @@ from .base.files import content_key, storable
 from .base.flags import dump
 from .cache.format import (
     CONVENTION,
-    FORMAT,
     SAMPLES,
     Cache,
     RowShapes,
@@ -114,7 +113,6 @@ def describe(
     """The manifest: what is encoded, with what, how."""
     model, pictures, run = config.model, config.pictures, config.run
     return {
-        "format": FORMAT,
         "ip2p": version("ip2p"),
         "model": {
             "name": model.pretrained_model_name_or_path,

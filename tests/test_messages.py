@@ -180,8 +180,9 @@ def test_a_cache_of_a_newer_format_is_refused(
     from ip2p.encode.base.files import read_record, write_record
 
     folder = shutil.copytree(cache, tmp_path / "newer")
-    write_record(folder / "manifest.json", read_record(folder / "manifest.json") | {"format": 2})
-    assert "cache format 2, this version of ip2p reads 1" in answer("ip2p-train", training | {"cache": folder}, capsys)
+    write_record(folder / "manifest.json", read_record(folder / "manifest.json") | {"format": 3})
+    said = answer("ip2p-train", training | {"cache": folder}, capsys)
+    assert "cache format 3, this version of ip2p reads 1 and 2" in said
 
 
 def test_a_checkpoint_of_another_cache_is_not_continued(

@@ -28,7 +28,8 @@ import zarr
 from ..base.errors import CacheError
 from ..base.files import file_record, read_record, whole
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 1024
 CHUNK_ROWS = {"images": 64, "text": 16}
@@ -136,8 +137,9 @@ class Cache:
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
         manifest = read_record(folder / "manifest.json")
-        if (found := manifest.get("format")) != FORMAT:
-            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {FORMAT}: encode anew")
+        if (found := manifest.get("format")) not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {known}: encode anew")
         return cls(folder, manifest)
 
     @property

@@ -16,7 +16,7 @@ from zarr.core.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
-from .format import Cache, RowShapes, Unit, shard_rows, write_table
+from .format import FORMAT, Cache, RowShapes, Unit, shard_rows, write_table
 from .samples import Ledger, counts
 
 
@@ -92,11 +92,15 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, ledger: Ledg
 
 
 def write_state(folder: Path, manifest: dict[str, Any], samples: pa.Table) -> None:
-    """Write the samples table, and the manifest with their counts and the checksums of all small files."""
+    """Write the samples table, and the manifest with their counts and the checksums of all small files.
+
+    A cache of an older format becomes one of today's with that: its arrays and records stay as they are.
+    """
     write_table(folder / "samples.parquet", samples)
     small = [folder / "samples.parquet", *sorted((folder / "data.zarr").glob("**/zarr.json"))]
     files = {str(path.relative_to(folder)): file_record(path) for path in small}
-    write_record(folder / "manifest.json", manifest | {"counts": counts(samples), "files": files})
+    state = {"format": FORMAT, "counts": counts(samples), "files": files}
+    write_record(folder / "manifest.json", manifest | state)
 
 
 class UnitWriter:
