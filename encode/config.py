@@ -107,6 +107,9 @@ class Dataset(Columns):
     """Add each pair reversed, with the instruction that leads back."""
     inverse_prompt_column: str | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of numbers, booleans or text that the table of samples keeps, for `ip2p-train --keep`. No picture is read
+    for them, so they can be added to a finished cache."""
     max_train_samples: Count | None = None
     """Use only this many samples, from the first on."""
 

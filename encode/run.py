@@ -42,8 +42,9 @@ def encode(config: EncodeConfig) -> None:
         if lock:
             plan = make_plan(config, source, checkpoint, state.num_processes)
             plan.announce(config)
-            prepare(config.cache, plan.shapes, plan.samples, plan.ledger)
-            write_state(config.cache, plan.manifest, plan.samples)
+            samples = source.with_kept(plan.samples) if config.dataset.keep_columns else plan.samples
+            prepare(config.cache, plan.shapes, samples, plan.ledger)
+            write_state(config.cache, plan.manifest, samples)
             share(lock)
         state.wait_for_everyone()
         with nullcontext() if main else exclusive(config.cache, shared=True):

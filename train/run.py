@@ -17,6 +17,7 @@ from ..encode.cache.reader import Reader
 from ..encode.models.weights import not_finite
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
+from .data.keep import choose
 from .data.order import make_order
 from .data.samples import Samples, hold_out
 from .need import check_memory, estimate
@@ -75,7 +76,8 @@ class Run:
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
         self.reader = Reader(*caches)
-        samples = Samples.of_all(self.reader, config.samples.max_train_samples)
+        kept = choose(caches, config.samples.keep)
+        samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)

@@ -189,7 +189,8 @@ class _Parser:
         found = found or [column for column in self.kinds if column.lower() == name.lower()]
         if len(found) != 1:
             lack = f"several columns {name}" if found else f"no column {name}"
-            near = did_you_mean(name, self.kinds) or ("; text stands in 'single' quotes" if quoted else "")
+            mend = "text stands in 'single' quotes" if quoted else "`ip2p-encode --keep_columns` adds the dataset's"
+            near = did_you_mean(name, self.kinds) or f"; {mend}"
             raise self.error(f"there is {lack}, but {', '.join(self.kinds)}{near}")
         if found[0] not in self.columns:
             self.columns.append(found[0])

@@ -157,9 +157,14 @@ class Cache:
         names = ("original", "edited") if kind == "images" else ("text", "pooled")
         return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
 
-    def samples(self) -> pa.Table:
-        """The table of samples as it lies on the disk; `check_files` says whether that is what was written."""
-        return pq.read_table(self.folder / "samples.parquet", schema=SAMPLES)
+    def samples(self, *, kept: bool = True) -> pa.Table:
+        """The table of samples as it lies on the disk; `check_files` says whether that is what was written.
+
+        Last stand the columns that are `kept` of the dataset, if they are wanted: whoever writes the table needs them.
+        """
+        file = self.folder / "samples.parquet"
+        more = [field.remove_metadata() for field in pq.read_schema(file) if field.name not in SAMPLES.names]
+        return pq.read_table(file, schema=pa.schema([*SAMPLES, *more]) if kept else SAMPLES)
 
     def shard_path(self, array: str, unit: Unit, dimensions: int) -> str:
         """Path of a shard inside the cache folder, as Zarr names it."""

@@ -36,7 +36,10 @@ def kept(cache: Cache, text: str) -> np.ndarray:
         SettingsError: the condition cannot be used; see `parse`.
     """
     file = cache.folder / "samples.parquet"
-    condition = parse(text, kinds(pq.read_schema(file)))
+    try:
+        condition = parse(text, kinds(pq.read_schema(file)))
+    except SettingsError as error:
+        raise SettingsError(f"{cache.folder}: {error}") from None
     return matching(pq.read_table(file, columns=condition.columns), condition)
 
 

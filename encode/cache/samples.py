@@ -82,7 +82,7 @@ class Ledger:
         text_rows = self._rows("text", [text_key(NULL_PROMPT), *itertools.compress(texts, tried)], retry)
         columns["row"] = [rows[key] if try_ else -1 for key, try_ in zip(columns["pair"], tried, strict=True)]
         columns["text_row"] = [text_rows[key] if try_ else -1 for key, try_ in zip(texts, tried, strict=True)]
-        return pa.Table.from_pydict(columns, schema=SAMPLES)
+        return pa.Table.from_pydict(columns, schema=samples.schema)
 
     def _rows(self, kind: str, keys: Iterable[str], retry: bool) -> dict[str, int]:
         size, rows = self.shard_rows[kind], self._located(kind, retry)
@@ -132,7 +132,7 @@ class Ledger:
                 for name, value in zip(SIZES, sizes[0], strict=False):
                     columns[name][n] = value
                 columns["crop_top"][n], columns["crop_left"][n] = map(list, list(zip(*sizes, strict=True))[-2:])
-        return pa.Table.from_pydict(columns, schema=SAMPLES)
+        return pa.Table.from_pydict(columns, schema=samples.schema)
 
     def missing(self, samples: pa.Table) -> Iterator[Work]:
         """What is still to be written."""

@@ -57,7 +57,7 @@ def verify(folder: Path) -> list[Finding]:
     known = {finding.unit for finding in damaged}
     findings += damaged + _shards(folder, records, sound)
     if sound:
-        findings += _samples(sound.samples(), sound.manifest, records, known)
+        findings += _samples(sound.samples(kept=False), sound.manifest, records, known)
     return [*findings, *_strays(files, cache, records, known)]
 
 

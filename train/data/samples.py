@@ -37,24 +37,26 @@ class Samples(NamedTuple):
 
     def instructions(self, caches: Sequence[Cache]) -> list[str]:
         """The instruction of each sample."""
-        tables = {cache: caches[cache].samples()["instruction"] for cache in np.unique(self.caches).tolist()}
+        tables = {cache: caches[cache].samples(kept=False)["instruction"] for cache in np.unique(self.caches).tolist()}
         places = zip(self.caches.tolist(), self.numbers.tolist(), strict=True)
         return [tables[cache][number].as_py() for cache, number in places]
 
     @classmethod
-    def of(cls, cache: Cache, limit: int | None) -> "Samples":
+    def of(cls, cache: Cache, limit: int | None, kept: np.ndarray | bool = True) -> "Samples":
         """All samples of a cache that are encoded, in the order of the dataset, or the first `limit` of them.
+
+        Of them, only the `kept` ones count, (all samples,) bool.
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples()
+        table = cache.samples(kept=False)
         status = table["status"].to_numpy(zero_copy_only=False)
         if pending := int((status == "pending").sum()):
             raise CacheError(
                 f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
-        numbers = np.flatnonzero(status == "ok")[:limit]
+        numbers = np.flatnonzero((status == "ok") & kept)[:limit]
         table = table.take(numbers)
         if len(table) == 0:
             raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
@@ -75,13 +77,14 @@ class Samples(NamedTuple):
         return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, pairs, caches, numbers)
 
     @classmethod
-    def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
+    def of_all(cls, reader: Reader, limit: int | None, kept: Sequence[np.ndarray] | None = None) -> "Samples":
         """The samples of all caches of a reader, one cache after the other, each as in `of`.
 
         A prompt belongs to its cache: the same words elsewhere are another one. Where caches differ in their views,
         the coin gets as many sides as all of their numbers divide: it is fair among the views of each sample.
         """
-        parts = [cls.of(cache, limit) for cache in reader.caches]
+        masks = kept or [True] * len(reader.caches)
+        parts = [cls.of(cache, limit, mask) for cache, mask in zip(reader.caches, masks, strict=True)]
         sides, prompts = math.lcm(*(part.views.shape[1] for part in parts)), 0
         for number, part in enumerate(parts):
             wide = np.arange(sides) % part.views.shape[1]
