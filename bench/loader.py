@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -12,10 +13,12 @@ from common import Row, parser, ratio, report, take_turns
 from shapes import SIZES
 from synthetic import build, forget
 
+from ip2p.encode.base.flags import build as flags_into
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches
-from ip2p.train.data.order import Order
+from ip2p.train.data.order import make_order
 from ip2p.train.data.samples import Samples
 
 SHAPES = {"sd256": SIZES["sd15"].rows(256), "sd512": SIZES["sd15"].rows(512), "sdxl1024": SIZES["sdxl"].rows(1024)}
@@ -65,8 +68,14 @@ def main() -> None:
 def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:
     """What training draws from."""
     samples = Samples.of(cache, None)
-    order = Order(len(samples.rows), views=1, seed=0)
-    return Batches(reader, samples, order, torch.device("cpu"), batch_size=batch_size, start=0, stride=batch_size)
+    return Batches(reader, samples, drawn(cache, samples, batch_size), torch.device("cpu"), batch_size=batch_size)
+
+
+def drawn(cache: Cache, samples: Samples, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Which samples a training run takes, batch by batch."""
+    flags = {"pretrained_model_name_or_path": "", "cache": (cache.folder,), "output_dir": cache.folder}
+    order = make_order(flags_into(TrainConfig, flags), samples, seed=0)
+    return order.batches([0] * len(order.orders), batch_size)
 
 
 def cold_rate(cache: Cache, kind: type[Reader], batch_size: int, count: int) -> float:
@@ -85,8 +94,7 @@ def cold_rate(cache: Cache, kind: type[Reader], batch_size: int, count: int) -> 
 def warm_cases(cache: Cache, batch_size: int, count: int) -> dict[str, Callable[[], float]]:
     """Three ways to get `count` batches of the same rows, each returns samples/s."""
     reader, samples = Reader(cache), Samples.of(cache, None)
-    order = Order(len(samples.rows), views=1, seed=0)
-    chosen = [order(step * batch_size, batch_size)[0] for step in range(count)]
+    chosen = [numbers for numbers, _ in islice(drawn(cache, samples, batch_size), count)]
     rows = [(samples.rows[numbers], np.zeros(batch_size, np.int64), samples.text_rows[numbers]) for numbers in chosen]
     out = {name: np.empty((batch_size, *array.row_shape), np.float16) for name, array in reader.arrays.items()}
     plain = {name: copy(cache, name) for name in out}

@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     def rows(self, resolution: int) -> RowShapes:
         """Shapes of one row of a cache."""
-        return row_shapes(4, resolution // 8, 77, self.text_width, self.pooled)
+        return row_shapes(4, (resolution // 8,) * 2, 77, self.text_width, self.pooled)
 
 
 def text_config(width: int, heads: int, layers: int = 12, **options: Any) -> dict[str, Any]:

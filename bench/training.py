@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from common import DEVICE, GPU
@@ -23,7 +24,7 @@ from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
-from ip2p.train.data.order import Order
+from ip2p.train.data.order import Order, Turns
 from ip2p.train.data.samples import Samples
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective
@@ -110,7 +111,8 @@ def from_cache(
     order, step = Order(len(samples.rows), views=1, seed=0), -1
     null = null_conditioning(reader, DEVICE)
     objective = Objective(DDPMScheduler(), null, 0.18215, Flags(), text_dtype)
-    batches = Batches(reader, samples, order, DEVICE, batch_size=size, start=0, stride=size)
+    drawn = Turns([order], [np.arange(order.samples)], [1]).batches([0], size)
+    batches = Batches(reader, samples, drawn, DEVICE, batch_size=size)
 
     def loss() -> Tensor:
         nonlocal step

@@ -125,10 +125,14 @@ class Pictures:
     """What is made of the images before they are encoded."""
 
     resolution: Count = 256
-    """Side of the square images, in pixels."""
-    resize_mode: Literal["squash", "center_crop", "random_crop"] = "squash"
-    """Make images square by squashing them, as diffusers does; or keep their shape, resize the short side and crop
-    the long one: in the middle, or in --crops places of which training draws one."""
+    """Side of the square images, in pixels; with --bucket_step other shapes have no more pixels than this square."""
+    bucket_step: Count | None = None
+    """Let pictures keep their shape: each is cropped to the nearest of a few, at most 2:1, whose sides are multiples of
+    this; 64 is right from 512 px on. Default: all become squares."""
+    resize_mode: Literal["squash", "center_crop", "random_crop"] | None = None
+    """Make images square by squashing them, as diffusers does; or keep their aspect, resize one side and crop the
+    other: in the middle, or in --crops places of which training draws one. Default: squash, and with --bucket_step
+    center_crop."""
     center_crop: bool = False
     """The same as --resize_mode center_crop."""
     crops: Count = 4
@@ -143,6 +147,8 @@ class Pictures:
     def __post_init__(self) -> None:
         if self.center_crop and self.resize_mode == "random_crop":
             raise SettingsError("--center_crop and --resize_mode random_crop exclude each other: leave one out")
+        if self.bucket_step and self.resize_mode == "squash":
+            raise SettingsError("--bucket_step keeps shapes, and --resize_mode squash does not: leave one out")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
@@ -154,8 +160,9 @@ class Pictures:
 
     @property
     def resizing(self) -> str:
-        """How images become square: squash, center_crop or random_crop."""
-        return "center_crop" if self.center_crop else self.resize_mode
+        """How images are brought to their shape: squash, center_crop or random_crop."""
+        usual = "center_crop" if self.center_crop or self.bucket_step else "squash"
+        return "center_crop" if self.center_crop else self.resize_mode or usual
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """From missing units to committed ones: images are read in worker processes, encoded here, written beside that."""
 
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +17,10 @@ from .cache.format import Cache, View
 from .cache.samples import Item, Work, text_key
 from .cache.writer import UnitWriter
 from .data.pairs import Pairs
-from .geometry import Geometry
+from .geometry import Geometry, Shape
 from .models.encoders import Encoders
 
+T = TypeVar("T")
 Begun = TypeVar("Begun")
 Done = Callable[[int], object]
 NOT_FINITE = "the encoding is not finite, in float32 either"
@@ -33,7 +36,7 @@ class Read(NamedTuple):
 
 
 class _Images(Dataset):
-    """The images of rows, read and resized in worker processes, (V, 2, 3, H, W) each."""
+    """The images of rows, read and resized in worker processes, (V, 2, 3, H, W) each, in the shape that is planned."""
 
     def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
         self.source, self.rows, self.geometry = source, rows, geometry
@@ -44,7 +47,7 @@ class _Images(Dataset):
             files = self.source[item.position][:2]
             if content_key(*(file or b"" for file in files)) != item.pair:
                 raise ImageError("the files changed while the dataset was being encoded")
-            pixels, sizes = self.geometry.read(files, item.pair, views)
+            pixels, sizes = self.geometry.read(files, item.pair, views, Shape(item.height, item.width))
         except SampleError as error:
             return Read(row, item, [], str(error)), None
         return Read(row, item, sizes, None), pixels
@@ -101,24 +104,26 @@ class Pipeline:
 
     def _encode_images(self, work: Sequence[Work], source: Pairs, done: Done) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
-        batches: list[list[int]] = []
-        for units, rows in work:  # a batch never crosses a unit
+        batches: list[list[Sequence[int]]] = []  # of each work: a batch never crosses a unit, and is of one shape
+        for units, rows in work:
             views = [View.parse(self.cache.views[unit.view]) for unit in units]
-            start = len(rows_in_order)
-            batches += map(list, _batches(range(start, start + len(rows)), self.batch_size))
-            rows_in_order += [(row, item, views) for row, item in sorted(rows.items())]
+            shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+            for row, item in sorted(rows.items()):
+                shapes[item.height, item.width].append(len(rows_in_order))
+                rows_in_order.append((row, item, views))
+            batches.append([batch for rows in shapes.values() for batch in _batches(rows, self.batch_size)])
         loader = DataLoader(
             _Images(source, rows_in_order, Geometry.of(self.cache.manifest["encoding"])),
-            batch_sampler=batches,
+            batch_sampler=list(chain.from_iterable(batches)),
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.encoders.device.type == "cuda",
             worker_init_fn=_quiet_worker,
         )
         begun = one_behind((reads, [self.encoders.moments(seen) for seen in pixels]) for reads, pixels in loader)
-        for units, rows in work:
+        for (units, _), those in zip(work, batches, strict=True):
             writers = [UnitWriter(self.cache, unit) for unit in units]
-            for _ in _batches(range(len(rows)), self.batch_size):
+            for _ in those:
                 reads, views = next(begun)
                 self._take(reads, views, writers)
                 done(len(reads))
@@ -166,5 +171,5 @@ def one_behind(begun: Iterable[Begun]) -> Iterator[Begun]:
     yield from waiting
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))

@@ -33,6 +33,7 @@ from .cache.format import (
 from .cache.samples import Ledger, counts
 from .config import EncodeConfig
 from .data.pairs import Pair, Pairs, unusable
+from .geometry import Geometry
 from .models.checkpoint import Checkpoint
 
 
@@ -87,8 +88,9 @@ def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, proce
         CacheMismatch: it was encoded by another model or with other settings.
         SourceError: a sample cannot be encoded, and `on_error` is fail.
     """
-    side, retry = config.pictures.resolution // checkpoint.vae_scale_factor, config.run.retry_quarantined
-    shapes = row_shapes(checkpoint.latent_channels, side, *checkpoint.text_shape())
+    retry, pictures = config.run.retry_quarantined, Geometry.of(encoding(config, checkpoint))
+    cells = pictures.cells(checkpoint.vae_scale_factor)
+    shapes = row_shapes(checkpoint.latent_channels, cells, *checkpoint.text_shape())
     old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
     if old:
         if lines := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
@@ -98,7 +100,7 @@ def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, proce
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
     samples = known_samples(old, manifest, retry) if old else None
     if samples is None:
-        samples = identify(source, workers(config))
+        samples = identify(source, pictures, workers(config))
     samples = ledger.assign(samples, retry=retry)
     samples = ledger.settle(mark_flips(samples, config.pictures.no_flip_regex))
     if config.run.on_error == "fail" and (aside := samples.filter(samples["reason"].is_valid()).to_pylist()):
@@ -111,7 +113,7 @@ def describe(
     config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, shapes: RowShapes, processes: int
 ) -> dict[str, Any]:
     """The manifest: what is encoded, with what, how."""
-    model, pictures, run = config.model, config.pictures, config.run
+    model, pictures = config.model, config.pictures
     return {
         "ip2p": version("ip2p"),
         "model": {
@@ -123,14 +125,8 @@ def describe(
             "prediction_type": checkpoint.prediction_type(),
         },
         "identity": checkpoint.identity(),
-        "encoding": {
-            "convention": CONVENTION,
-            "resolution": pictures.resolution,
-            "resize_mode": pictures.resizing,
-            "background": pictures.background,
-            "mixed_precision": run.mixed_precision,
-            "vae_precision": checkpoint.vae_precision(run.vae_precision, run.mixed_precision),
-        },
+        "encoding": encoding(config, checkpoint),
+        "vae_scale_factor": checkpoint.vae_scale_factor,
         "views": view_names(pictures.crops if pictures.resizing == "random_crop" else None, pictures.random_flip),
         "dataset": {
             "name": source.name,
@@ -141,6 +137,20 @@ def describe(
         },
         "settings": dump(config) | {"processes": processes},  # how this run was started; decides nothing
         "shard_rows": {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()},
+    }
+
+
+def encoding(config: EncodeConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """How pictures and instructions are encoded, in which all that a cache holds must agree."""
+    pictures, run = config.pictures, config.run
+    return {
+        "convention": CONVENTION,
+        "resolution": pictures.resolution,
+        "bucket_step": pictures.bucket_step,
+        "resize_mode": pictures.resizing,
+        "background": pictures.background,
+        "mixed_precision": run.mixed_precision,
+        "vae_precision": checkpoint.vae_precision(run.vae_precision, run.mixed_precision),
     }
 
 
@@ -171,16 +181,16 @@ def known_samples(old: Cache, manifest: dict[str, Any], retry: bool) -> pa.Table
     return None if retry and -1 in samples["row"].to_pylist() else samples
 
 
-def identify(source: Pairs, workers: int, batch_size: int = 64) -> pa.Table:
+def identify(source: Pairs, geometry: Geometry, workers: int, batch_size: int = 64) -> pa.Table:
     """Read every sample once, in `workers` processes; returns the samples table, in which no sample has a row yet."""
     positions: Any = range(len(source))
-    loader = DataLoader(positions, batch_size, num_workers=workers, collate_fn=partial(_identities, source))
+    loader = DataLoader(positions, batch_size, num_workers=workers, collate_fn=partial(_identities, source, geometry))
     rows = itertools.chain.from_iterable(loader)
     shown = bar(rows, "identify samples", "pair", total=len(source), leave=True)
     return pa.Table.from_pylist(list(shown), schema=SAMPLES)
 
 
-def _identities(source: Pairs, positions: Sequence[int]) -> list[dict[str, Any]]:
+def _identities(source: Pairs, geometry: Geometry, positions: Sequence[int]) -> list[dict[str, Any]]:
     """Rows of the samples table, made where the images are read: in worker processes."""
     rows = []
     for position in positions:
@@ -194,6 +204,7 @@ def _identities(source: Pairs, positions: Sequence[int]) -> list[dict[str, Any]]
         instruction, group = storable(text), source.group(position)
         row = {"key": content_key(key.encode(), instruction.encode()), "pair": key, "position": position}
         row |= {"instruction": instruction, "group": group, "row": -1, "text_row": -1}
+        row |= geometry.planned(pair.original or b"")._asdict()
         rows.append(row | {"status": "quarantined" if reason else "pending", "reason": reason})
     return rows
 

@@ -35,7 +35,7 @@ def encode(config: EncodeConfig) -> None:
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
     with state.main_process_first():
         checkpoint = find_checkpoint(config.model, without=("unet",))
-        check_resolution(config.pictures.resolution, checkpoint.vae_scale_factor)
+        check_resolution(config.pictures.resolution, config.pictures.bucket_step, checkpoint.vae_scale_factor)
         source = open_pairs(config.dataset, config.model.cache_dir)
     main = state.is_main_process
     with exclusive(config.cache) if main else nullcontext() as lock:

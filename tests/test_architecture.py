@@ -16,7 +16,8 @@ FLOORS = """
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry  encode.plan
+    encode.geometry
+    encode.plan
     encode.pipeline
     encode.run
     encode.__main__  encode.keeper

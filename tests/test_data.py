@@ -1,6 +1,7 @@
 """Tests of train/data/batches.py: what batches hold."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,24 @@ from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.train.data import batches as data
 from ip2p.train.data.batches import Batches, null_conditioning
-from ip2p.train.data.order import Order
+from ip2p.train.data.order import Order, Turns
 from ip2p.train.data.samples import Samples
 from ip2p.train.objective import Batch
 
 CPU = torch.device("cpu")
 
 
+def endless(views: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of ten samples of one shape."""
+    return Turns([Order(10, views, 0)], [np.arange(10)], [1]).batches([0], size)
+
+
 def test_batches_hold_what_the_order_says(cache: Path) -> None:
     """A batch's rows are the cache's rows of the samples and views at its positions, image and text together."""
     opened = Cache.open(cache)
     reader, samples, order = Reader(opened), Samples.of(opened, None), Order(10, 2, seed=9)
-    batches = Batches(reader, samples, order, CPU, batch_size=4, start=4, stride=8)
+    drawn = Turns([order], [np.arange(10)], [1]).batches([0], 4, rank=1, processes=2)
+    batches = Batches(reader, samples, drawn, CPU, batch_size=4)
     arrays = {name: np.asarray(array[:]) for kind in ("images", "text") for name, array in opened.arrays(kind).items()}
     for step in range(7):
         batch = next(batches)
@@ -43,7 +50,7 @@ def test_a_failure_in_the_background_thread_reaches_training(cache: Path) -> Non
         def take(self, *_: object) -> None:  # type: ignore[override]
             raise CacheError("a shard went away")
 
-    batches = Batches(Broken(opened), Samples.of(opened, None), Order(10, 2, 0), CPU, batch_size=4, start=0, stride=4)
+    batches = Batches(Broken(opened), Samples.of(opened, None), endless(2, 4), CPU, batch_size=4)
     with pytest.raises(CacheError, match="a shard went away"):
         next(batches)
 
@@ -60,9 +67,7 @@ def test_the_thread_works_on_the_device_of_its_process(cache: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "set_device", lambda to: seen.append((to, threading.current_thread().name)))
     opened = Cache.open(cache)
     for device in (torch.device("cuda", 1), CPU):
-        batches = Batches(
-            Reader(opened), Samples.of(opened, None), Order(10, 2, 0), device, batch_size=4, start=0, stride=4
-        )
+        batches = Batches(Reader(opened), Samples.of(opened, None), endless(2, 4), device, batch_size=4)
         next(batches)
         batches.close()
     assert seen == [(torch.device("cuda", 1), "batches")]
@@ -80,7 +85,7 @@ def test_sdxl_batches_carry_pooled_text_and_time_ids(sdxl: Path, data: Path, tmp
     """Time ids are original height and width, crop top and left, target height and width, per sample."""
     encode(sdxl, data, tmp_path / "cache")
     opened = Cache.open(tmp_path / "cache")
-    batches = Batches(Reader(opened), Samples.of(opened, None), Order(10, 1, 0), CPU, batch_size=3, start=0, stride=3)
+    batches = Batches(Reader(opened), Samples.of(opened, None), endless(1, 3), CPU, batch_size=3)
     batch: Batch = next(batches)
     batches.close()
     assert batch.pooled is not None

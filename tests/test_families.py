@@ -31,7 +31,9 @@ from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.weights import hash_weights, weight_files
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main as train
-from ip2p.train.data.batches import Batches, Order, Samples, null_conditioning
+from ip2p.train.data.batches import Batches, null_conditioning
+from ip2p.train.data.order import Order, Turns
+from ip2p.train.data.samples import Samples
 from test_train import assert_same, flags, unet_file
 
 CPU = torch.device("cpu")
@@ -101,7 +103,8 @@ def test_sdxl_training_sees_the_pipelines_own_conditioning(sdxl_cache: Cache, pi
     """Text, pooled text and time ids of each sample and view are those that the pipeline computes for it."""
     samples, table = Samples.of(sdxl_cache, None), sdxl_cache.samples().to_pylist()
     order = Order(len(table), 4, seed=3)
-    batches = Batches(Reader(sdxl_cache), samples, order, CPU, batch_size=8, start=0, stride=8)
+    drawn = Turns([order], [np.arange(order.samples)], [1]).batches([0], 8)
+    batches = Batches(Reader(sdxl_cache), samples, drawn, CPU, batch_size=8)
     seen = set()
     for step in range(6):
         batch = next(batches)

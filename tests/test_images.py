@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from PIL import Image
 
 import tiny
 from ip2p.encode.cache.format import View, joined_views, view_names
-from ip2p.encode.geometry import Geometry
+from ip2p.encode.data.pictures import header_size, open_picture
+from ip2p.encode.geometry import Geometry, Shape, shapes
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import Encoders
 
@@ -187,12 +189,73 @@ def test_crops_equal_resizing_the_whole_and_cutting_out(size: tuple[int, int], c
         assert abs(2 * left + SIDE - width) <= 1
 
 
+@pytest.mark.parametrize(
+    ("resolution", "step", "count"), [(256, 64, 3), (256, 32, 5), (512, 64, 5), (768, 64, 7), (1024, 64, 11)]
+)
+def test_shapes_are_as_large_as_the_square_allows_and_none_fits_into_another(
+    resolution: int, step: int, count: int
+) -> None:
+    """Multiples of the step, at most 2:1, the square among them, each beside its mirror image."""
+    found = shapes(resolution, step)
+    assert len(found) == count
+    assert Shape(resolution, resolution) in found
+    assert {(shape.width, shape.height) for shape in found} == set(found)
+    for shape in found:
+        assert shape.height % step == shape.width % step == 0
+        assert shape.height * shape.width <= resolution**2
+        assert max(shape) <= 2 * min(shape)
+        for larger in ((shape.height + step, shape.width), (shape.height, shape.width + step)):
+            assert larger[0] * larger[1] > resolution**2 or max(larger) > 2 * min(larger)
+    assert shapes(resolution, resolution) == shapes(resolution, None) == ((resolution, resolution),)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(size=st.tuples(sides, sides), crop=st.none() | st.integers(0, 9), flip=st.booleans())
+def test_a_picture_gets_the_nearest_shape_and_covers_it(size: tuple[int, int], crop: int | None, flip: bool) -> None:
+    """It is resized until both sides reach, one of them exactly, and the rest is cut off where the sizes say."""
+    image, geometry = tiny.picture(1, size), Geometry(32, "center_crop" if crop is None else "random_crop", "white", 4)
+    assert len(geometry.shapes) > 3
+    shape = geometry.shape(size)
+    assert geometry.planned(file_of(image)) == shape
+    ratio, ratios = math.log(size[0] / size[1]), [math.log(shape.width / shape.height) for shape in geometry.shapes]
+    assert abs(ratio - math.log(shape.width / shape.height)) <= min(abs(ratio - other) for other in ratios) + 1e-9
+    pixels, [(*sizes, top, left)] = geometry.read([file_of(image)] * 2, PAIR, [View(crop, flip)])
+    assert pixels.shape == (1, 2, 3, *shape)
+    scale = max(shape.width / size[0], shape.height / size[1])
+    width, height = (max(least, round(side * scale)) for side, least in zip(size, shape[::-1], strict=True))
+    whole = np.asarray(image.resize((width, height)))
+    whole = whole[:, ::-1] if flip else whole
+    expected = whole[top : top + shape.height, left : left + shape.width].transpose(2, 0, 1)
+    assert sizes == [*size, *size]
+    difference = np.abs(pixels[0, 0].astype(int) - expected)
+    assert difference.max() <= 6
+    assert difference.mean() < 1
+
+
+def test_the_shape_that_was_planned_is_taken_whatever_the_decoder_finds() -> None:
+    """A batch has one shape, so a picture whose header was wrong is cropped to the one of its batch."""
+    geometry = Geometry(32, "center_crop", "white", 4)
+    tall = geometry.shape((10, 20))
+    pixels, _ = geometry.read([file_of(tiny.picture(1, (20, 10)))] * 2, PAIR, [View(None, flip=False)], tall)
+    assert pixels.shape[-2:] == tall != geometry.shape((20, 10))
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_a_header_tells_the_size_of_the_upright_picture(turned: int) -> None:
+    """As decoding does; of what is no picture it tells none."""
+    image, exif = tiny.picture(1, (30, 20)), Image.Exif()
+    exif[0x0112] = turned
+    file = file_of(image, "JPEG", exif=exif)
+    assert header_size(file) == open_picture(file).size == ((30, 20) if turned < 5 else (20, 30))
+    assert header_size(b"") is header_size(file[:20]) is header_size(b"no picture") is None
+
+
 def test_random_crops_are_a_function_of_the_pair_and_spread_evenly() -> None:
     """Other pairs are cropped elsewhere, later crops leave the earlier where they are, and no gap is wide."""
     size = (SIDE * 100, SIDE)
 
     def places(pair: str, count: int) -> list[int]:
-        return [RANDOM.crop(size, pair, View(crop, flip=False)).left for crop in range(count)]
+        return [RANDOM.crop(size, Shape(SIDE, SIDE), pair, View(crop, flip=False)).left for crop in range(count)]
 
     assert places(PAIR, 4) == places(PAIR, 8)[:4]
     assert places(PAIR, 4) != places(PAIR[::-1], 4)

@@ -14,7 +14,7 @@ from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
 from ip2p.train.data.batches import Batches
-from ip2p.train.data.order import Order
+from ip2p.train.data.order import Order, Turns
 from ip2p.train.data.samples import Samples
 
 CPU = torch.device("cpu")
@@ -43,7 +43,8 @@ def test_samples_of_several_caches_read_as_they_do_alone(cache: Path, other: Pat
     ]
     tables = [one.samples().to_pylist() for one in caches]
     order = Order(22, samples.views.shape[1], seed=2)
-    batches = Batches(reader, samples, order, CPU, batch_size=5, start=0, stride=5)
+    drawn = Turns([order], [np.arange(order.samples)], [1]).batches([0], 5)
+    batches = Batches(reader, samples, drawn, CPU, batch_size=5)
     seen = set()
     for step in range(20):
         batch = next(batches)

@@ -53,7 +53,7 @@ class Model(NamedTuple):
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
         """From the files of a checkpoint and of a cache."""
         found = {name: array.row_shape for name, array in reader.arrays.items()}
-        channels, height, width = found["original"]
+        channels, height, width = reader.largest
         shapes = Shapes((2 * channels, height, width), found["text"], *found.get("pooled", ()))  # type: ignore[arg-type]
         return cls(read_config(base.folder / "unet", "unet"), shapes)
 

@@ -14,24 +14,23 @@ from torch import Tensor
 from ..encode.base.console import say
 from ..encode.base.errors import TrainError
 from ..encode.cache.reader import Reader
-from ..encode.models.weights import not_finite
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.keep import choose
-from .data.order import make_order
+from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
-from .save.pipeline import export, push
+from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
-from .unet.load import check_gradients, choose_attention, load_unet
+from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
 from .unet.make import make_update
 from .unet.norm import choose_norms
-from .unet.weights import Precision, Weights
+from .unet.weights import Precision
 from .watch.interrupt import Interrupt
 from .watch.metrics import Metrics, share_of_peak
 from .watch.validate import Validation, open_picture, validation_every
@@ -98,15 +97,20 @@ class Run:
         self.update = make_update(config, unet, precision, accelerator.num_processes)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
+        batch = config.steps.train_batch_size * accelerator.num_processes
+        say(*remarks(self.samples, batch, self.base.vae_scale_factor))
         self.total = config.steps.max_train_steps or math.ceil(config.steps.num_train_epochs * self.per_epoch)
         self.unet: Any = accelerator.prepare(unet)
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        self.progress = Progress(manifest["identity"] | manifest["encoding"], seed, trains=config.lora.described)
+        position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples)}
+        encoded = manifest["identity"] | manifest["encoding"]
+        self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
         self.update.seed = self.progress.seed
+        self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap)
         # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
         flags, step = config.optimizer, self.progress.step
         for group in self.update.optimizer.param_groups:
@@ -134,9 +138,8 @@ class Run:
         if progress.step >= self.total:
             return 0
         size, rank, processes = config.steps.train_batch_size, accelerator.process_index, accelerator.num_processes
-        order = make_order(config, self.samples, progress.seed)
-        start, stride = progress.samples + rank * size, processes * size
-        batches = Batches(self.reader, self.samples, order, device, batch_size=size, start=start, stride=stride)
+        drawn = self.order.batches(progress.seen, size, rank, processes)
+        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
         share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)
@@ -184,6 +187,7 @@ class Run:
                 part = self.objective.loss(self.unet, batch, draws) / count
                 self.update.backward(part)
             loss += part.detach()
+            progress.seen = self.order.after(progress.seen, self.per_step // count)
         norm, skipped = self.update(averages=(progress.step + 1) % config.optimizer.ema_steps == 0)
         self.lr_scheduler.step()
         progress.step += 1
@@ -193,17 +197,7 @@ class Run:
     def finish(self) -> None:
         """Save the pipeline and its card, and upload them if that is asked for."""
         config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
-        unet: Any = self.accelerator.unwrap_model(self.unet)
-        self.update.weights.finish(self.update.average)
-        if config.lora.lora_rank:
-            unet = load_unet(config, self.base)  # the base as it is, not in half precision
-            add_adapters(unet, config.lora)
-            Weights(unet).load_state_dict(self.update.weights.state_dict())
-        if name := not_finite(unet.state_dict()):
-            raise TrainError(
-                f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
-                "checkpoint that was saved before that, with a smaller --learning_rate"
-            )
+        unet = finished(config, self.base, self.accelerator.unwrap_model(self.unet), self.update)
         export(unet, self.objective.scheduler, self.base, caches[0].manifest["encoding"]["resolution"], folder)
         write_card(config, caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")
@@ -211,8 +205,11 @@ class Run:
             say(f"uploaded to {push(config)}")
 
     def check_compiled(self) -> None:
-        """Hold the compiled UNet against itself uncompiled, on a batch of the shape that it will be trained with."""
-        numbers = np.arange(self.config.steps.train_batch_size) % len(self.samples.rows)
-        batch = gather(self.reader, self.samples, numbers, self.accelerator.device)
-        draws = self.objective.draw(batch, self.progress.seed)
-        check_gradients(self.unet, partial(self.objective.loss, self.unet, batch, draws), self.precision.name)
+        """Hold the compiled UNet against itself uncompiled, on a batch of each shape that it will be trained with."""
+        shapes = self.samples.by_shape().values()
+        allow_graphs(len(shapes))
+        for members in shapes:
+            numbers = np.resize(members, self.config.steps.train_batch_size)
+            batch = gather(self.reader, self.samples, numbers, self.accelerator.device)
+            draws = self.objective.draw(batch, self.progress.seed)
+            check_gradients(self.unet, partial(self.objective.loss, self.unet, batch, draws), self.precision.name)

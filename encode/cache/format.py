@@ -19,8 +19,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
@@ -28,6 +29,7 @@ import zarr
 from ..base.errors import CacheError
 from ..base.files import file_record, read_record, whole
 
+Cells = TypeVar("Cells", bound=Any)  # an array of numpy or a tensor
 FORMAT = 2
 READABLE = (1, FORMAT)
 SHARD_BYTES = 32 * 2**20
@@ -45,6 +47,8 @@ SAMPLES = pa.schema(
         ("group", pa.string()),  # the prompt that it belongs to, where that is not the instruction
         ("row", pa.int64()),  # in original and edited; -1 if it was never tried
         ("text_row", pa.int64()),  # in text and pooled; -1 if it was never tried
+        ("height", pa.int32()),  # of what is encoded, in pixels
+        ("width", pa.int32()),
         *[(f"{side}_{what}", pa.int32()) for side in ("original", "edited") for what in ("width", "height")],
         ("crop_top", pa.list_(pa.int32())),  # in each view, of the square in the resized original
         ("crop_left", pa.list_(pa.int32())),
@@ -74,10 +78,18 @@ RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of one row of each array, by kind and name."""
 
 
-def row_shapes(channels: int, side: int, tokens: int, width: int, pooled: int | None) -> RowShapes:
-    """Shapes of latents (channels, side, side), and of instructions (tokens, width) with, for SDXL, (pooled,)."""
-    images = {"original": (channels, side, side), "edited": (2 * channels, side, side)}
+def row_shapes(channels: int, cells: tuple[int, ...], tokens: int, width: int, pooled: int | None) -> RowShapes:
+    """Shapes of latents (channels, *cells), and of instructions (tokens, width) with, for SDXL, (pooled,).
+
+    `cells` is height and width where all latents have one shape, else the largest number of them: see `shaped`.
+    """
+    images = {"original": (channels, *cells), "edited": (2 * channels, *cells)}
     return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
+
+
+def shaped(cells: Cells, height: int, width: int) -> Cells:
+    """Latents (..., height, width) out of rows that have room for the largest shape, zeros after them; a view."""
+    return cells[..., : height * width].reshape(*cells.shape[:-1], height, width)
 
 
 def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
@@ -147,6 +159,12 @@ class Cache:
         return self.manifest["views"]
 
     @property
+    def factor(self) -> int:
+        """Pixels of a side for each cell of a latent; the first format did not say."""
+        side = self.manifest["encoding"]["resolution"]
+        return self.manifest.get("vae_scale_factor") or side // self.arrays("images")["original"].shape[-1]
+
+    @property
     def shard_rows(self) -> dict[str, int]:
         """Rows of one shard, by kind."""
         return self.manifest["shard_rows"]
@@ -156,6 +174,12 @@ class Cache:
         group = zarr.open_group(self.folder / "data.zarr", mode=mode)
         names = ("original", "edited") if kind == "images" else ("text", "pooled")
         return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
+
+    def latents(self, sample: Record) -> dict[str, np.ndarray]:
+        """What is cached of a sample of the table, by array, (views, channels, h, w)."""
+        rows = {name: (array.ndim, np.asarray(array[sample["row"]])) for name, array in self.arrays("images").items()}
+        shape = [sample[side] // self.factor for side in ("height", "width")]
+        return {name: shaped(row, *shape) if dimensions == 4 else row for name, (dimensions, row) in rows.items()}
 
     def samples(self, *, kept: bool = True) -> pa.Table:
         """The table of samples as it lies on the disk; `check_files` says whether that is what was written.

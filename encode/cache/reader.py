@@ -155,6 +155,12 @@ class Reader:
         views = max(len(cache.views) for cache in self.caches) if images else 1
         return MappedArray(arrays[0].shape[2 if images else 1 :], views * self._rows[kind], shards)
 
+    @property
+    def largest(self) -> tuple[int, int, int]:
+        """Channels, height and width of the largest latents: of several shapes, the square."""
+        channels, *cells = self.arrays["original"].row_shape
+        return (channels, *cells) if len(cells) == 2 else (channels, math.isqrt(*cells), math.isqrt(*cells))
+
     def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
         """Make sure that `take` can be asked for these rows in every view; others must never reach it.
 

@@ -25,6 +25,8 @@ class Item(NamedTuple):
     pair: str
     position: int
     key: str
+    height: int
+    width: int
 
 
 Rows = dict[int, Any]
@@ -139,7 +141,7 @@ class Ledger:
         texts: dict[int, Rows] = defaultdict(dict)
         images: dict[int, Rows] = defaultdict(dict)
         texts[0][0] = NULL_PROMPT
-        columns = samples.select(["status", "row", "text_row", "instruction", "pair", "position", "key"]).to_pydict()
+        columns = samples.select(["status", "row", "text_row", "instruction", *Item._fields]).to_pydict()
         for status, row, text_row, instruction, *item in zip(*columns.values(), strict=True):
             if status == "pending":
                 texts[text_row // self.shard_rows["text"]][text_row] = instruction

@@ -130,7 +130,11 @@ class UnitWriter:
             at = row - self.first
             self.keys[at], self.sizes[at] = key, sizes
             for name, value in values.items():
-                self.buffers[name][at] = value
+                row = self.buffers[name][at]
+                if row.ndim < value.ndim:  # which has room for the largest shape
+                    value = value.reshape(len(value), -1)
+                    row[:, value.shape[1] :] = 0
+                row[..., : value.shape[-1]] = value
         return finite
 
     def quarantine(self, row: int, key: str, reason: str) -> None:

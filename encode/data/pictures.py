@@ -19,6 +19,8 @@ Picture: TypeAlias = Image.Image | bytes | str | os.PathLike[str]
 UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 TURNS = {number: Image.Transpose[turn] for number, turn in enumerate(UPRIGHT.split(), 2)}
 """What makes a picture upright, by its orientation in EXIF."""
+SIDEWAYS = {turn for number, turn in TURNS.items() if number > 4}
+"""Those that make its width its height."""
 WHITE_IS_KNOWN = ("PNG", "PPM")
 """Formats whose gray of more than 8 bits Pillow gives as 16 bits, whatever its mode."""
 
@@ -74,6 +76,20 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
     return seen
 
 
+def header_size(file: bytes) -> tuple[int, int] | None:
+    """Width and height of the picture in a file as its header tells them, upright; None if it tells none.
+
+    Whoever decodes the file may find others, where its orientation stands behind the pixels or the header is wrong.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            image = Image.open(io.BytesIO(file))
+        except Exception:  # as in `_decoding`
+            return None
+        width, height = image.size[::-1] if _turn(image) in SIDEWAYS else image.size
+    return (width, height) if width and height else None
+
+
 @contextlib.contextmanager
 def _decoding() -> Iterator[None]:
     """Around what Pillow does: its decoders raise whatever broken bytes lead them to."""
@@ -88,13 +104,17 @@ def _decoding() -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a picture upright, None where it is."""
     for orientation in (_orientation, _orientation_alone):
-        turn = None
         with contextlib.suppress(Exception):  # as many kinds as there are ways to break EXIF; none costs a picture
-            turn = TURNS.get(orientation(image) or 1)
-        if turn is not None:
-            return image.transpose(turn)
-    return image
+            if (turn := TURNS.get(orientation(image) or 1)) is not None:
+                return turn
+    return None
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -42,9 +42,8 @@ def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = N
 
 def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Image.Image]]]:
     """The instruction of each sample, and its pictures in all views."""
-    arrays = cache.arrays("images")
     for sample in bar(samples, "decode", "sample"):
-        original, edited = (np.asarray(arrays[name][sample["row"]]) for name in ("original", "edited"))
+        original, edited = cache.latents(sample).values()
         latents = np.stack([original, edited[:, : original.shape[1]]], axis=1)  # (V, 2, 4, h, w)
         if not np.isfinite(latents).all():
             raise CacheError(f"{cache.folder}: sample {sample['key']} is torn (`ip2p-cache verify {cache.folder}`)")

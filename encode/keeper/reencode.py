@@ -13,7 +13,7 @@ from ..base.files import content_key
 from ..cache.format import Cache, View, differences
 from ..config import EncodeConfig
 from ..data.pairs import Pairs, open_pairs
-from ..geometry import Geometry
+from ..geometry import Geometry, Shape
 from ..models.checkpoint import find_checkpoint
 from ..models.encoders import DTYPES, Encoders
 
@@ -68,9 +68,8 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
 
 def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a cache holds of a sample, by array, (views or 1, ...)."""
-    images = {name: np.asarray(array[sample["row"]]) for name, array in cache.arrays("images").items()}
     texts = {name: np.asarray(array[sample["text_row"]])[None] for name, array in cache.arrays("text").items()}
-    return _split(images) | texts
+    return _split(cache.latents(sample)) | texts
 
 
 def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -82,7 +81,8 @@ def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, An
         raise SourceError(f"{other}: name the dataset that was encoded with --dataset_name")
     try:
         views = [View.parse(name) for name in cache.views]
-        pixels, _ = Geometry.of(cache.manifest["encoding"]).read(pair[:2], sample["pair"], views)  # (V, 2, 3, H, W)
+        shape, geometry = Shape(sample["height"], sample["width"]), Geometry.of(cache.manifest["encoding"])
+        pixels, _ = geometry.read(pair[:2], sample["pair"], views, shape)  # (V, 2, 3, H, W)
     except ImageError as error:
         raise SourceError(f"{source.name}, position {position:,}: {error}, but once could be") from None
     encoded = encoders.moments(torch.from_numpy(pixels).flatten(0, 1))()  # (V * 2, 8, h, w)

@@ -1,25 +1,25 @@
 """Batches on the device, gathered from the cache by one background thread.
 
-The samples of all epochs form one endless sequence, and every step takes the next `batch size x processes x
-accumulation` of it. So no batch is ever partial, and a run that is resumed on another number of processes goes on
-where it stopped: nothing in the epoch is lost or repeated.
+The samples of all epochs form one endless sequence, or one for each shape, of which every batch takes the next `batch
+size x processes`. So no batch is ever partial, and a run that is resumed on another number of processes goes on where
+it stopped: nothing in the epoch is lost or repeated.
 """
 
-import itertools
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...encode.base.errors import CacheError
+from ...encode.cache.format import shaped
 from ...encode.cache.reader import Reader
 from ...encode.cache.samples import NULL_PROMPT, text_key
 from ..objective import Batch, Null
-from .order import Order
 from .samples import Samples
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance
@@ -40,7 +40,7 @@ def null_conditioning(reader: Reader, device: torch.device) -> Null:
 
 
 def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device) -> Batch:
-    """Some samples in their first view, for looking at outside of training."""
+    """Some samples of one shape in their first view, for looking at outside of training."""
     slot = Slot(reader, len(numbers), device)
     batch = slot.fill(*samples.at(numbers, np.zeros(len(numbers), np.int64)))
     slot.hand_over(batch)
@@ -52,18 +52,19 @@ class Batches:
 
     A background thread gathers rows into a ring of (pinned) buffers and, on a GPU, copies them on a stream of its
     own. `waited` counts the seconds that training waited here.
+
+    Args:
+        drawn: sample numbers and views of each batch, (batch_size,) each; endlessly.
     """
 
     def __init__(
         self,
         reader: Reader,
         samples: Samples,
-        order: Order,
+        drawn: Iterator[tuple[np.ndarray, np.ndarray]],
         device: torch.device,
         *,
         batch_size: int,
-        start: int,
-        stride: int,
     ):
         self.waited = 0.0
         self._free: queue.Queue[Slot | None] = queue.Queue()
@@ -71,7 +72,6 @@ class Batches:
         self._in_use: Slot | None = None
         for _ in range(RING):
             self._free.put(Slot(reader, batch_size, device))
-        drawn = (order(position, batch_size) for position in itertools.count(start, stride))
         rows = (samples.at(numbers, samples.views[numbers, view]) for numbers, view in drawn)
         self._thread = threading.Thread(target=self._work, args=(reader, rows, device), name="batches", daemon=True)
         self._thread.start()
@@ -96,11 +96,11 @@ class Batches:
         self._free.put(None)  # wakes it
         self._thread.join()
 
-    def _work(self, reader: Reader, batches: Iterator[tuple[np.ndarray, ...]], device: torch.device) -> None:
+    def _work(self, reader: Reader, batches: Iterator[tuple[Any, ...]], device: torch.device) -> None:
         try:
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # or a thread begins on the first GPU, and takes memory there
-            ahead: deque[tuple[np.ndarray, ...]] = deque()  # rows that the disk was asked for
+            ahead: deque[tuple[Any, ...]] = deque()  # rows that the disk was asked for
             for rows in batches:
                 ahead.append(rows)
                 reader.will_need(*rows[:3])
@@ -119,6 +119,7 @@ class Slot:
 
     def __init__(self, reader: Reader, batch_size: int, device: torch.device):
         self.reader, self.device = reader, device
+        self.flat = [name for name in ("original", "edited") if len(reader.arrays[name].row_shape) == 2]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None
         pinned = self.stream is not None
@@ -127,8 +128,15 @@ class Slot:
             for name, array in reader.arrays.items()
         }
 
-    def fill(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, time_ids: np.ndarray) -> Batch:
-        """Gather a batch, and begin to copy it to the device."""
+    def fill(
+        self,
+        rows: np.ndarray,
+        views: np.ndarray,
+        text_rows: np.ndarray,
+        time_ids: np.ndarray,
+        shape: tuple[int, int],
+    ) -> Batch:
+        """Gather a batch of latents of one shape (height, width), and begin to copy it to the device."""
         if self.copied:
             self.copied.synchronize()  # the copy of the batch that was here before
         self.reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
@@ -139,7 +147,8 @@ class Slot:
             with torch.cuda.stream(self.stream):
                 tensors = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
                 self.copied.record(self.stream)
-        return Batch(**tensors)
+        # Only here: whole buffers are copied at once, and what is seen of them is a view.
+        return Batch(**tensors | {name: shaped(tensors[name], *shape) for name in self.flat})
 
     def hand_over(self, batch: Batch) -> None:
         """Let the stream that trains wait for the copy, and own its memory."""

@@ -1,13 +1,20 @@
-"""Which sample, and which view of it, comes when: a function of the seed and the position alone."""
+"""Which sample, and which view of it, comes when: a function of the seed and the position alone.
 
-from collections.abc import Sequence
+The samples of each shape are an endless sequence of their own, of which a batch of all processes takes the next ones;
+so the position is how many samples of each shape were seen.
+"""
+
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
 
 from ...encode.base.errors import SettingsError
+from ...encode.base.files import content_key
 from ..config import TrainConfig
 from .samples import Samples
+
+FINE = 1000  # places at least, among which the caches of a mix divide those of one shape
 
 
 class Order:
@@ -20,10 +27,19 @@ class Order:
         groups: (N,) numbers of prompts, to draw a prompt first and then one of its samples, as the original project
             does; so the samples of a prompt that has many come more seldom. Without it each sample comes once.
         stream: number of the sequence, where several share a seed.
+        place: more numbers that tell it from others.
     """
 
-    def __init__(self, samples: int, views: int, seed: int, groups: np.ndarray | None = None, stream: int = 0):
-        self.samples, self.views, self.seed, self.stream = samples, views, seed, stream
+    def __init__(
+        self,
+        samples: int,
+        views: int,
+        seed: int,
+        groups: np.ndarray | None = None,
+        stream: int = 0,
+        place: tuple[int, ...] = (),
+    ):
+        self.samples, self.views, self.seed, self.stream, self.place = samples, views, seed, stream, place
         self._epochs: dict[int, np.ndarray] = {}
         self._members = None if groups is None else np.argsort(groups, kind="stable")
         self._sizes = np.zeros(0, np.int64) if groups is None else np.bincount(groups)
@@ -45,7 +61,7 @@ class Order:
         return self._epochs[epoch]
 
     def _draw(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, self.stream])
+        rng = np.random.default_rng([self.seed, epoch, self.stream, *self.place])
         order = rng.permutation(self.samples) if self._members is None else self._by_prompt(rng, self._members)
         return np.stack([order, rng.integers(0, self.views, self.samples)])
 
@@ -68,14 +84,15 @@ class Mix(Order):
         shares: positions in an epoch of each; in all as many as there are samples.
     """
 
-    def __init__(self, orders: Sequence[Order], shares: Sequence[int], seed: int):
-        super().__init__(sum(shares), 1, seed)
+    def __init__(self, orders: Sequence[Order], shares: Sequence[int], seed: int, place: tuple[int, ...] = ()):
+        super().__init__(sum(shares), 1, seed, place=place)
         self.orders, self.shares = orders, shares
         self._first = [*accumulate((order.samples for order in orders[:-1]), initial=0)]
 
     def _draw(self, epoch: int) -> np.ndarray:
         places = np.repeat(np.arange(len(self.orders)), self.shares)
-        owners = np.random.default_rng([self.seed, epoch]).permutation(places)
+        seed = [self.seed, epoch, *((0, *self.place) if self.place else ())]
+        owners = np.random.default_rng(seed).permutation(places)
         parts = [np.stack(order(epoch * share, share)) for order, share in zip(self.orders, self.shares, strict=True)]
         for part, first in zip(parts, self._first, strict=True):
             part[0] += first
@@ -84,27 +101,109 @@ class Mix(Order):
         return drawn
 
 
-def make_order(config: TrainConfig, samples: Samples, seed: int) -> Order:
+class Turns:
+    """Batches of one shape each, on all processes the same one: the shape that is least far through has its turn.
+
+    That is Sainte-Laguë's rule, by which seats are given to parties: at any time each shape has had its share of the
+    samples to within about a batch, and with the next batch the one whose share falls behind the most comes nearest.
+
+    Args:
+        orders: of the samples of each shape.
+        members: the numbers of these samples, for each shape.
+        rates: shares of the shapes, in any unit.
+    """
+
+    def __init__(self, orders: Sequence[Order], members: Sequence[np.ndarray], rates: Sequence[float]):
+        self.orders, self.members, self.rates = orders, members, np.array(rates, np.float64)
+
+    def after(self, seen: Sequence[int], batch: int) -> list[int]:
+        """How many samples of each shape were seen after one more batch, of all processes."""
+        turn = self.turn(seen, batch)
+        return [count + batch * (shape == turn) for shape, count in enumerate(seen)]
+
+    def turn(self, seen: Sequence[int], batch: int) -> int:
+        """Number of the shape whose turn it is."""
+        return int(np.argmin((np.array(seen) + batch / 2) / self.rates))
+
+    def batches(
+        self, seen: Sequence[int], size: int, rank: int = 0, processes: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Endlessly, from a position on: sample numbers and views of each batch of one process, (size,) each."""
+        while True:
+            turn = self.turn(seen, size * processes)
+            numbers, views = self.orders[turn](seen[turn] + rank * size, size)
+            yield self.members[turn][numbers], views
+            seen = self.after(seen, size * processes)
+
+
+def identity(config: TrainConfig, samples: Samples) -> str:
+    """Of what positions count: it changes with the samples; and where shapes take turns, with what decides on these."""
+    flags = repr((config.samples.cache_weights, config.samples.sample_by)) if len(samples.by_shape()) > 1 else ""
+    return content_key(samples.keys.tobytes(), flags.encode())
+
+
+def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:
+    """What is said of shapes that have fewer samples than all processes take in a batch; pixels by the VAE's factor."""
+    for (height, width), members in samples.by_shape().items() if len(samples.by_shape()) > 1 else ():
+        if len(members) < batch:
+            yield (
+                f"{len(members):,} samples have {factor * width} x {factor * height} px, fewer than the {batch:,} of a "
+                "batch: it holds them several times, and comes the more seldom"
+            )
+
+
+def make_order(config: TrainConfig, samples: Samples, seed: int, lap: int = 0) -> Turns:
     """The order that the flags ask for: all samples of all caches once in an epoch, or a mix by weights.
+
+    Args:
+        lap: how often the samples have become others in the course of the run.
 
     Raises SettingsError: a cache that has a weight would never be seen.
     """
+    weights, prompts = config.samples.cache_weights, config.samples.sample_by == "prompt"
+    check_weights(config, samples)
+    whole = [_size(samples.select(samples.caches == number), prompts) for number in range(len(weights))]
+    orders, rates, shapes = [], [], samples.by_shape()
+
+    def order(part: Samples, stream: int, place: tuple[int, ...]) -> Order:
+        return Order(len(part.rows), part.views.shape[1], seed, part.prompts() if prompts else None, stream, place)
+
+    for shape, members in shapes.items():
+        part = samples.select(members)
+        place = (lap, *shape) if len(shapes) > 1 else (lap,) if lap else ()
+        if not weights:
+            orders.append(order(part, 0, place))
+            rates.append(_size(part, prompts))
+            continue
+        parts = {number: part.select(part.caches == number) for number in np.unique(part.caches).tolist()}
+        mixed = [weights[number] * (_size(one, prompts) / whole[number]) for number, one in parts.items()]
+        length = len(members) if len(shapes) == 1 else max(len(members), FINE)
+        shares = np.maximum(1, divide(mixed, length)).tolist()  # small as it may be, it is drawn
+        orders.append(Mix([order(one, 1 + number, place) for number, one in parts.items()], shares, seed, place))
+        rates.append(sum(mixed))
+    return Turns(orders, list(shapes.values()), rates)
+
+
+def _size(part: Samples, prompts: bool) -> int:
+    """What is drawn evenly of some samples: each of them, or each prompt."""
+    return len(np.unique(part.groups)) if prompts else len(part.rows)
+
+
+def divide(weights: Sequence[float], places: int) -> np.ndarray:
+    """Some number of places, divided by weight into whole numbers."""
+    edges = np.round(np.cumsum(weights) / sum(weights) * places).astype(int)
+    return np.diff(edges, prepend=0)
+
+
+def check_weights(config: TrainConfig, samples: Samples) -> None:
+    """Raise SettingsError where a cache that has a weight would never be seen."""
     weights = config.samples.cache_weights
-
-    def order(part: Samples, stream: int) -> Order:
-        groups = part.prompts() if config.samples.sample_by == "prompt" else None
-        return Order(len(part.rows), samples.views.shape[1], seed, groups, stream)
-
-    if not weights:
-        return order(samples, 0)
-    parts = [samples.select(samples.caches == number) for number in range(len(weights))]
-    edges = np.round(np.cumsum(weights) / sum(weights) * len(samples.rows)).astype(int)
-    shares = np.diff(edges, prepend=0).tolist()
-    for folder, part, share in zip(config.samples.cache, parts, shares, strict=True):
-        if not (share and len(part.rows)):
+    shares = divide(weights, len(samples.rows)).tolist() if weights else ()
+    for number, (folder, share) in enumerate(zip(config.samples.cache, shares, strict=False)):
+        there = int((samples.caches == number).sum())
+        if not (share and there):
             raise SettingsError(
                 f"--cache_weights {' '.join(f'{weight:g}' for weight in weights)}: {folder} would give {share:,} of "
-                f"the {len(samples.rows):,} samples of an epoch, from {len(part.rows):,} that are not held out: "
+                f"the {len(samples.rows):,} samples of an epoch, from {there:,} that are not held out: "
                 "leave it out, or give it more weight"
             )
-    return Mix([order(part, stream) for stream, part in enumerate(parts, start=1)], shares, seed)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,10 @@ class Samples(NamedTuple):
     text_rows: np.ndarray  # (N,)
     views: np.ndarray  # (N, V): what is shown where the order draws a view: a flipped one only where that may be
     time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
+    shapes: np.ndarray  # (N, 2): height and width of the latents
     groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
-    pairs: np.ndarray  # (N,) identity of the image pair, the same in every cache
+    keys: np.ndarray  # (N,) identity, the same in every cache
+    pairs: np.ndarray  # (N,) that of the image pair
     caches: np.ndarray  # (N,) number of the cache
     numbers: np.ndarray  # (N,) where that cache's samples table has them
 
@@ -27,9 +29,16 @@ class Samples(NamedTuple):
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
 
-    def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Where a `Reader` has some samples in some views: rows, views and text rows; and their time ids."""
-        return self.rows[numbers], views, self.text_rows[numbers], self.time_ids[numbers, views]
+    def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[Any, ...]:
+        """Where a `Reader` has some samples of one shape in some views: rows, views, text rows; time ids; the shape."""
+        shape = tuple(self.shapes[numbers[0]].tolist())
+        return self.rows[numbers], views, self.text_rows[numbers], self.time_ids[numbers, views], shape
+
+    def by_shape(self) -> dict[tuple[int, int], np.ndarray]:
+        """The numbers of the samples of each shape, by height and width of its latents."""
+        height, width = self.shapes.T
+        found, owners = np.unique((height << 32) + width, return_inverse=True)
+        return {divmod(shape, 2**32): np.flatnonzero(owners == n) for n, shape in enumerate(found.tolist())}
 
     def prompts(self) -> np.ndarray:
         """The prompt of each sample, numbered from 0 without gaps, (N,)."""
@@ -60,21 +69,23 @@ class Samples(NamedTuple):
         table = table.take(numbers)
         if len(table) == 0:
             raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
-        side = cache.manifest["encoding"]["resolution"]
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
         sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
         crops = [table[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
-        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), side, side]
+        sides = np.stack([table[name].to_numpy() for name in ("height", "width")], axis=1).astype(np.int64)
+        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), *sides.T[:, :, None]]
         time_ids = np.stack([np.broadcast_to(size, shape) for size in sizes], axis=2).astype(np.float32)
         text_rows = table["text_row"].to_numpy()
         prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
         names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
         groups = np.unique(names, return_inverse=True)[1]
-        pairs = np.array([int(key[-16:], 16) for key in table["pair"].to_pylist()], np.uint64)  # 64 bits of a hash
-        caches = np.zeros(len(table), np.int64)
-        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, groups, pairs, caches, numbers)
+        keys, pairs = (  # 64 bits of a hash
+            np.array([int(key[-16:], 16) for key in table[name].to_pylist()], np.uint64) for name in ("key", "pair")
+        )
+        caches, shapes = np.zeros(len(table), np.int64), sides // cache.factor
+        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, shapes, groups, keys, pairs, caches, numbers)
 
     @classmethod
     def of_all(cls, reader: Reader, limit: int | None, kept: Sequence[np.ndarray] | None = None) -> "Samples":

@@ -15,9 +15,30 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ...encode.base.errors import TrainError, explained
 from ...encode.models.checkpoint import Checkpoint
-from ...encode.models.weights import dtype_of
+from ...encode.models.weights import dtype_of, not_finite
 from ..config import TrainConfig
-from ..unet.lora import save_adapters
+from ..unet.load import load_unet
+from ..unet.lora import add_adapters, save_adapters
+from ..unet.update import Update
+from ..unet.weights import Weights
+
+
+def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Update) -> Any:
+    """The UNet of a run as it is saved: with the averaged weights, and adapters beside the base in full precision.
+
+    Raises TrainError where its numbers are not finite.
+    """
+    update.weights.finish(update.average)
+    if config.lora.lora_rank:
+        unet = load_unet(config, checkpoint)  # the base as it is, not in half precision
+        add_adapters(unet, config.lora)
+        Weights(unet).load_state_dict(update.weights.state_dict())
+    if name := not_finite(unet.state_dict()):
+        raise TrainError(
+            f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
+            "checkpoint that was saved before that, with a smaller --learning_rate"
+        )
+    return unet
 
 
 def export(

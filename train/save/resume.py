@@ -34,7 +34,10 @@ class Progress:
     cache: dict[str, Any]  # identity of the cache that the run trains on
     seed: int
     step: int = 0  # optimizer steps
-    samples: int = 0  # seen by all processes: the position in the endless sequence
+    samples: int = 0  # seen by all processes
+    seen: list[int] = dataclasses.field(default_factory=lambda: [0])  # of each shape, in this lap: the position
+    selection: str = ""  # identity of what positions count (`data/order.py`)
+    lap: int = 0  # how often that has changed
     files: list[str] = dataclasses.field(default_factory=list)  # that its checkpoints consist of
     trains: str = Lora().described  # which weights
 
@@ -50,6 +53,12 @@ class Progress:
         if (found := state.get("trains", Lora().described)) != self.trains:  # older checkpoints did not say
             raise SettingsError(f"the checkpoint has trained {found}, and this run {self.trains}: go on with its flags")
         self.seed, self.step, self.samples = state["seed"], state["step"], state["samples"]
+        seen, self.lap = state.get("seen", [self.samples]), state.get("lap", 0)  # older ones knew a single shape
+        if state.get("selection", self.selection) == self.selection and len(seen) == len(self.seen):
+            self.seen = seen
+        else:  # counts of other samples would let those that are new catch up alone
+            self.lap += 1
+            say("the samples are others than the checkpoint's: they are gone through anew, in an order of their own")
 
 
 def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> Path | None:

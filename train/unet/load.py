@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -40,7 +41,8 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
                 "pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is the same kernel"
             ) from None
     if config.machine.compile:
-        unet.compile()  # in place, so that parameter names and the saved model stay as they are
+        # In place, so that parameter names and the saved model stay as they are; each shape has a graph of its own.
+        unet.compile(dynamic=False)
     return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -81,6 +83,14 @@ def widen(unet: UNet2DConditionModel, latent_channels: int = 4) -> None:
         conv.bias.copy_(narrow.bias)  # type: ignore[union-attr, arg-type]
     unet.conv_in = conv.to(narrow.weight)
     unet.register_to_config(in_channels=wide)
+
+
+def allow_graphs(shapes: int) -> None:
+    """Let the compiler make a graph for each shape: beyond a limit it runs eagerly what it has none for, silently."""
+    import torch._dynamo  # which takes seconds
+
+    limits: Any = torch._dynamo.config
+    limits.cache_size_limit = max(limits.cache_size_limit, shapes + 2)  # called recompile_limit since torch 2.7, too
 
 
 def check_gradients(unet: torch.nn.Module, loss: Callable[[], Tensor], precision: str) -> None:

@@ -171,7 +171,7 @@ def share_of_peak(unet: Any, reader: Reader, precision: Precision, device: torch
     if tera is None:
         return None
     shapes = {name: array.row_shape for name, array in reader.arrays.items()}
-    channels, *sides = shapes["original"]
+    channels, *sides = reader.largest
     needed = 2 / 3 if any(not weight.requires_grad for weight in unet.parameters()) else 1
     flops = training_flops(unet.config, (2 * channels, *sides), shapes["text"], *shapes.get("pooled", (None,)))
     return needed * flops / tera

@@ -71,11 +71,14 @@ class Validation:
         steps = len(self.objective.scheduler.alphas_cumprod)
         width, device = steps // BANDS, self.accelerator.device
         sums = torch.zeros(BANDS, device=device)
-        starts = range(0, count, size)[self.accelerator.process_index :: self.accelerator.num_processes]
-        for start in starts:
-            numbers = np.arange(start, min(start + size, count))
-            batch = gather(self.reader, self.held_out, numbers, device)
-            draws = self.objective.draw(batch, SEED, start, 0, 0)
+        batches = [
+            members[start : start + size]
+            for members in self.held_out.by_shape().values()
+            for start in range(0, len(members), size)
+        ]
+        for number in range(len(batches))[self.accelerator.process_index :: self.accelerator.num_processes]:
+            batch = gather(self.reader, self.held_out, batches[number], device)
+            draws = self.objective.draw(batch, SEED, number * size, 0, 0)
             draws = draws._replace(dropout=torch.ones_like(draws.dropout))
             for band in range(BANDS):
                 timesteps = band * width + draws.timesteps % width
@@ -85,7 +88,10 @@ class Validation:
         return {name: math.fsum(means) / BANDS} | bands
 
     def draw(self, step: int, unet: UNet2DConditionModel) -> None:
-        """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them."""
+        """Edit the validation picture and held-out ones, on the main process, and keep one sheet of them.
+
+        Those that are held out are edited at the size that they have in the cache.
+        """
         if not self.accelerator.is_main_process or (self.picture is None and not len(self.held_out.rows)):
             return
         pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, torch.float32)
@@ -93,11 +99,14 @@ class Validation:
         pipeline.to(self.accelerator.device)
         editor = Editor(pipeline)
         seeds = range(SEED, SEED + self.config.watching.num_validation_images)
-        pairs = [] if self.picture is None else [(str(self.config.watching.validation_prompt), self.picture, None)]
-        rows: list[tuple[str, Sequence[Image.Image | None]]] = [
-            (prompt, [original, target, *editor.edit(original, prompt, seed=SEED, num_images=len(seeds))])
-            for prompt, original, target in [*pairs, *self.held_out_pictures(pipeline)]
-        ]
+        how: dict[str, Any] = {"seed": SEED, "num_images": len(seeds)}
+        rows: list[tuple[str, Sequence[Image.Image | None]]] = []
+        if self.picture is not None:
+            prompt = str(self.config.watching.validation_prompt)
+            rows.append((prompt, [self.picture, None, *editor.edit(self.picture, prompt, **how)]))
+        for prompt, original, target in self.held_out_pictures(pipeline):
+            edits = editor.edit(original, prompt, resolution=max(original.size), **how)
+            rows.append((prompt, [original, target, *edits]))
         sheet = contact_sheet(rows, ["original", "target", *(f"edited, seed {seed}" for seed in seeds)])
         folder = self.config.saving.output_dir / "validation"
         folder.mkdir(exist_ok=True)
@@ -118,13 +127,11 @@ class Validation:
         count = min(self.config.watching.num_validation_images, there)
         if not count:
             return
-        numbers = np.arange(count) * there // count
-        batch = gather(self.reader, self.held_out, numbers, self.accelerator.device)
-        decode, to_pictures = pipeline.vae.decode, pipeline.image_processor.postprocess
-        originals = to_pictures(decode(batch.original.float()).sample)
-        targets = to_pictures(decode(batch.edited[:, : batch.original.shape[1]].float()).sample)
-        instructions = self.held_out.select(numbers).instructions(self.reader.caches)
-        yield from zip(instructions, originals, targets, strict=True)
+        chosen = self.held_out.select(np.arange(count) * there // count)
+        for number, instruction in enumerate(chosen.instructions(self.reader.caches)):
+            batch = gather(self.reader, chosen, np.array([number]), self.accelerator.device)
+            latents = torch.cat([batch.original, batch.edited[:, : batch.original.shape[1]]]).float()
+            yield instruction, *pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 
 
 def open_picture(flags: Watching) -> Image.Image | None:
