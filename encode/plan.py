@@ -22,6 +22,7 @@ from .base.flags import dump
 from .cache.format import (
     CONVENTION,
     SAMPLES,
+    TEXT_ALONE,
     Cache,
     RowShapes,
     differences,
@@ -97,7 +98,8 @@ def make_plan(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, proce
             mend = "name another folder with --cache, or encode as it was made"
             raise CacheMismatch("\n".join([f"{old.folder} was encoded differently: {mend}", *lines]))
         manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
-    ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
+    commits = old.commits() if old else {}
+    ledger = Ledger(commits, manifest["shard_rows"], len(manifest["views"]), config.run.cache_text)
     samples = known_samples(old, manifest, retry) if old else None
     if samples is None:
         samples = identify(source, pictures, workers(config))
@@ -151,6 +153,7 @@ def encoding(config: EncodeConfig, checkpoint: Checkpoint) -> dict[str, Any]:
         "background": pictures.background,
         "mixed_precision": run.mixed_precision,
         "vae_precision": checkpoint.vae_precision(run.vae_precision, run.mixed_precision),
+        "text": None if run.cache_text else TEXT_ALONE,
     }
 
 

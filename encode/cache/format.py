@@ -36,6 +36,7 @@ SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 1024
 CHUNK_ROWS = {"images": 64, "text": 16}
 PAGE = 4096  # a shard is a whole number of pages, so that shards can be mapped side by side
+TEXT_ALONE = "instructions alone"  # what the encoding says of a cache that holds none embedded
 CONVENTION = "unscaled; original: posterior mean; edited: mean and log variance; pixels 2 * (x / 255) - 1"
 
 SAMPLES = pa.schema(
@@ -165,6 +166,11 @@ class Cache:
         return self.manifest.get("vae_scale_factor") or side // self.arrays("images")["original"].shape[-1]
 
     @property
+    def holds_text(self) -> bool:
+        """Whether it holds each instruction embedded, or the empty one alone."""
+        return holds_text(self.manifest)
+
+    @property
     def shard_rows(self) -> dict[str, int]:
         """Rows of one shard, by kind."""
         return self.manifest["shard_rows"]
@@ -208,6 +214,11 @@ class Cache:
                 raise CacheError(f"{file} is missing: run the same ip2p-encode again, it restores what can be restored")
             if file_record(file) != expected:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
+
+
+def holds_text(manifest: Record) -> bool:
+    """Whether a cache holds each instruction embedded, or the empty one alone."""
+    return manifest["encoding"].get("text") != TEXT_ALONE
 
 
 def differences(old: Record, new: Record, parts: Sequence[str], names: tuple[str, str]) -> list[str]:

@@ -53,16 +53,22 @@ class Ledger:
         commits: the records of all finished units.
         shard_rows: rows of one shard, by kind.
         views: how many views each pair has.
+        texts: whether each instruction is cached; else the empty one stands for all.
     """
 
     commits: Mapping[Unit, Record]
     shard_rows: Mapping[str, int]
     views: int
+    texts: bool = True
 
     @classmethod
     def of(cls, cache: Cache) -> "Ledger":
         """What is committed now; a `CacheError` where a record is damaged."""
-        return cls(cache.commits(), cache.shard_rows, len(cache.views))
+        return cls(cache.commits(), cache.shard_rows, len(cache.views), cache.holds_text)
+
+    def text_key(self, instruction: str) -> str:
+        """Identity of what stands for an instruction in the text arrays."""
+        return text_key(instruction if self.texts else NULL_PROMPT)
 
     def units(self, row: int, text_row: int) -> list[Unit]:
         """The units that hold a sample: its images in every view, then its text."""
@@ -79,7 +85,7 @@ class Ledger:
         columns = samples.to_pydict()
         # A row that nobody tried (no image, no instruction) is -1 and stays so: another try needs other data.
         tried = [reason is None or row >= 0 for reason, row in zip(columns["reason"], columns["row"], strict=True)]
-        texts = list(map(text_key, columns["instruction"]))
+        texts = list(map(self.text_key, columns["instruction"]))
         rows = self._rows("images", itertools.compress(columns["pair"], tried), retry)
         text_rows = self._rows("text", [text_key(NULL_PROMPT), *itertools.compress(texts, tried)], retry)
         columns["row"] = [rows[key] if try_ else -1 for key, try_ in zip(columns["pair"], tried, strict=True)]
@@ -120,7 +126,7 @@ class Ledger:
         for n, (row, text_row) in enumerate(zip(columns["row"], columns["text_row"], strict=True)):
             if row < 0:
                 continue
-            keys = [columns["pair"][n]] * self.views + [text_key(columns["instruction"][n])]
+            keys = [columns["pair"][n]] * self.views + [self.text_key(columns["instruction"][n])]
             i, text_i = row % self.shard_rows["images"], text_row % self.shard_rows["text"]
             units = map(self.commits.get, self.units(row, text_row))
             held = zip(units, [i] * self.views + [text_i], keys, strict=True)
@@ -144,7 +150,7 @@ class Ledger:
         columns = samples.select(["status", "row", "text_row", "instruction", *Item._fields]).to_pydict()
         for status, row, text_row, instruction, *item in zip(*columns.values(), strict=True):
             if status == "pending":
-                texts[text_row // self.shard_rows["text"]][text_row] = instruction
+                texts[text_row // self.shard_rows["text"]].setdefault(text_row, instruction)
                 images[row // self.shard_rows["images"]].setdefault(row, Item(*item))
         for kind, shards, views in (("text", texts, 1), ("images", images, self.views)):
             for shard, rows in sorted(shards.items()):

@@ -15,7 +15,7 @@ import zarr
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
-from ..cache.format import Cache, Record, Unit, wrong_size
+from ..cache.format import Cache, Record, Unit, holds_text, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.writer import write_state
 
@@ -166,7 +166,7 @@ def _samples(
     samples: pa.Table, manifest: Mapping[str, Any], records: Records, known: set[Unit | None]
 ) -> Iterator[Finding]:
     """Compare the table of samples with the records; `known` units were named already."""
-    ledger = Ledger(records, manifest["shard_rows"], len(manifest["views"]))
+    ledger = Ledger(records, manifest["shard_rows"], len(manifest["views"]), holds_text(manifest))
     before, after, status = samples.to_pylist(), ledger.settle(samples).to_pylist(), counts(samples)
     if status != manifest["counts"]:
         yield Finding("manifest.json", f"counts {manifest['counts']}, samples.parquet holds {status}")

@@ -29,6 +29,10 @@ class Samples(NamedTuple):
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
 
+    def places(self, numbers: np.ndarray) -> tuple[list[int], list[int]]:
+        """The caches of some samples, and where their samples tables have them."""
+        return self.caches[numbers].tolist(), self.numbers[numbers].tolist()
+
     def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[Any, ...]:
         """Where a `Reader` has some samples of one shape in some views: rows, views, text rows; time ids; the shape."""
         shape = tuple(self.shapes[numbers[0]].tolist())
@@ -78,8 +82,11 @@ class Samples(NamedTuple):
         sizes = [*sizes, *(crop.reshape(shape) for crop in crops), *sides.T[:, :, None]]
         time_ids = np.stack([np.broadcast_to(size, shape) for size in sizes], axis=2).astype(np.float32)
         text_rows = table["text_row"].to_numpy()
-        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
-        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
+        texts = text_rows
+        if not cache.holds_text:  # rows as they would be
+            texts = 1 + table["instruction"].combine_chunks().dictionary_encode().indices.to_numpy()
+        prompts = zip(table["group"].to_pylist(), texts.tolist(), strict=True)
+        names = [str(text) if group is None else f"group {group}" for group, text in prompts]
         groups = np.unique(names, return_inverse=True)[1]
         keys, pairs = (  # 64 bits of a hash
             np.array([int(key[-16:], 16) for key in table[name].to_pylist()], np.uint64) for name in ("key", "pair")
