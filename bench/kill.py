@@ -1,8 +1,9 @@
 """Kills `ip2p-train` again and again while it writes checkpoints, and looks at what is left each time.
 
 After the first checkpoint there must always be a complete one to resume from, and it must equal bit for bit what an
-undisturbed run wrote at that step, waiting for each checkpoint. The model is tiny, and each step ends in a checkpoint:
-so most kills fall into the writing of one. A count of violations is printed, which must be 0.
+undisturbed run wrote at that step, waiting for each checkpoint. The model is tiny, its pictures have three shapes, and
+each step ends in a checkpoint: so most kills fall into the writing of one. A count of violations is printed, which must
+be 0.
 """
 
 import argparse
@@ -53,9 +54,9 @@ def main() -> None:
 def killed(folder: Path, args: argparse.Namespace) -> Iterator[tuple[bool, bool]]:
     """For each kill, whether a checkpoint was left half written, and whether the last complete one is not right."""
     random.seed(args.seed)
-    model, data = tiny.checkpoint(folder / "model"), tiny.dataset(folder / "data", tiny.pairs(10))
+    model, data = tiny.checkpoint(folder / "model"), tiny.dataset(folder / "data", tiny.pairs(10, sizes=tiny.SIDES))
     encoding = {"pretrained_model_name_or_path": model, "dataset_name": data, "cache": folder / "cache"}
-    encode(tiny.arguments(encoding | {"resolution": 16, "dataloader_num_workers": 0}))
+    encode(tiny.arguments(encoding | {"resolution": 16, "bucket_step": 4, "dataloader_num_workers": 0}))
     command = {"pretrained_model_name_or_path": model, "cache": folder / "cache", "train_batch_size": 2, "seed": 0}
     command |= {"checkpointing_steps": 1, "use_ema": True, "report_to": "none", "resume_from_checkpoint": "auto"}
     output, straight = folder / "out", folder / "straight"

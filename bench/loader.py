@@ -1,8 +1,11 @@
-"""How fast samples come out of a cache: warm, cold, against `np.memmap`, and what that costs the main thread."""
+"""How fast samples come out of a cache: warm, cold, against `np.memmap`, in several shapes, and what that costs the
+main thread."""
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -16,6 +19,7 @@ from synthetic import build, forget
 from ip2p.encode.base.flags import build as flags_into
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.geometry import Shape, shapes
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import make_order
@@ -49,6 +53,7 @@ def main() -> None:
             },
         )
         warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
+        shaped = take_turns(args.rounds, shaped_cases(Path(folder), args))
         beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
     bars = args.size == "sd256"  # what the budgets are given for
     rows = [
@@ -60,6 +65,10 @@ def main() -> None:
         Row("cold, batches from the thread", median(cold["prefetch"]), "samples/s", 5_000 if bars else None),
         Row("cold, against no prefetch", ratio(cold, "prefetch", "none"), "times", 20 if bars else None),
         Row("cold, no prefetch", median(cold["none"]), "samples/s"),
+        *(
+            Row(f"warm, of {count} shapes, against one", ratio(shaped, count, "1"), "times", 0.9 if bars else None)
+            for count in ("7", "27")
+        ),
         *(Row(f"main thread beside {rate} samples/s", median(beside[rate]), "of its rate") for rate in beside),
     ]
     report("loader", args, rows)
@@ -69,6 +78,29 @@ def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:
     """What training draws from."""
     samples = Samples.of(cache, None)
     return Batches(reader, samples, drawn(cache, samples, batch_size), torch.device("cpu"), batch_size=batch_size)
+
+
+def shaped_cases(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """Batches from the thread, of a cache of squares and of caches of several shapes: each returns samples/s."""
+    rows, cases, samples = SHAPES[args.size], dict[str, Callable[[], float]](), args.samples // 4
+    channels, side, _ = rows["images"]["original"]
+    flat = dict(rows) | {"images": {"original": (channels, side**2), "edited": (2 * channels, side**2)}}
+    every = [Shape(shape.height // 8, shape.width // 8) for shape in shapes(8 * side, 8)]
+    for count in (1, 7, 27):
+        latents = [every[n] for n in np.linspace(0, len(every) - 1, count).astype(int)] if count > 1 else []
+        cache = build(folder / f"shapes-{count}", samples, flat if latents else rows, latents=latents)
+        cases[str(count)] = partial(rate, batches(cache, Reader(cache), args.batch_size), samples, args.batch_size)
+    for case in cases.values():
+        case()  # brings all pages into memory
+    return cases
+
+
+def rate(loader: Batches, samples: int, batch_size: int) -> float:
+    """Samples/s of the next batches, of about as many samples."""
+    began = time.perf_counter()
+    for _ in range(samples // batch_size):
+        next(loader)
+    return samples // batch_size * batch_size / (time.perf_counter() - began)
 
 
 def drawn(cache: Cache, samples: Samples, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

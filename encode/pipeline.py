@@ -104,14 +104,14 @@ class Pipeline:
 
     def _encode_images(self, work: Sequence[Work], source: Pairs, done: Done) -> None:
         rows_in_order: list[tuple[int, Item, list[View]]] = []
-        batches: list[list[Sequence[int]]] = []  # of each work: a batch never crosses a unit, and is of one shape
+        batches: list[list[list[int]]] = []  # of each work: a batch never crosses a unit, and is of one shape
         for units, rows in work:
             views = [View.parse(self.cache.views[unit.view]) for unit in units]
             shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
             for row, item in sorted(rows.items()):
                 shapes[item.height, item.width].append(len(rows_in_order))
                 rows_in_order.append((row, item, views))
-            batches.append([batch for rows in shapes.values() for batch in _batches(rows, self.batch_size)])
+            batches.append([list(batch) for rows in shapes.values() for batch in _batches(rows, self.batch_size)])
         loader = DataLoader(
             _Images(source, rows_in_order, Geometry.of(self.cache.manifest["encoding"])),
             batch_sampler=list(chain.from_iterable(batches)),

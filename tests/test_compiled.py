@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tiny
 from ip2p.encode.base.errors import TrainError
+from ip2p.train import run
 from ip2p.train.__main__ import main
 from ip2p.train.unet.load import check_gradients
 
@@ -80,6 +81,34 @@ def test_in_fp16_gradients_are_compared_at_a_scale_that_they_survive() -> None:
         weight.register_hook(lambda gradient: gradient.half().float())  # what float16 holds of it
     with pytest.raises(TrainError, match="gradients are not"):
         check_gradients(unet, lambda: 10 * loss(), "fp16")
+
+
+@pytest.mark.slow
+def test_each_shape_has_a_graph_that_is_checked(
+    sd: Path, tmp_path: Path, encode: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than the compiler allows by default are compiled, none is run eagerly, and no step compiles anew."""
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(4, sizes=[(20, 12), (16, 16)]))
+    encode(sd, data, tmp_path / "cache", bucket_step=4)
+    graphs, checked = list[tuple[int, ...]](), list[tuple[int, ...]]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.extend({tuple(x.shape) for x in inputs if x.ndim == 4 and x.shape[:2] == (2, 8)})
+        return graph
+
+    def check(unet: torch.nn.Module, loss: Callable[[], Tensor], precision: str) -> None:
+        check_gradients(unet, loss, precision)
+        checked.append(graphs[-1])
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(run, "check_gradients", check)
+    monkeypatch.setattr(UNet2DConditionModel, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
+    values = {"pretrained_model_name_or_path": sd, "cache": tmp_path / "cache", "output_dir": tmp_path / "out"}
+    values |= {"max_train_steps": 6, "train_batch_size": 2, "seed": 0, "report_to": "none", "compile": True}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        main(tiny.arguments(values))
+    assert len(set(checked)) == 2
+    assert graphs == checked
 
 
 def test_a_run_is_checked_and_not_changed_by_it(

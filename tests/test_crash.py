@@ -42,7 +42,7 @@ class Encode:
 
     def __init__(self, model: Path, data: Path, logs: Path):
         self.flags: dict[str, object] = {"pretrained_model_name_or_path": model, "dataset_name": data, "resolution": 16}
-        self.flags |= {"random_flip": True, "encode_batch_size": 3, "dataloader_num_workers": 1}
+        self.flags |= {"random_flip": True, "bucket_step": 4, "encode_batch_size": 3, "dataloader_num_workers": 1}
         self.logs = logs
         self.runs = 0
 
@@ -96,8 +96,8 @@ def kill(group: Sequence[BaseProcess]) -> None:
 
 @pytest.fixture(scope="module")
 def killable(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Encode:
-    """A dataset whose pairs all have instructions of their own, but for two equal samples at each end."""
-    columns = tiny.pairs(PAIRS)
+    """Pairs in three shapes that all have instructions of their own, but for two equal samples at each end."""
+    columns = tiny.pairs(PAIRS, sizes=tiny.SIDES)
     columns["edit_prompt"] = [f"make it {n}" for n in range(PAIRS)]
     columns = {name: [*values, values[0], values[0]] for name, values in columns.items()}
     data = tiny.dataset(tmp_path_factory.mktemp("killable"), columns)
@@ -118,7 +118,7 @@ def committed(cache: Path) -> set[Unit]:
     """Units with a record, each of which has its files whole."""
     records = Cache(cache, {}).commits()
     for record in records.values():
-        for path, expected in record["files"].items():
+        for path, expected in record.files.items():
             assert file_record(cache / path) == expected
     return set(records)
 

@@ -189,7 +189,7 @@ def test_samples_that_stand_aside_are_not_kept(kept: Path, tmp_path: Path) -> No
     cache = Cache.open(kept)
     table = cache.samples()
     status = ["quarantined", *table["status"].to_pylist()[1:]]
-    write_state(tmp_path, cache.manifest, table.set_column(table.column_names.index("status"), "status", [status]))
+    write_state(tmp_path, cache.manifest, table.set_column(table.column_names.index("status"), "status", [status]), {})
     (found,) = keep.choose([Cache.open(tmp_path)], "score > 7") or []
     assert found.sum() == 5
     assert Samples.of(Cache.open(tmp_path), None, found).numbers.tolist() == [2, 5, 6, 9]

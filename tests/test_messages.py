@@ -138,8 +138,8 @@ def test_wrong_train_flags_are_answered_in_a_line(
 def test_a_damaged_small_file_is_refused_with_the_mend(
     training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One bit in the samples table or in a record stops training before it begins."""
-    for name in ("samples.parquet", "manifest.json", "commits/text-000000.json"):
+    """One bit in a table or in the manifest stops training before it begins."""
+    for name in ("samples.parquet", "units.parquet", "manifest.json"):
         folder = shutil.copytree(cache, tmp_path / name.replace("/", "-"))
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1

@@ -103,6 +103,33 @@ def test_two_processes_and_then_one_see_each_sample_of_the_epoch_once(sd: Path, 
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_one_process_then_two_then_one_go_through_each_shape(
+    sd: Path, tmp_path: Path, encode: Callable[..., None]
+) -> None:
+    """All see the same shape at a time, and of each come permutations, whoever takes which part of them."""
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(24, sizes=tiny.SIDES))
+    encode(sd, data, tmp_path / "cache", bucket_step=4)
+    changed = {"use_ema": False, "checkpointing_steps": 1, "lr_scheduler": "constant"}
+    arguments = flags(sd, tmp_path / "cache", tmp_path / "out", **changed, resume_from_checkpoint="auto")
+    streams: dict[tuple[int, ...], list[bytes]] = {}
+    for number, (processes, size, last) in enumerate([(1, 4, 2), (2, 2, 8), (1, 3, 16)]):
+        more = ["--max_train_steps", str(last), "--train_batch_size", str(size)]
+        ranks = launch(processes, tmp_path / f"run{number}", False, [*arguments, *more])
+        for parts in zip(*(rank[-1]["batches"] for rank in ranks), strict=True):
+            (shape,) = {tuple(part["original"].shape[2:]) for part in parts}
+            rows = torch.cat([part["original"] for part in parts])
+            streams.setdefault(shape, []).extend(row.numpy().tobytes() for row in rows)
+    state = torch.load(tmp_path / "out" / "checkpoint-16" / "custom_checkpoint_0.pkl")
+    assert state["seen"] == [len(stream) for _, stream in sorted(streams.items())]
+    assert len(streams) == 3
+    for stream in streams.values():
+        count = len(set(stream))
+        assert len(stream) > count
+        for start in range(0, len(stream), count):
+            one = stream[start : start + count]
+            assert len(set(one)) == len(one)
+
+
 SLOW_DISK = """
 import sys, time
 from ip2p.train.save import checkpoint

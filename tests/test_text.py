@@ -1,5 +1,6 @@
 """Caches of instructions alone (`--no_cache_text`): training embeds them, and all else is as with cached text."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def batches(cache: Cache, checkpoint: Checkpoint, count: int) -> list[Batch]:
     drawn = Turns([order], [np.arange(order.samples)], [1]).batches([0], 4)
     texts = Texts.of([cache], checkpoint, CPU)
     loader = Batches(Reader(cache), samples, drawn, CPU, batch_size=4, texts=texts)
-    found = [Batch(*(part if part is None else part.clone() for part in next(loader))) for _ in range(count)]
+    found = [copy.deepcopy(next(loader)) for _ in range(count)]
     loader.close()
     return found
 

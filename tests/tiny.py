@@ -1,7 +1,7 @@
 """Tiny real Stable Diffusion checkpoints in diffusers' layout, and pairs of pictures to encode."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +166,19 @@ def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
-def pairs(count: int, first: int = 0) -> dict[str, list]:
-    """Columns of `count` pairs with instructions, named as in fusing/instructpix2pix-1000-samples."""
+SIDES = ((48, 30), (30, 48), (40, 40), (44, 34), (34, 44), (90, 30), (37, 41))
+"""Sizes of pictures that become five shapes, the steps between which are an eighth of the square's side."""
+
+
+def pairs(count: int, first: int = 0, sizes: Sequence[tuple[int, int]] = ((24, 20),)) -> dict[str, list]:
+    """Columns of `count` pairs with instructions, named as in fusing/instructpix2pix-1000-samples.
+
+    Their `sizes` (width, height) come in turns.
+    """
     numbers = range(first, first + count)
     return {
-        "input_image": [picture(2 * n) for n in numbers],
-        "edited_image": [picture(2 * n + 1) for n in numbers],
+        "input_image": [picture(2 * n, sizes[n % len(sizes)]) for n in numbers],
+        "edited_image": [picture(2 * n + 1, sizes[n % len(sizes)]) for n in numbers],
         "edit_prompt": [f"make it {WORDS[2 + n % 7]}" for n in numbers],
     }
 

@@ -21,7 +21,8 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
-from .format import Cache, Unit, wrong_size
+from .commits import Unit, unit_of
+from .format import Cache, wrong_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -158,8 +159,8 @@ class Reader:
     @property
     def largest(self) -> tuple[int, int, int]:
         """Channels, height and width of the largest latents: of several shapes, the square."""
-        channels, *cells = self.arrays["original"].row_shape
-        return (channels, *cells) if len(cells) == 2 else (channels, math.isqrt(*cells), math.isqrt(*cells))
+        channels, height, *width = self.arrays["original"].row_shape
+        return (channels, height, *width) if width else (channels, math.isqrt(height), math.isqrt(height))  # type: ignore[return-value]
 
     def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
         """Make sure that `take` can be asked for these rows in every view; others must never reach it.
@@ -194,12 +195,10 @@ class Reader:
 
 
 def _whole_units(cache: Cache) -> set[Unit]:
-    """What is committed, after a look at the size of every shard file."""
-    commits = cache.commits()
-    for record in commits.values():
-        for path, expected in record["files"].items():
-            file = cache.folder / path
-            if problem := wrong_size(file, expected):
-                mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
-                raise CacheError(f"{file} {problem}: {mend}")
-    return set(commits)
+    """What is committed, after a look at the size of every shard file and the names of the records."""
+    shards = cache.shards()
+    for path, expected in shards.items():
+        if problem := wrong_size(cache.folder / path, expected):
+            mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
+            raise CacheError(f"{cache.folder / path} {problem}: {mend}")
+    return set(filter(None, map(unit_of, shards))) & set(cache.units())

@@ -11,7 +11,7 @@ PARTS = "model", "identity", "dataset", "encoding"  # of the manifest
 
 
 def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, Any]:
-    """Samples by status, views, bytes, arrays, columns that are kept of the dataset, and `PARTS`.
+    """Samples by status, views, bytes, arrays, samples by shape, columns that are kept of the dataset, and `PARTS`.
 
     Args:
         keep: a condition, to count the samples that it keeps as `kept`.
@@ -23,6 +23,9 @@ def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, 
         name: {"shape": list(array.shape), "bytes": folder_bytes(cache.folder / "data.zarr" / name)}
         for name, array in (cache.arrays("images") | cache.arrays("text")).items()
     }
+    groups = table.filter(table["status"].to_numpy() == "ok").group_by(["width", "height"])
+    shapes = sorted(groups.aggregate([([], "count_all")]).to_pylist(), key=lambda shape: shape["width"])
+    found["shapes"] = {"{width} x {height}".format_map(shape): shape["count_all"] for shape in shapes}
     found["columns"] = {name: kind for name, kind in kinds(table.schema).items() if name not in SAMPLES.names}
     found |= {part: cache.manifest[part] for part in PARTS}
     if keep is not None:

@@ -71,8 +71,9 @@ def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, 
     print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {found['bytes'] / 2**20:,.1f} MiB")
     for name, array in found["arrays"].items():
         print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {array['bytes'] / 2**20:,.1f} MiB")
+    print("  shapes   ", ", ".join(f"{shape} px: {count:,}" for shape, count in found["shapes"].items()))
     if found["columns"]:
-        print("  columns   " + ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
+        print("  columns  ", ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
     if keep is not None:
         print(f"  --keep    {found['kept']:,} of {status.get('ok', 0):,} samples: {keep}")
     for part in PARTS:

@@ -19,7 +19,7 @@ class Texts:
     """
 
     def __init__(self, caches: Sequence[Cache], checkpoint: Checkpoint, device: torch.device):
-        self._columns = [cache.samples(kept=False)["instruction"] for cache in caches]
+        self._columns = [cache.samples("instruction")["instruction"] for cache in caches]
         self._lock = threading.Lock()  # a tokenizer is for one thread at a time, and validation has batches of its own
         dtype = DTYPES[caches[0].manifest["encoding"]["mixed_precision"]]
         self.encoders = TextEncoders(checkpoint, device, dtype)

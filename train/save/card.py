@@ -32,7 +32,7 @@ pipeline("make it snowy", image=image, num_inference_steps=20, image_guidance_sc
 {adapters}{pictures}
 ## Data
 
-{samples:,} samples of {datasets} at {encoding[resolution]} px ({encoding[resize_mode]}; views: {views}),
+{samples:,} samples of {datasets} at {encoding[resolution]} px ({encoding[resize_mode]}{shapes}; views: {views}),
 {steps:,} steps, {seen:,} samples seen.
 
 | encoder | hash of its weights or vocabulary |
@@ -100,6 +100,7 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], progress: Progress)
         samples=sum(cache.manifest["counts"]["ok"] for cache in caches),
         datasets=" and ".join(dict.fromkeys(str(named(cache.manifest["dataset"]["name"])) for cache in caches)),
         encoding=manifest["encoding"],
+        shapes=f" in {len(progress.seen)} shapes" if len(progress.seen) > 1 else "",
         views=", ".join(dict.fromkeys(view for cache in caches for view in cache.views)),
         steps=progress.step,
         seen=progress.samples,
