@@ -175,8 +175,8 @@ class Run:
     """Precision of the VAE alone. Default: that of --mixed_precision; for SDXL float32, since its VAE overflows, unless
     the VAE's configuration says that it does not (force_upcast: false)."""
     cache_text: bool = True
-    """Keep instructions embedded; with --no_cache_text, training embeds those of each batch. That takes the text
-    encoder's memory and time there, and a fortieth to a three-hundredth of the room of short instructions here."""
+    """Keep instructions embedded. With --no_cache_text they are kept alone, and training embeds those of each batch:
+    the text encoder takes time and memory there, and its output no room here, 116 KiB of each instruction (SD 1.5)."""
     encode_batch_size: Count = 16
     """Pairs in one batch of the VAE, and twice as many instructions in one of the text encoder."""
     dataloader_num_workers: Whole | None = None
