@@ -16,6 +16,7 @@ from ..encode.base.flags import changed
 from ..encode.cache.format import Cache
 from ..encode.cache.reader import Reader
 from ..encode.models.checkpoint import Checkpoint
+from ..encode.models.encoders import DTYPES
 from ..encode.models.parts import read_config
 from .config import TrainConfig
 from .memory import Passes, Shapes, simulate
@@ -37,6 +38,7 @@ class Need(NamedTuple):
     weights: int  # and masters behind them
     moments: int
     average: int
+    text: int  # weights of the text encoders, where they embed instructions in training
     gradients: int
     activations: int  # and whatever else a step takes beside all gradients
     validation: int  # what draws pictures, beside the UNet
@@ -44,7 +46,8 @@ class Need(NamedTuple):
     @property
     def most(self) -> int:
         """Bytes at the higher peak."""
-        return self.weights + self.moments + self.average + max(self.gradients + self.activations, self.validation)
+        stays = self.weights + self.moments + self.average + self.text
+        return stays + max(self.gradients + self.activations, self.validation)
 
     @property
     def card(self) -> float:
@@ -58,6 +61,7 @@ class Model(NamedTuple):
     unet: Mapping[str, Any]
     shapes: Shapes
     frozen: Frozen
+    text: int = 0  # bytes of the text encoders that run beside it
 
     @classmethod
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
@@ -69,7 +73,10 @@ class Model(NamedTuple):
             was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {width}"
             raise CacheMismatch(f"{reader.caches[0].folder} holds {was}, and {asked}: give the model that encoded it")
         shapes = Shapes((2 * channels, *sides), (length, width), pooled)
-        return cls(read_config(base.folder / "unet", "unet"), shapes, Frozen.of(base))
+        frozen, cache, text = Frozen.of(base), reader.caches[0], 0
+        if not cache.holds_text:
+            text = sum(frozen.text_weights()) * DTYPES[cache.manifest["encoding"]["mixed_precision"]].itemsize
+        return cls(read_config(base.folder / "unet", "unet"), shapes, frozen, text)
 
 
 def estimate(config: TrainConfig) -> None:
@@ -164,7 +171,7 @@ def needed(config: TrainConfig, model: Model) -> Need:
     if config.watching.image or config.watching.num_validation_samples:
         validation = _simulated_picture(json.dumps(model), how, norms=not machine.compile) + several * gradients
     kept = moments(found, flags.name, rounded=precision.rounded)
-    return Need(found.static - masters, kept, average, gradients, found.peak - gradients, validation)
+    return Need(found.static - masters, kept, average, model.text, gradients, found.peak - gradients, validation)
 
 
 @functools.cache
@@ -175,7 +182,7 @@ def _simulated(unet: str, *args: Any, **how: Any) -> Passes:
 
 @functools.cache
 def _simulated_picture(model: str, precision: Precision, *, norms: bool) -> int:
-    unet, shapes, frozen = json.loads(model)
+    unet, shapes, frozen, _ = json.loads(model)
     return simulate_picture(Frozen(*frozen), unet, Shapes(*shapes), precision, norms=norms)
 
 

@@ -133,6 +133,7 @@ class Reader:
     """
 
     def __init__(self, *caches: Cache):
+        self.holds_text = caches[0].holds_text  # else nobody asks for rows of it
         self.caches, self._units = caches, [_whole_units(cache) for cache in caches]
         self.first_rows: dict[str, list[int]] = {}
         self._rows: dict[str, int] = {}  # of all caches, in one view
@@ -168,7 +169,7 @@ class Reader:
         Raises:
             CacheError: a unit that holds some of them has no commit record.
         """
-        for kind, wanted in (("images", rows), ("text", text_rows)):
+        for kind, wanted in (("images", rows), ("text", text_rows))[: 1 + self.holds_text]:
             owners = np.searchsorted(self.first_rows[kind], wanted, side="right") - 1
             for number, (cache, first) in enumerate(zip(self.caches, self.first_rows[kind], strict=True)):
                 shards = np.unique((wanted[owners == number] - first) // cache.shard_rows[kind]).tolist()
@@ -187,7 +188,8 @@ class Reader:
 
     def will_need(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
         """Ask for rows that `take` will gather soon, so that the disk works ahead (20 times faster when cold)."""
-        for name, array in self.arrays.items():
+        images = {name: self.arrays[name] for name in ("original", "edited")}
+        for name, array in (self.arrays if self.holds_text else images).items():
             array.will_need(self._place(name, rows, views, text_rows).tolist())
 
     def _place(self, name: str, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> np.ndarray:

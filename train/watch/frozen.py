@@ -22,7 +22,7 @@ def half(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-class Texts:
+class KnownTexts:
     """Takes a text encoder's place in a pipeline, for texts that are known before: the encoder takes memory.
 
     Args:
@@ -47,12 +47,14 @@ class Texts:
         return BaseModelOutput(first, hidden_states=(hidden, hidden))  # type: ignore[arg-type]
 
 
-def encode(checkpoint: Checkpoint, texts: Iterable[str], device: torch.device, dtype: torch.dtype) -> dict[str, Texts]:
+def encode(
+    checkpoint: Checkpoint, texts: Iterable[str], device: torch.device, dtype: torch.dtype
+) -> dict[str, KnownTexts]:
     """What each text encoder of a checkpoint makes of some texts, by its name; one after the other is loaded for it."""
-    found = dict[str, Texts]()
+    found = dict[str, KnownTexts]()
     for encoder, tokenizer in zip(checkpoint.text_encoders, checkpoint.tokenizers, strict=True):
         network = checkpoint.network(encoder, dtype).to(device)
-        found[encoder] = Texts(network, checkpoint.tokenizer(tokenizer), texts)
+        found[encoder] = KnownTexts(network, checkpoint.tokenizer(tokenizer), texts)
         del network  # before the next one is there
     return found
 
@@ -88,6 +90,13 @@ class Frozen(NamedTuple):
         texts = tuple(read_config(base.folder / name, name) for name in base.text_encoders)
         return cls(read_config(base.vae_folder, "vae"), texts, base.vae_overflows)
 
+    def text_weights(self) -> list[int]:
+        """How many numbers the weights of each text encoder are."""
+        with torch.device("meta"):
+            kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+            networks = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, self.texts, strict=False)]
+        return [sum(weight.numel() for weight in network.parameters()) for network in networks]
+
 
 def simulate_picture(
     frozen: Frozen, unet: Mapping[str, Any], shapes: Shapes, precision: Precision, *, norms: bool
@@ -98,8 +107,6 @@ def simulate_picture(
     """
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(frozen.vae)
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-        encoders = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, frozen.texts, strict=False)]
         latents = torch.empty(1, shapes.latents[0] // 2, *shapes.latents[1:])
         picture = torch.empty(
             1, 3, *(side * 2 ** (len(vae.config.block_out_channels) - 1) for side in latents.shape[2:])
@@ -118,5 +125,4 @@ def simulate_picture(
         with Live([*vae.parameters(), *model.parameters()]) as live, as_on_cuda(casts), torch.no_grad():
             work()
         peaks.append(live.most)
-    text = max(2 * sum(weight.numel() for weight in encoder.parameters()) for encoder in encoders)
-    return max(text, max(peaks) + sum(weight.nbytes for weight in vae.parameters()))
+    return max(2 * max(frozen.text_weights()), max(peaks) + sum(weight.nbytes for weight in vae.parameters()))

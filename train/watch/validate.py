@@ -27,10 +27,11 @@ from ...infer.edit import Editor, TooLarge
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
 from ..data.samples import Samples
+from ..data.text import Texts
 from ..objective import Objective
 from ..save.pipeline import make_pipeline
 from ..unet.update import Update
-from .frozen import Texts, encode, half, load_vae
+from .frozen import KnownTexts, encode, half, load_vae
 
 BANDS = 4  # of timesteps, for which the loss is reported separately
 SEED = 0
@@ -47,6 +48,7 @@ class Validation:
     objective: Objective
     held_out: Samples
     picture: Image.Image | None  # to edit beside the held-out ones
+    texts: Texts | None = None  # embeds instructions, where the caches do not hold that
 
     def run(self, step: int, unet: torch.nn.Module, update: Update) -> dict[str, float]:
         """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
@@ -82,7 +84,7 @@ class Validation:
             for start in range(0, len(members), size)
         ]
         for number in range(len(batches))[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = gather(self.reader, self.held_out, batches[number], device)
+            batch = gather(self.reader, self.held_out, batches[number], device, self.texts)
             draws = self.objective.draw(batch, SEED, number * size, 0, 0)
             draws = draws._replace(dropout=torch.ones_like(draws.dropout))
             for band in range(BANDS):
@@ -100,7 +102,7 @@ class Validation:
         """
         if not self.accelerator.is_main_process or (self.picture is None and not len(self.held_out.rows)):
             return
-        texts = self.texts  # before the VAE is there
+        texts = self.known  # before the VAE is there
         frozen = texts | {"vae": load_vae(self.checkpoint, self.accelerator.device)}
         pipeline = make_pipeline(unet, self.objective.scheduler, self.checkpoint, frozen)
         pipeline.set_progress_bar_config(disable=True)
@@ -125,7 +127,7 @@ class Validation:
                 tracker.log_images({"validation": [sheet]}, step=step)
 
     @functools.cached_property
-    def texts(self) -> dict[str, Texts]:
+    def known(self) -> dict[str, KnownTexts]:
         """What the text encoders make of all instructions that are drawn, and of none; they are loaded for it once."""
         texts = {"", *self.shown.instructions(self.reader.caches)}
         if self.picture is not None:
@@ -142,7 +144,7 @@ class Validation:
     def held_out_pictures(self, pipeline: Any) -> Iterator[tuple[str, Image.Image, Image.Image]]:
         """Instruction, original and target of the samples that are drawn; the pictures decoded from the cache."""
         for number, instruction in enumerate(self.shown.instructions(self.reader.caches)):
-            batch = gather(self.reader, self.shown, np.array([number]), self.accelerator.device)
+            batch = gather(self.reader, self.shown, np.array([number]), self.accelerator.device, self.texts)
             latents = torch.cat([batch.original, batch.edited[:, : batch.original.shape[1]]]).float()
             yield instruction, *pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 
