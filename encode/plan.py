@@ -74,7 +74,7 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
     """
     old, manifest = draft.old, draft.manifest
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
-    before = old.samples() if old and old.is_sound() else None
+    before: Any = old.samples() if old and old.is_sound() else None
     samples = index.read() if index else before
     if index and before:
         samples = carry(before, samples)

@@ -67,12 +67,12 @@ class Model(NamedTuple):
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
         """From the files of a checkpoint and of a cache."""
         found: dict[str, Any] = {name: array.row_shape for name, array in reader.arrays.items()}
-        length, width, pooled = base.text_shape()
-        channels, *sides = reader.largest
-        if (channels, *found["text"]) != (base.latent_channels, length, width):
-            was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {width}"
+        length, size, pooled = base.text_shape()
+        channels, height, width = reader.largest
+        if (channels, *found["text"]) != (base.latent_channels, length, size):
+            was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {size}"
             raise CacheMismatch(f"{reader.caches[0].folder} holds {was}, and {asked}: give the model that encoded it")
-        shapes = Shapes((2 * channels, *sides), (length, width), pooled)
+        shapes = Shapes((2 * channels, height, width), (length, size), pooled)
         frozen, cache, text = Frozen.of(base), reader.caches[0], 0
         if not cache.holds_text:
             text = sum(frozen.text_weights()) * DTYPES[cache.manifest["encoding"]["mixed_precision"]].itemsize
