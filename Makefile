@@ -28,7 +28,7 @@ demo: $(DEMO)  ## encode, train and edit real pictures, and end with a contact s
 	@$(BIN)/python examples/openmoji/demo.py
 
 test: install  ## the tests that take less than a minute each
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
 slow: install  ## the tests that take longer; none at all (pytest's status 5) is no failure
 	$(BIN)/pytest -m slow || test $$? -eq 5

@@ -32,8 +32,11 @@ def test_a_difference_counts_where_seeds_differ_by_less(
     one: tuple[float, ...], other: tuple[float, ...], marked: str
 ) -> None:
     """The larger range of the two settings is what the means have to differ by; no difference is none."""
-    lines = compare.table({"as it is": runs(*one), "--snr_gamma 5": runs(*other)}).splitlines()
-    assert [line[:13].strip() for line in lines[:4]] == ["", "as it is", "--snr_gamma 5", "difference"]
+    settings = {"as it is": runs(*one), "--snr_gamma 5": runs(*other), "--lora_rank 4": runs(*one)}
+    lines = compare.table(settings).splitlines()
+    names = ["as it is", "--snr_gamma 5", "difference", "--lora_rank 4", "difference"]
+    assert [line[:13].strip() for line in lines[1:6]] == names
+    assert "+0.000 " in lines[5]
     assert marked in lines[3]
     assert "+0.0000 " in lines[3]
     assert f"{one[0] / 2 + one[1] / 2:.3f} (range {one[1] - one[0]:.3f})" in lines[1]

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import tiny
 from ip2p.train.learning import Objective as Flags
-from ip2p.train.objective import Batch, Draws, Null, Objective, drop_conditioning, target_latents
+from ip2p.train.objective import Batch, Draws, Null, Objective, drop_conditioning, edit_weights, target_latents
 
 SCALING = 0.18215
 EVEN = (0.05, 0.05, 0.05)
@@ -207,6 +207,57 @@ def test_min_snr_weighs_timesteps_as_in_its_paper(unet: UNet2DConditionModel, ki
     assert weights[0] < 1
     found = objective(kind, snr_gamma=5).loss(unet, samples, draws)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def pictures(size: int, where: tuple[slice, slice], change: float = 3.0) -> Batch:
+    """Samples of which each pair differs in some place, and in a little everywhere."""
+    plain = batch(size)
+    edited = plain.edited.clone()
+    edited[:, :4] = plain.original
+    edited[:, :4, *where] += change
+    return plain._replace(edited=edited)
+
+
+def test_the_edit_weighs_more_where_the_latents_differ() -> None:
+    """In the place and one around it, `weight` to 1, with a mean of 1: the size of the loss stays."""
+    weights = edit_weights(pictures(2, (slice(2, 4), slice(3, 6))), 3)
+    assert weights.shape == (2, 1, 8, 8)
+    assert weights.mean(dim=(2, 3)).flatten().tolist() == pytest.approx([1, 1])
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[1:5, 2:7] = True
+    assert torch.equal(weights[0, 0] > 1, inside)
+    assert (weights[0, 0, 3, 4] / weights[0, 0, 7, 0]).item() == pytest.approx(3)
+
+
+@pytest.mark.parametrize("where", [(slice(0, 0), slice(0, 0)), (slice(None), slice(None))])
+def test_pictures_that_are_equal_or_all_changed_weigh_the_same_everywhere(where: tuple[slice, slice]) -> None:
+    """No place is lifted above others where none is the edit, or all are."""
+    weights = edit_weights(pictures(2, where), 5)
+    assert weights.flatten().tolist() == pytest.approx([1] * 128, abs=1e-6)
+
+
+def test_a_picture_that_changes_everywhere_by_chance_weighs_nearly_the_same_everywhere() -> None:
+    """What surrounds each place above the mean covers nearly all of the picture."""
+    plain = batch(64)
+    assert edit_weights(plain, 3).std().item() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_edit_weight_multiplies_squared_errors_and_1_is_off_to_the_bit(
+    unet: UNet2DConditionModel, kind: str
+) -> None:
+    """Together with min-SNR, too; the unweighted losses, which validation shows, stay."""
+    samples = pictures(4, (slice(1, 3), slice(5, 7)))
+    draws = draw(samples, 1000, 7, 0, 0, 0)
+    plain, weighted = objective(kind), objective(kind, edit_weight=4.0)
+    assert torch.equal(plain.loss(unet, samples, draws), objective(kind, edit_weight=1.0).loss(unet, samples, draws))
+    assert torch.equal(plain.losses(unet, samples, draws), weighted.losses(unet, samples, draws))
+    errors = plain.errors(unet, samples, draws) * edit_weights(samples, 4)
+    assert weighted.loss(unet, samples, draws).item() == pytest.approx(errors.mean().item(), rel=1e-6)
+    snr = plain.scheduler.alphas_cumprod[draws.timesteps] / (1 - plain.scheduler.alphas_cumprod[draws.timesteps])
+    shares = snr.clamp(max=5) / (snr + (kind == "v_prediction"))
+    both = objective(kind, edit_weight=4.0, snr_gamma=5).loss(unet, samples, draws)
+    assert both.item() == pytest.approx((errors.mean(dim=(1, 2, 3)) * shares).mean().item(), rel=1e-6)
 
 
 def test_offset_noise_is_shared_by_a_channel_and_leaves_the_other_draws_alone() -> None:

@@ -82,7 +82,8 @@ def test_training_the_parts_saves_and_improves_them(tmp_path: Path) -> None:
     assert long["loss"] < short["loss"]
     tokenizer = text.new_tokenizer(itertools.chain(*named.values()))
     autoencoder = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    data = fit.Data(autoencoder, tokenizer, named, pixels)
+    shaken = [(key, key, ["make it a hand"]) for key in named]
+    data = fit.Data(autoencoder, tokenizer, named, {"none": shaken})
     saved: list[tuple[Any, dict]] = []
 
     def save(trained: Any, run: dict) -> None:
@@ -108,7 +109,7 @@ def test_variants_of_a_character_are_drawn_together() -> None:
     named = {key: words for key, words in captions.captions().items() if openmoji.parse(key).stem in {"1F44B", "1F44D"}}
     autoencoder = AutoencoderKL.from_pretrained(starter.STARTER / "vae")
     tokenizer = CLIPTokenizer.from_pretrained(starter.STARTER / "tokenizer")
-    data = fit.Data(autoencoder, tokenizer, named, vae.pixels_of(list(named)))
+    data = fit.Data(autoencoder, tokenizer, named)
     bases = [openmoji.base_of(key) for key in named]
     drawn = data.alike(2 * fit.ALIKE, random.Random(0))
     for some in drawn[: fit.ALIKE], drawn[fit.ALIKE :]:
@@ -126,6 +127,7 @@ def test_the_unet_is_trained_anew_where_its_text_encoder_is(tmp_path: Path, monk
     log.write_text(json.dumps(record))
     short = dict(list(captions.captions().items())[:8])
     monkeypatch.setattr(starter, "captions", lambda: short)
+    monkeypatch.setattr(starter, "edits", dict)
     made = starter.build(tmp_path / "starter", vae_steps=1, text_steps=1, unet_steps=1, seed=0)
     assert made["vae"] == record["vae"]
     assert (made["text"]["steps"], made["unet"]["steps"]) == (1, 1)
@@ -138,6 +140,7 @@ def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: 
     before = json.loads((tmp_path / "starter" / "training.json").read_text())
     short = dict(list(captions.captions().items())[:8])
     monkeypatch.setattr(starter, "captions", lambda: short)
+    monkeypatch.setattr(starter, "edits", dict)
     steps = {"vae_steps": 1, "text_steps": 1, "unet_steps": 1}
     made = starter.build(tmp_path / "starter", **steps, seed=0, more_unet_steps=2)
     assert {part: made[part] for part in ("vae", "text")} == {part: before[part] for part in ("vae", "text")}
@@ -151,6 +154,7 @@ def test_a_unet_is_trained_further_from_what_it_is(tmp_path: Path, monkeypatch: 
     )
     moved = max(float((old[name] - new[name]).abs().max()) for name in old)
     assert 0 < moved < 0.01
+    assert old.keys() == new.keys()
 
 
 def test_matching_texts_with_pictures_shares_what_is_true_of_several() -> None:

@@ -1,10 +1,10 @@
 """The flags of `ip2p-train` that say how it learns, in groups."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..encode.base.errors import SettingsError
-from ..encode.base.flags import Amount, Count, Whole
+from ..encode.base.flags import Amount, AtLeast, Count, Whole
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -108,6 +108,8 @@ class Objective:
     """Weigh timesteps by min-SNR with this clip; its paper recommends 5."""
     noise_offset: Amount = 0.0
     """Strength of noise that a whole channel shares, such as 0.1."""
+    edit_weight: Annotated[float, AtLeast(1)] = 1.0
+    """How much more an error counts where the edit is, by the cached latents, than elsewhere; 1 counts all alike."""
     rescale_betas_zero_snr: bool = False
     """Let the noise schedule end in pure noise; for models with v-prediction."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
@@ -49,7 +50,7 @@ class Objective:
     """The loss of InstructPix2Pix (arXiv 2211.09800, equation 2), and the randomness that it needs.
 
     The flags: `snr_gamma` is min-SNR (arXiv 2303.09556); `noise_offset` lets a model learn brightness
-    (crosslabs.org/blog/diffusion-with-offset-noise).
+    (crosslabs.org/blog/diffusion-with-offset-noise); `edit_weight` is of ip2p.
     """
 
     scheduler: DDPMScheduler  # the base model's noise schedule and prediction type
@@ -75,8 +76,11 @@ class Objective:
         return draws
 
     def loss(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
-        """Mean squared error of the UNet's prediction, a float32 scalar."""
-        losses = self.losses(unet, batch, draws)
+        """Mean squared error of the UNet's prediction, a float32 scalar, with the weights that the flags ask for."""
+        errors = self.errors(unet, batch, draws)
+        if self.flags.edit_weight != 1:
+            errors = errors * edit_weights(batch, self.flags.edit_weight)
+        losses = errors.flatten(1).mean(dim=1)
         if self.flags.snr_gamma is not None:
             snr = compute_snr(self.scheduler, draws.timesteps)  # (B,)
             losses = losses * (snr.clamp(max=self.flags.snr_gamma) / (snr + 1 if self.of_velocity else snr))
@@ -84,6 +88,10 @@ class Objective:
 
     def losses(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Mean squared error of each sample, unweighted, (B,) float32."""
+        return self.errors(unet, batch, draws).flatten(1).mean(dim=1)
+
+    def errors(self, unet: torch.nn.Module, batch: Batch, draws: Draws) -> Tensor:
+        """Squared error of each number that is predicted, (B, 4, h, w) float32."""
         latents = target_latents(batch.edited, draws.posterior, self.scaling_factor)  # (B, 4, h, w)
         noisy = self.scheduler.add_noise(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
         text, image, pooled = drop_conditioning(batch, self.null, draws.dropout, self.flags.dropout)
@@ -93,7 +101,7 @@ class Objective:
         target: Any = draws.noise
         if self.of_velocity:  # arXiv 2202.00512
             target = self.scheduler.get_velocity(latents, draws.noise, draws.timesteps)  # type: ignore[arg-type]
-        return (prediction.float() - target).square().flatten(1).mean(dim=1)
+        return (prediction.float() - target).square()
 
     @property
     def of_velocity(self) -> bool:
@@ -120,6 +128,19 @@ def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) ->
     """Sample the edited image's latent from its posterior and scale it, (B, 4, h, w) float32; nobody else scales."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * posterior) * scaling_factor
+
+
+def edit_weights(batch: Batch, weight: float) -> Tensor:
+    """Of each place in a picture, (B, 1, h, w) float32, with a mean of 1: more where the edit is, by `weight` to 1.
+
+    The edit is where the latents of the two pictures differ by more than they do in the root mean square, and one
+    place around that; so it is nowhere in pictures that are equal, and nearly everywhere if all of it changes.
+    """
+    changes = batch.edited.float()[:, : batch.original.shape[1]] - batch.original.float()
+    size = changes.square().mean(dim=1, keepdim=True).sqrt()  # (B, 1, h, w)
+    edit = size > size.square().mean(dim=(2, 3), keepdim=True).sqrt()
+    weights = 1 + (weight - 1) * F.max_pool2d(edit.float(), 3, stride=1, padding=1)
+    return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 
 def drop_conditioning(

@@ -1,4 +1,4 @@
-"""Says in English what the pictures show, for text-to-image training and for the tokenizer's vocabulary."""
+"""Says in English what the pictures show and how some turn into others: what the starter is trained on."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def captions(held_out: bool = False) -> dict[str, list[str]]:
         for key, words in sorted(names.items())
         if words and is_held_out(key) == held_out
     }
+
+
+def edits(held_out: bool = False) -> dict[str, list[tuple[str, str, list[str]]]]:
+    """Key before, key after and instructions, by kind, on one side of the split: what the demo does not teach."""
+    found: dict[str, list[tuple[str, str, list[str]]]] = {kind: [] for kind in ("mirror", "gender", "direction")}
+    for family in families():
+        if family.kind in found and is_held_out(family.base) == held_out:
+            found[family.kind] += [
+                (key, family.members[value], family.instructions(value)) for key, value in family.edits()
+            ]
+    return found

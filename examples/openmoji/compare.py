@@ -4,6 +4,7 @@
 
 trains with and without, and says what each reached on characters that neither has seen: accuracy and PSNR of edits, and
 the loss with noise that is the same for all. A difference counts where it is larger than the range of either's seeds.
+`--train` may be given again for further settings, each of which is compared with the recipe as it is.
 What was measured before is kept: whoever repeats the command goes on where it was stopped, or adds seeds.
 """
 
@@ -103,44 +104,53 @@ def loss(model: Path, held_out: Path) -> float:
 
 
 def table(measured: dict[str, list[dict[str, float]]]) -> str:
-    """Lines of text: each setting's mean and range over the seeds, then the difference of the last from the first.
+    """Lines of text: each setting's mean and range over the seeds, and its difference from the first setting.
 
     The difference is marked where it is larger than the range of either, which tells it from chance.
     """
     width = max(map(len, [*measured, "difference"]))
-    lines = [f"{'':{width}}" + "".join(f"  {name:>18}" for name in MEASURES)]
-    for setting, runs in measured.items():
-        cells = []
-        for name, digits in MEASURES.items():
-            values = [run[name] for run in runs]
-            cells.append(f"{statistics.fmean(values):.{digits}f} (range {max(values) - min(values):.{digits}f})")
-        lines.append(f"{setting:{width}}" + "".join(f"  {cell:>18}" for cell in cells))
-    cells = [f"{difference(measured, name):+.{digits}f}{mark(measured, name)}" for name, digits in MEASURES.items()]
-    lines.append(f"{'difference':{width}}" + "".join(f"  {cell:>18}" for cell in cells))
+    first, *others = measured.items()
+    lines = [row(width, "", list(MEASURES)), row(width, first[0], spread(first[1]))]
+    for name, runs in others:
+        lines += [row(width, name, spread(runs)), row(width, "difference", differences(first[1], runs))]
     return "\n".join([*lines, "* beyond the range of the seeds"])
 
 
-def difference(measured: dict[str, list[dict[str, float]]], name: str) -> float:
-    """Of the means over the seeds: the last setting's less the first one's."""
-    first, *_, last = (statistics.fmean(run[name] for run in runs) for runs in measured.values())
-    return last - first
+def row(width: int, name: str, cells: list[str]) -> str:
+    """A line of the table."""
+    return f"{name:{width}}" + "".join(f"  {cell:>18}" for cell in cells)
 
 
-def mark(measured: dict[str, list[dict[str, float]]], name: str) -> str:
-    """A star where a difference is beyond the range of the seeds."""
-    columns = [[run[name] for run in runs] for runs in measured.values()]
-    return "*" if abs(difference(measured, name)) > max(max(values) - min(values) for values in columns) else " "
+def spread(runs: list[dict[str, float]]) -> list[str]:
+    """The mean and the range of each measure over the seeds."""
+    columns = {name: [run[name] for run in runs] for name in MEASURES}
+    return [
+        f"{statistics.fmean(values):.{MEASURES[name]}f} (range {max(values) - min(values):.{MEASURES[name]}f})"
+        for name, values in columns.items()
+    ]
+
+
+def differences(first: list[dict[str, float]], runs: list[dict[str, float]]) -> list[str]:
+    """Of the means from those of the first setting; with a star beyond the range of the seeds."""
+    cells = []
+    for name, digits in MEASURES.items():
+        columns = [[run[name] for run in some] for some in (first, runs)]
+        apart = statistics.fmean(columns[1]) - statistics.fmean(columns[0])
+        counts = abs(apart) > max(max(values) - min(values) for values in columns)
+        cells.append(f"{apart:+.{digits}f}{'*' if counts else ' '}")
+    return cells
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for command in Setting._fields:
-        parser.add_argument(f"--{command}", default="", help=f"flags to add to ip2p-{command}'s, in quotes")
+    parser.add_argument("--encode", default="", help="flags to add to ip2p-encode's, in quotes")
+    parser.add_argument("--train", action="append", help="flags to add to ip2p-train's; again for a further setting")
+    parser.add_argument("--infer", default="", help="flags to add to ip2p-infer's")
     parser.add_argument("--steps", type=int, default=500, help="of training, each time (default 500)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two or more (default 0 1)")
     parser.add_argument("--output", type=Path, default=Path("build/compare"), help="folder for everything")
     args = parser.parse_args()
-    settings = {Setting(): [], Setting(args.encode, args.train, args.infer): []}
+    settings = {Setting(): []} | {Setting(args.encode, flags, args.infer): [] for flags in args.train or [""]}
     if len(settings) < 2:
         parser.error("name the setting to compare: --train, --encode or --infer with its flags")
     for seed in args.seeds:

@@ -18,11 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from openmoji import base_of
-from vae import to_model
+from vae import pixels_of, to_model
 
 EMA_DECAY = 0.999
 NAMED = 0.5  # share of the texts that name the picture; the rest are instructions that it answers
 ALIKE = 6  # pictures of one character that are drawn together, to be told apart
+
+
+Edit = tuple[str, str, list[str]]
 
 
 class Recipe(NamedTuple):
@@ -35,11 +38,31 @@ class Recipe(NamedTuple):
 
 
 class Data:
-    """Pictures as latents, and the texts of each, by the picture's key."""
+    """Pictures as latents, the texts of each, and edits that turn one into another.
 
-    def __init__(self, vae: Any, tokenizer: CLIPTokenizer, texts: dict[str, list[str]], pixels: torch.Tensor):
-        self.moments, self.scale = moments_of(vae, pixels), vae.config["scaling_factor"]
-        self.known = {text: row for row, text in enumerate(dict.fromkeys(["", *itertools.chain(*texts.values())]))}
+    Args:
+        texts: by the picture's key.
+        edits: of several kinds: the key before, the key after, and instructions.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        tokenizer: CLIPTokenizer,
+        texts: dict[str, list[str]],
+        edits: dict[str, list[Edit]] | None = None,
+    ):
+        every = [edit for kind in (edits or {}).values() for edit in kind]
+        pictures = {
+            key: row for row, key in enumerate(dict.fromkeys([*texts, *(key for edit in every for key in edit[:2])]))
+        }
+        self.moments, self.scale = moments_of(vae, pixels_of(list(pictures))), vae.config["scaling_factor"]
+        said = itertools.chain(*texts.values(), *(instructions for _, _, instructions in every))
+        self.known = {text: row for row, text in enumerate(dict.fromkeys(["", *said]))}
+        self.edits = [
+            [(pictures[before], pictures[after], [self.known[text] for text in said]) for before, after, said in kind]
+            for kind in (edits or {}).values()
+        ]
         self.ids = token_ids(tokenizer, list(self.known))
         self.texts = [[self.known[text] for text in mine] for mine in texts.values()]  # rows of `ids`, by picture
         alike: defaultdict[str, list[int]] = defaultdict(list)
@@ -57,6 +80,18 @@ class Data:
         """A fresh draw of their posteriors, (N, 4, h, w) float32, scaled."""
         mean, logvar = self.moments[pictures].chunk(2, dim=1)
         return (mean + (logvar / 2).exp() * torch.randn_like(mean)) * self.scale
+
+    def originals(self, pictures: list[int]) -> torch.Tensor:
+        """The means of their posteriors, (N, 4, h, w) float32, unscaled: how an InstructPix2Pix is shown a picture."""
+        return self.moments[pictures].chunk(2, dim=1)[0]
+
+    def edit(self, chance: random.Random) -> tuple[int, int, int]:
+        """A picture, what it becomes, and the row in `ids` of what was asked for: every kind as often, and nothing."""
+        if not (kind := chance.choice([*self.edits, []])):
+            same = chance.randrange(len(self.texts))
+            return same, same, chance.choice([self.known[""], self.text(same, chance)])
+        before, after, instructions = chance.choice(kind)
+        return before, after, chance.choice(instructions)
 
     def text(self, picture: int, chance: random.Random) -> int:
         """The row in `ids` of a text for the picture."""

@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 STARTER = HERE / "starter"
+AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # without it, a processor computes faster in float32
 
 
 class Recipe(NamedTuple):
@@ -66,10 +67,11 @@ def train(recipe: Recipe, cache: Path, model: Path, seed: int, *flags: str | Pat
         *("--learning_rate", f"{recipe.learning_rate:g}", "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"),
         *("--adam_beta2", "0.99", "--use_ema", "--seed", f"{seed}", "--report_to", "none"),
         *("--resume_from_checkpoint", "auto"),
-        *(("--mixed_precision", "bf16") if torch.cpu.get_capabilities().get("amx_bf16") else ()),
+        *(("--mixed_precision", "bf16") if AMX else ()),
     )
     base = ("--pretrained_model_name_or_path", STARTER, "--cache", cache, "--output_dir", model)
-    run("Train from the cache", "-m", "ip2p.train", *base, *settings, *flags)
+    command = ("-m",) if AMX or "bf16" not in flags else (HERE / "emulated.py",)
+    run("Train from the cache", *command, "ip2p.train", *base, *settings, *flags)
 
 
 def edit(model: Path, data: Path, edits: Path, seed: int, *flags: str | Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from captions import captions
+from captions import captions, edits
 from contrast import train_text_encoder
 from fit import Data, Recipe
 from openmoji import hexcodes, is_held_out
@@ -102,8 +102,9 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
     """Train the parts, save the checkpoint with its card in `output`, and return the record of the runs.
 
     In Stable Diffusion's order: the autoencoder; the text encoder, by matching texts with pictures; the UNet, from
-    text to picture beside these two. What `output/training.json` records already is kept and used, unless a part that
-    it was trained beside is trained anew; a UNet that is kept is trained `more_unet_steps` further.
+    text to picture beside these two, and by edits of other kinds than the demo's. What `output/training.json` records
+    already is kept and used, unless a part that it was trained beside is trained anew; a UNet that is kept is trained
+    `more_unet_steps` further.
     """
     output.mkdir(parents=True, exist_ok=True)
     log = output / "training.json"
@@ -126,7 +127,7 @@ def build(output: Path, vae_steps: int, text_steps: int, unet_steps: int, seed: 
         record.pop("unet", None)
         new_tokenizer(dict.fromkeys(itertools.chain(*named.values()))).save_pretrained(output / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
-    data = cache(lambda: Data(vae, tokenizer, named, pixels_of(list(named))))
+    data = cache(lambda: Data(vae, tokenizer, named, edits()))
     if "text" not in record:
 
         def save_text(trained: Any, run: dict) -> None:
