@@ -14,7 +14,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from ip2p.encode.cache.format import RowShapes, row_shapes
+from ip2p.encode.cache.shapes import RowShapes, row_shapes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import tokenizer

@@ -12,33 +12,41 @@ import pyarrow as pa
 
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.base.flags import build as flags_into
-from ip2p.encode.cache.format import FORMAT, SAMPLES, Cache, RowShapes, Unit, shard_rows
+from ip2p.encode.cache.commits import Unit
+from ip2p.encode.cache.format import SAMPLES, Cache, shard_rows
 from ip2p.encode.cache.samples import NULL_PROMPT, SIZES, Ledger, text_key
+from ip2p.encode.cache.shapes import RowShapes
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.columns import Role, Rows, preset
-from ip2p.encode.data.pairs import Pairs
+from ip2p.encode.data.pairs import Pairs, open_pairs
+from ip2p.encode.draft import describe
 from ip2p.encode.geometry import Shape
 from ip2p.encode.models.checkpoint import Checkpoint
-from ip2p.encode.plan import describe
 
 
 def build(
-    folder: Path, samples: int, shapes: RowShapes, model: Path | None = None, latents: Sequence[Shape] = ()
+    folder: Path,
+    samples: int,
+    shapes: RowShapes,
+    model: Path | None = None,
+    config: EncodeConfig | None = None,
+    latents: Sequence[Shape] = (),
 ) -> Cache:
     """Write a finished cache of `samples` samples, each with an instruction of its own.
 
     With a `model`, it is a cache that this checkpoint can be trained from, however large: all shards of an array but
-    the last are then one file under many names. With `latents`, samples have these shapes in turns, and `shapes` is of
-    rows that have room for the largest.
+    the last are then one file under many names. With a `config` as well, it says that this encode has made it.
+    With `latents`, samples have these shapes in turns, and `shapes` is of rows that have room for the largest.
     """
-    rows = {kind: shard_rows(kind, arrays.values())[0] for kind, arrays in shapes.items()}
+    rows = {kind: shard_rows(kind, arrays.values(), samples) for kind, arrays in shapes.items()}
     resolution = 8 * (math.isqrt(shapes["images"]["original"][-1]) if latents else shapes["images"]["original"][-1])
     manifest: dict[str, Any] = {"views": ["plain"], "encoding": {"resolution": resolution}, "vae_scale_factor": 8}
     if model:
         flags = {"pretrained_model_name_or_path": str(model), "cache": folder, "resolution": resolution}
-        config = flags_into(EncodeConfig, flags | {"dataset_name": "synthetic"})
-        manifest = describe(config, Pairs(_Numbers(samples), "synthetic"), Checkpoint(model), shapes, 1)
+        source = open_pairs(config.dataset, config.model.cache_dir) if config else Pairs(_Numbers(samples), "synthetic")
+        config = config or flags_into(EncodeConfig, flags | {"dataset_name": "synthetic"})
+        manifest = describe(config, source, Checkpoint(model), shapes, 1)
     numbers, sizes = np.arange(samples), [resolution] * 4 + [0, 0]
     names = [f"{number:032x}" for number in numbers]
     columns: dict[str, Any] = {field.name: pa.nulls(samples, field.type) for field in SAMPLES}
@@ -50,7 +58,7 @@ def build(
     columns |= {"height": sides[:, 0], "width": sides[:, 1]}
     table = pa.Table.from_pydict(columns, schema=SAMPLES)
     prepare(folder, shapes, table, Ledger({}, rows, 1))
-    write_state(folder, manifest | {"format": FORMAT, "shard_rows": rows}, table)
+    write_state(folder, manifest | {"shard_rows": rows}, table, {})
 
     cache, random = Cache.open(folder), np.random.Generator(np.random.SFC64(0))
     keys = {"images": names, "text": [text_key(NULL_PROMPT), *map(text_key, names)]}
@@ -68,7 +76,8 @@ def build(
             for at, row in enumerate(range(writer.first, writer.stop)):
                 writer.put(row, keys[kind][row], {name: value[at] for name, value in values.items()}, sizes)
             writer.commit()
-    return cache
+    write_state(folder, cache.manifest, table, cache.commits())
+    return Cache.open(folder)
 
 
 class _Numbers(Rows):
@@ -95,7 +104,7 @@ class _Numbers(Rows):
 def _repeat(cache: Cache, arrays: Iterable[str], unit: Unit, keys: list[str]) -> None:
     """Give the files of the first shard another name, with a record of other content."""
     first, dimensions = Unit(unit.kind, 0), 5 if unit.kind == "images" else 3
-    record = read_record(cache.folder / "commits" / f"{first.name}.json") | {"shard": unit.shard, "keys": keys}
+    record = read_record(cache.folder / "commits" / f"{first.name}.json") | {"shard": unit.shard, "keys": "".join(keys)}
     for name in arrays:
         old, new = (cache.shard_path(name, one, dimensions - (name == "pooled")) for one in (first, unit))
         (cache.folder / new).parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +115,8 @@ def _repeat(cache: Cache, arrays: Iterable[str], unit: Unit, keys: list[str]) ->
 
 def forget(cache: Cache) -> None:
     """Make the operating system drop the shards from memory."""
-    for record in cache.commits().values():
-        for path in record["files"]:
-            _drop(cache.folder / path)
+    for path in cache.shards():
+        _drop(cache.folder / path)
 
 
 def _drop(path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from .base.errors import SettingsError
 from .cache.format import View
+from .config import EncodeConfig
 from .data.pictures import header_size, open_picture
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -108,7 +109,7 @@ class Geometry:
 
         Returns:
             Pixels, uint8 (views, 2, 3, height, width); and for each view the original's width and height, the edited
-            image's width and height, crop top and left.
+            image's width and height, crop top and left; and where shapes are several, height and width.
 
         Raises:
             ImageError: a file is missing or cannot be decoded.
@@ -122,7 +123,8 @@ class Geometry:
             for image, out in zip(images, both, strict=True):
                 part = cut(image, shape, crop)
                 out[:] = part[:, :, ::-1] if view.flip else part
-            sizes.append((*images[0].size, *images[1].size, crop.top, crop.left))
+            several = shape if len(self.shapes) > 1 else ()
+            sizes.append((*images[0].size, *images[1].size, crop.top, crop.left, *several))
         return pixels, sizes
 
     def crop(self, size: tuple[int, int], shape: Shape, pair: str, view: View) -> Crop:
@@ -155,8 +157,15 @@ def cut(image: Image.Image, shape: Shape, crop: Crop) -> np.ndarray:
     return pixels.transpose(2, 0, 1)
 
 
-def check_resolution(resolution: int, bucket_step: int | None, factor: int) -> None:
+def geometry_of(config: EncodeConfig) -> Geometry:
+    """What the flags ask for."""
+    pictures = config.pictures
+    return Geometry(pictures.resolution, pictures.resizing, pictures.background, pictures.bucket_step)
+
+
+def check_resolution(geometry: Geometry, factor: int) -> None:
     """Refuse a resolution that the VAE cannot divide, and steps that it, or the square, cannot be made of."""
+    resolution, bucket_step = geometry.resolution, geometry.bucket_step
     if resolution % factor:
         raise SettingsError(f"--resolution {resolution}: this VAE needs a multiple of {_near(resolution, factor)}")
     if bucket_step and bucket_step % factor:

@@ -1,28 +1,33 @@
 """The whole encode in order: plan what is missing, encode it, settle the table of samples."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 
+import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .base.console import bar, say
 from .base.errors import CacheError
 from .base.files import check_folder
+from .cache.commits import pc
 from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.pairs import Pairs, open_pairs
 from .data.places import check_place
-from .geometry import Geometry, check_resolution
+from .draft import begin
+from .geometry import check_resolution, geometry_of
 from .geometry import remarks as of_shapes
+from .index import FOLDER
 from .models.checkpoint import Checkpoint, find_checkpoint
-from .plan import encoding, make_plan, workers
+from .plan import make_plan, workers
 
 EXAMPLE = 100  # letters of an instruction that is shown
 
@@ -34,20 +39,26 @@ def encode(config: EncodeConfig) -> None:
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long
-    pictures = config.pictures
+    geometry = geometry_of(config)
     with state.main_process_first():
         checkpoint = find_checkpoint(config.model, without=("unet",))
-        check_resolution(pictures.resolution, pictures.bucket_step, checkpoint.vae_scale_factor)
+        check_resolution(geometry, checkpoint.vae_scale_factor)
         source = open_pairs(config.dataset, config.model.cache_dir)
     main = state.is_main_process
+    say(*of_shapes(geometry, checkpoint.vae_scale_factor, halvings=2 if checkpoint.is_sdxl else 3))
     with exclusive(config.cache) if main else nullcontext() as lock:
-        if lock:
-            geometry, halvings = Geometry.of(encoding(config, checkpoint)), 2 if checkpoint.is_sdxl else 3
-            say(*of_shapes(geometry, checkpoint.vae_scale_factor, halvings))
-            plan = make_plan(config, source, checkpoint, state.num_processes)
-            plan.announce(config)
-            prepare(config.cache, plan.shapes, plan.samples, plan.ledger)
-            write_state(config.cache, plan.manifest, plan.samples)
+        draft = begin(config, source, checkpoint, state.num_processes) if main else None
+        (index,) = broadcast_object_list([draft and draft.index(config)])  # what the first process finds
+        if index:
+            index.make(source, workers(config), state.process_index, state.num_processes)
+            state.wait_for_everyone()
+        if draft and lock:
+            if not draft.is_finished(config):
+                plan = make_plan(config, draft, index)
+                plan.announce(config)
+                prepare(config.cache, plan.shapes, plan.samples, plan.ledger)
+                write_state(config.cache, plan.manifest, plan.samples, plan.ledger.commits)
+            shutil.rmtree(config.cache / FOLDER, ignore_errors=True)
             share(lock)
         state.wait_for_everyone()
         with nullcontext() if main else exclusive(config.cache, shared=True):
@@ -82,11 +93,12 @@ def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, 
 def finish(cache: Cache, checkpoint: Checkpoint) -> None:
     """Settle the samples table and say what the cache holds now."""
     before, samples = cache.manifest["counts"], cache.samples()
+    found = before
     if "pending" in before:  # otherwise planning has settled it a moment ago
-        samples = Ledger.of(cache).settle(samples)
-    found = counts(samples)
-    if found != before:
-        write_state(cache.folder, cache.manifest, samples)
+        ledger = Ledger.of(cache)
+        samples = ledger.settle(samples)
+        write_state(cache.folder, cache.manifest, samples, ledger.commits)
+        found = counts(samples)
     if pending := found.get("pending", 0):
         raise CacheError(f"{pending:,} samples are still missing in {cache.folder}: run the same command again")
     fresh = found.get("ok", 0) - before.get("ok", 0)
@@ -95,17 +107,19 @@ def finish(cache: Cache, checkpoint: Checkpoint) -> None:
     say(*remarks(cache, samples, checkpoint))
     if quarantined := found.get("quarantined", 0):
         say(f"{quarantined:,} samples stand aside, `ip2p-cache info {cache.folder} --quarantined` lists them:")
-        reasons = Counter(filter(None, samples["reason"].to_pylist())).most_common(10)
+        reasons = Counter(samples["reason"].drop_null().to_pylist()).most_common(10)
         say(*(f"  {count:,} x {reason}" for reason, count in reasons))
 
 
 def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator[str]:
     """What the shapes and instructions of the samples mean for training."""
     views = [View.parse(name) for name in cache.views]
-    samples = samples.filter(samples["status"].to_numpy() == "ok")
+    samples = samples.filter(pc.equal(samples["status"], "ok"))
     # No token is shorter than a byte: most instructions need none of the seconds that it takes to import a tokenizer.
     room = checkpoint.text_shape()[0] - 2  # between the tokens that begin and end an instruction
-    if long := [text for text in samples["instruction"].unique().to_pylist() if len(text.lower().encode()) > room]:
+    texts = samples["instruction"].unique()
+    texts = texts.filter(pc.or_(pc.greater(pc.binary_length(texts), room), pc.invert(pc.string_is_ascii(texts))))
+    if long := [text for text in texts.to_pylist() if len(text.lower().encode()) > room]:
         from .models.encoders import cut_short
 
         if cut := cut_short(checkpoint, long):
@@ -115,7 +129,10 @@ def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator
     equal = (width == samples["edited_width"].to_numpy()) & (height == samples["edited_height"].to_numpy())
     if different := (~equal).sum():
         yield f"{different:,} pairs have images of two sizes: the edited one was fitted to the original's shape"
-    if len(views) > 1 and views[0].crop is not None and (square := (width == height).sum()):
-        yield f"{square:,} originals are square: all their crops are the same"
+    if sum(seen := [view.crop is not None and not view.flip for view in views]) > 1:
+        places = [samples[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
+        crops = np.stack(places).reshape(2, -1, len(views))[:, :, seen]  # (2, N, crops)
+        if whole := (crops == crops[:, :, :1]).all(axis=(0, 2)).sum():
+            yield f"{whole:,} originals have no more than is shown: all their crops are the same"
     if any(view.flip for view in views) and (kept := (~samples["flip"].to_numpy()).sum()):
         yield f"{kept:,} instructions match --no_flip_regex: training does not flip these samples"

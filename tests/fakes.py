@@ -20,6 +20,7 @@ from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 
 RESOLUTION = 8
+SQUARES = Geometry(RESOLUTION, "squash", "white")
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def content(pixels: torch.Tensor) -> bytes:
 @functools.cache
 def view(file: bytes, flip: bool) -> torch.Tensor:
     """The pixels (3, H, W) that the encoders shall see of a file."""
-    pixels, _ = Geometry(RESOLUTION, "squash", "white").read([file, file], "", [View(None, flip)])
+    pixels, _ = SQUARES.read([file, file], "", [View(None, flip)])
     return torch.from_numpy(pixels[0, 0])
 
 

@@ -17,6 +17,8 @@ FLOORS = """
     encode.cache
     encode.data  encode.models
     encode.geometry
+    encode.index
+    encode.draft
     encode.plan
     encode.pipeline
     encode.run

@@ -118,7 +118,7 @@ def committed(cache: Path) -> set[Unit]:
     """Units with a record, each of which has its files whole."""
     records = Cache(cache, {}).commits()
     for record in records.values():
-        for path, expected in record["files"].items():
+        for path, expected in record.files.items():
             assert file_record(cache / path) == expected
     return set(records)
 

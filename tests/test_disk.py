@@ -145,7 +145,7 @@ def test_a_disk_that_fills_up_stops_the_encode_cleanly(
             fakes.encode(cache)
     assert str(stopped.value) == f"no space left for {cache}: free some and run the same command, it goes on from here"
     there = Cache(cache, {}).commits()
-    held = {key for record in there.values() for key in record["keys"] if key}
+    held = {key for record in there.values() for key in record.keys.to_pylist() if key}
     with pytest.raises(CacheError, match=r"no space left|make space"):  # it is still full
         fakes.encode(cache)
     (small_disk / "filler").unlink()
@@ -181,7 +181,7 @@ def test_the_estimate_is_shown_and_true(
     )
     assert said
     written = sum(
-        f["bytes"] for record in Cache.open(tmp_path / "cache").commits().values() for f in record["files"].values()
+        f["bytes"] for record in Cache.open(tmp_path / "cache").commits().values() for f in record.files.values()
     )
     assert int(said[1]) == round(written / 2**20)
     assert int(said[2]) == pytest.approx(written / 20 / 2**10, abs=1)

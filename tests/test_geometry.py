@@ -91,7 +91,7 @@ def test_crops_and_flips_can_be_added_to_a_finished_cache(source: fakes.Pairs, t
 def test_the_end_of_a_run_says_what_shapes_and_words_mean(
     source: fakes.Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pairs of two sizes, squares that every crop shows whole, and instructions that are kept from the flip."""
+    """Pairs of two sizes, originals that every crop shows whole, and instructions that are kept from the flip."""
     source += [
         Pair(png(20, (40, 10)), png(21, (20, 5)), "add snow"),
         Pair(png(22, (9, 9)), png(23, (9, 9)), "add rain"),
@@ -99,7 +99,7 @@ def test_the_end_of_a_run_says_what_shapes_and_words_mean(
     fakes.encode(tmp_path, random_flip=True, **CROPS)
     said = capsys.readouterr().out
     assert "1 pairs have images of two sizes" in said
-    assert "1 originals are square: all their crops are the same" in said
+    assert "1 originals have no more than is shown: all their crops are the same" in said
     assert "3 instructions match --no_flip_regex" in said
     check(Cache.open(tmp_path), source)
 

@@ -157,9 +157,9 @@ class Life(RuleBasedStateMachine):
         held: set[object] = set()
         for unit, record in self.commits().items():
             if unit.kind == "text":
-                held |= {self.texts[key] for key in record["keys"] if key}
+                held |= {self.texts[key] for key in record.keys.to_pylist() if key}
             else:
-                shards.setdefault(unit.shard, {})[unit.view] = record["keys"]
+                shards.setdefault(unit.shard, {})[unit.view] = record.keys.to_pylist()
         for views in shards.values():
             for keys in zip(*views.values(), strict=True):
                 if keys[0] and len({*keys}) == 1:
@@ -172,7 +172,7 @@ class Life(RuleBasedStateMachine):
 
     def finished_files(self) -> dict[Path, int]:
         """When each finished shard and its record was written."""
-        shards = [path for record in self.commits().values() for path in record["files"]]
+        shards = [path for record in self.commits().values() for path in record.files]
         records = (self.folder / "commits").glob("*.json")
         return {path: path.stat().st_mtime_ns for path in (*records, *(self.folder / shard for shard in shards))}
 

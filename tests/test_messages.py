@@ -138,8 +138,8 @@ def test_wrong_train_flags_are_answered_in_a_line(
 def test_a_damaged_small_file_is_refused_with_the_mend(
     training: dict[str, object], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One bit in the samples table or in a record stops training before it begins."""
-    for name in ("samples.parquet", "manifest.json", "commits/text-000000.json"):
+    """One bit in a table or in the manifest stops training before it begins."""
+    for name in ("samples.parquet", "units.parquet", "manifest.json"):
         folder = shutil.copytree(cache, tmp_path / name.replace("/", "-"))
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
@@ -180,8 +180,9 @@ def test_a_cache_of_a_newer_format_is_refused(
     from ip2p.encode.base.files import read_record, write_record
 
     folder = shutil.copytree(cache, tmp_path / "newer")
-    write_record(folder / "manifest.json", read_record(folder / "manifest.json") | {"format": 2})
-    assert "cache format 2, this version of ip2p reads 1" in answer("ip2p-train", training | {"cache": folder}, capsys)
+    write_record(folder / "manifest.json", read_record(folder / "manifest.json") | {"format": 3})
+    said = answer("ip2p-train", training | {"cache": folder}, capsys)
+    assert "cache format 3, this version of ip2p reads 1 and 2" in said
 
 
 def test_a_checkpoint_of_another_cache_is_not_continued(

@@ -10,11 +10,12 @@ from pathlib import Path
 import datasets.config
 import pytest
 
+import fakes
 from forms import KINDS, PAIRS, Flags, Kind, csv_file, image_files, metadata_jsonl, opened, parquet, shards
 from ip2p.encode.base.errors import EditError, SourceError
 from ip2p.encode.base.flags import changed, parse
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.plan import identify
+from ip2p.encode.index import identify
 from ip2p.infer.config import EvaluateConfig, InferConfig, Inputs, Outputs
 from ip2p.infer.jobs import Job, find_jobs
 
@@ -113,7 +114,7 @@ def test_a_picture_that_cannot_be_read_costs_its_job_and_its_sample_alone(
         second.image()
     assert second.target
     assert second.target() == PAIRS[1].edited
-    aside = identify(opened(flags), 0)["reason"].to_pylist()
+    aside = identify(opened(flags), fakes.SQUARES, range(3))["reason"].to_pylist()
     assert (aside[0], aside[2]) == (None, None)
     assert reason in aside[1]
 
@@ -126,7 +127,7 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
         (tmp_path / "data" / "images" / name).unlink()
     os.mkfifo(tmp_path / "data" / "images" / "0a.jpg")
     (tmp_path / "data" / "images" / "1b.jpg").symlink_to("/dev/zero")
-    reasons = identify(opened(flags), 0)["reason"].to_pylist()
+    reasons = identify(opened(flags), fakes.SQUARES, range(2))["reason"].to_pylist()
     assert reasons == ["the original image is missing", "the edited image is missing"]
 
 

@@ -327,7 +327,7 @@ def test_shards_stay_dense_where_whole_chunks_stand_aside(monkeypatch: pytest.Mo
     fakes.install(monkeypatch, fakes.Pairs([*broken, Pair(GOOD, fakes.png(1), "x"), Pair(GOOD, fakes.png(2), "x")]), 4)
     fakes.encode(tmp_path / "cache")
     record = Cache.open(tmp_path / "cache").commits()[Unit("images", 0)]
-    sizes = [entry["bytes"] for entry in record["files"].values()]
+    sizes = [entry["bytes"] for entry in record.files.values()]
     assert sizes == [4 * 2 * channels * 4 * 4 + 2 * 16 + 4 for channels in (4, 8)]  # rows, then the index of 2 chunks
 
 

@@ -12,8 +12,9 @@ import tiny
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import file_record, write_record
 from ip2p.encode.cache import format as cache_module
-from ip2p.encode.cache.format import Cache, shard_rows
+from ip2p.encode.cache.format import Cache, chunk_rows, shard_rows
 from ip2p.encode.cache.reader import Reader, Shard
+from ip2p.encode.cache.writer import write_state
 
 Encode = Callable[..., None]
 
@@ -84,6 +85,8 @@ def test_shards_that_others_wrote_are_read_through_zarr_python(cache: Path, tmp_
         record = cache_module.read_record(path)
         record["files"] = {file: file_record(folder / file) for file in record["files"]}
         write_record(path, record)
+    opened = Cache.open(folder)
+    write_state(folder, opened.manifest, opened.samples(), opened.commits())
     compare(folder)
 
 
@@ -123,7 +126,8 @@ def test_a_damaged_shard_index_is_refused(cache: Path, tmp_path: Path) -> None:
 )
 def test_shards_keep_to_their_limits(kind: str, shapes: list[tuple[int, ...]], expected: tuple[int, int]) -> None:
     """At most 1024 rows and 32 MiB, whole chunks and whole pages, for SD and SDXL at 256, 512 and 1024 pixels."""
-    rows, chunk = shard_rows(kind, shapes)
+    rows = shard_rows(kind, shapes)
+    chunk = chunk_rows(kind, rows)
     assert (rows, chunk) == expected
     assert rows % chunk == 0
     for shape in shapes:

@@ -51,12 +51,14 @@ def test_its_cache_is_sound_and_grows(run: Path, encode: Callable[..., None]) ->
     """Nothing of it is encoded again, and what is new comes to it."""
     cache = run / "cache"
     assert verify(cache) == []
+    assert Cache.open(cache).manifest["format"] == 1
     records = {path.name: path.read_bytes() for path in (cache / "commits").iterdir()}
     encode(Path("model"), Path("data"), cache, random_flip=True)
     assert {path.name: path.read_bytes() for path in (cache / "commits").iterdir()} == records
     tiny.dataset(run / "data", tiny.pairs(8))
     encode(Path("model"), Path("data"), cache, random_flip=True)
-    assert Cache.open(cache).manifest["counts"] == {"ok": 8}
+    manifest = Cache.open(cache).manifest
+    assert (manifest["format"], manifest["counts"]) == (2, {"ok": 8})
     assert verify(cache) == []
 
 

@@ -12,6 +12,7 @@ import zarr
 import tiny
 from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.writer import write_state
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.reencode import reencode
 from ip2p.encode.keeper.verbs import FullOrigin, Origin, recorded_config
@@ -28,6 +29,8 @@ def change(folder: Path, array: str, function: Callable[[np.ndarray], np.ndarray
     for path in (folder / "commits").glob("*.json"):
         record = read_record(path)
         write_record(path, record | {"files": {name: file_record(folder / name) for name in record["files"]}})
+    cache = Cache.open(folder)
+    write_state(folder, cache.manifest, cache.samples(), cache.commits())
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

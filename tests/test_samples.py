@@ -109,6 +109,6 @@ def test_an_unfinished_cache_is_refused(cache: Path, tmp_path: Path) -> None:
     table = opened.samples()
     status = ["pending", *table["status"].to_pylist()[1:]]
     table = table.set_column(table.column_names.index("status"), "status", [status])
-    write_state(tmp_path, opened.manifest, table)
+    write_state(tmp_path, opened.manifest, table, {})
     with pytest.raises(CacheError, match="not finished, 1 of 10 samples are missing: run the same ip2p-encode"):
         Samples.of(Cache.open(tmp_path), None)

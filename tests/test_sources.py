@@ -207,7 +207,13 @@ def test_more_workers_and_processes_than_shards_lose_and_repeat_nothing(
     found = Cache.open(tmp_path / "cache")
     samples = found.samples().to_pylist()
     assert [(s["position"], s["row"], s["status"]) for s in samples] == [(n, n, "ok") for n in range(64)]
-    keys = [key for unit, record in found.commits().items() if unit.kind == "images" for key in record["keys"] if key]
+    keys = [
+        key
+        for unit, record in found.commits().items()
+        if unit.kind == "images"
+        for key in record.keys.to_pylist()
+        if key
+    ]
     assert Counter(keys) == Counter(sample["pair"] for sample in samples)
 
 

@@ -86,6 +86,8 @@ def reseal(folder: Path, unit: Unit) -> None:
     path = folder / "commits" / f"{unit.name}.json"
     record = read_record(path)
     write_record(path, record | {"files": {name: file_record(folder / name) for name in record["files"]}})
+    cache = Cache.open(folder)
+    write_state(folder, cache.manifest, cache.samples(), cache.commits())
 
 
 def numbers(folder: Path) -> dict[str, np.ndarray]:
@@ -97,7 +99,7 @@ def numbers(folder: Path) -> dict[str, np.ndarray]:
 def test_a_finished_cache_is_sound(finished: Path, cache: Path) -> None:
     """Nothing is found where nothing is wrong, with quarantined samples, several shards, a partial last one."""
     assert Cache.open(finished).manifest["counts"] == {"ok": 8, "quarantined": 2}
-    assert len(files(finished)) == 1 + 1 + 4 + (3 * 2 + 2) + (3 * 2 * 2 + 2)
+    assert len(files(finished)) == 1 + 2 + 4 + (3 * 2 + 2) + (3 * 2 * 2 + 2)
     assert named(finished) == named(cache) == []
 
 
@@ -176,7 +178,8 @@ def test_samples_that_point_at_other_content_are_named(copied: Path) -> None:
     """A sample's row must hold its pair in every view, and its text row its instruction."""
     path = copied / "commits" / "images-v1-000000.json"
     record = read_record(path)
-    record["keys"][:2] = record["keys"][1::-1]
+    first, second, rest = record["keys"][:32], record["keys"][32:64], record["keys"][64:]
+    record["keys"] = second + first + rest
     write_record(path, record)
     samples = Cache.open(copied).samples().to_pylist()
     (line,) = named(copied)
@@ -201,7 +204,7 @@ def test_a_cache_without_the_empty_instruction_is_named(copied: Path) -> None:
     """Text row 0 is what conditioning dropout uses; it must be the empty instruction."""
     path = copied / "commits" / "text-000000.json"
     record = read_record(path)
-    record["keys"][0] = "0" * 32
+    record["keys"] = "0" * 32 + record["keys"][32:]
     write_record(path, record)
     assert "commits/text-000000.json: does not hold the empty instruction in row 0" in named(copied)
 
@@ -212,7 +215,7 @@ def test_an_unfinished_cache_is_a_finding(copied: Path) -> None:
     samples = cache.samples()
     status = ["pending" if n == 9 else status for n, status in enumerate(samples["status"].to_pylist())]
     samples = samples.set_column(samples.column_names.index("status"), "status", [status])
-    write_state(copied, cache.manifest, samples)
+    write_state(copied, cache.manifest, samples, cache.commits())
     manifest = copied / "manifest.json"
     write_record(manifest, read_record(manifest) | {"counts": cache.manifest["counts"]})
     lines = named(copied)

@@ -57,7 +57,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which nobody reads
-    torch.backends.cudnn.benchmark = not config.machine.deterministic  # all batches have one shape
+    torch.backends.cudnn.benchmark = not config.machine.deterministic  # batches have few shapes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
     folders = prepare_folders(config)
     tracker = None if config.watching.report_to == "none" else config.watching.report_to

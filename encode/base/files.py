@@ -118,10 +118,11 @@ def file_record(path: Path) -> dict[str, Any]:
     return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: dict[str, Any], indent: int | None = 1) -> None:
     """Write a JSON file that ends in its own checksum: the crc32c of its bytes with eight zeros in that place."""
+    text = json.dumps(record | {"crc32c": "0" * 8}, indent=indent)
     with whole(path) as unfinished:
-        unfinished.write_bytes(_sealed(json.dumps(record | {"crc32c": "0" * 8}, indent=1).encode()))
+        unfinished.write_bytes(_sealed(f"{text[:-1].rstrip()}\n}}".encode()))
 
 
 def read_record(path: Path) -> dict[str, Any]:

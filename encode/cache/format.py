@@ -4,35 +4,36 @@
       manifest.json       what was encoded, with what, how; checksums of the small files
       samples.parquet     one row per sample of the dataset
       data.zarr/          the numbers: original, edited, text, and for SDXL pooled
-      commits/            one record per finished shard
+      units.parquet       size and checksum of each finished shard, derived from commits/
+      commits/            one record per finished unit
 
 Latents are stored **raw**: unscaled, not normalized. Training multiplies by the VAE's scaling factor, once, in
 `train/objective.py`.
 
-A *unit* is what is written at once: the shard number `shard` of every array of one kind. There are two kinds: the
-images of one view (`original`, `edited`) and the texts (`text`, `pooled`). A unit is there when its commit record is
-there, and the record is written after the data is safe on disk. The record names the content of each row, so the
-records alone say what is cached; `samples.parquet` says which samples the dataset consists of now.
+A unit (`commits.py`) is there when its commit record is there, and the record is written after the data is safe on
+disk. The record names the content of each row, so the records alone say what is cached; `samples.parquet` says which
+samples the dataset consists of now, and `units.parquet` spares whoever trains the records.
 """
 
-import dataclasses
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 
 from ..base.errors import CacheError
-from ..base.files import file_record, read_record, whole
+from ..base.files import file_record, read_record
+from .commits import Commit, Unit, inside, unit_of
+from .tables import SAMPLES_FILE, SHARDS_FILE, read_samples, read_shards
 
-Cells = TypeVar("Cells", bound=Any)  # an array of numpy or a tensor
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 SHARD_BYTES = 32 * 2**20
 SHARD_ROWS = 1024
+LARGE, LARGER = 1_000_000, 8  # from how many samples on shards are how many times as large: fewer files to open
 CHUNK_ROWS = {"images": 64, "text": 16}
 PAGE = 4096  # a shard is a whole number of pages, so that shards can be mapped side by side
 CONVENTION = "unscaled; original: posterior mean; edited: mean and log variance; pixels 2 * (x / 255) - 1"
@@ -49,60 +50,35 @@ SAMPLES = pa.schema(
         ("height", pa.int32()),  # of what is encoded, in pixels
         ("width", pa.int32()),
         *[(f"{side}_{what}", pa.int32()) for side in ("original", "edited") for what in ("width", "height")],
-        ("crop_top", pa.list_(pa.int32())),  # in each view, of the square in the resized original
+        ("crop_top", pa.list_(pa.int32())),  # in each view, of what is encoded in the resized original
         ("crop_left", pa.list_(pa.int32())),
         ("flip", pa.bool_()),  # whether training may show it flipped
         ("status", pa.string()),  # ok, pending, quarantined
         ("reason", pa.string()),
     ]
 )
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Unit:
-    """What is written at once: shard number `shard` of the images of one view, or of the texts."""
-
-    kind: str
-    shard: int
-    view: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"text-{self.shard:06d}" if self.kind == "text" else f"images-v{self.view}-{self.shard:06d}"
-
-
 Record = Mapping[str, Any]
-"""What a record says; a commit record, of its unit: key, sizes, and reason of each row, and checksums of the files."""
-RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""The shape of one row of each array, by kind and name."""
+"""What a manifest says, or of a file its bytes and crc32c."""
 
 
-def row_shapes(channels: int, cells: tuple[int, ...], tokens: int, width: int, pooled: int | None) -> RowShapes:
-    """Shapes of latents (channels, *cells), and of instructions (tokens, width) with, for SDXL, (pooled,).
+def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]], samples: int = 0) -> int:
+    """Rows of a shard of a new cache of `samples` samples, for arrays of float16 rows that are written together.
 
-    `cells` is height and width where all latents have one shape, else the largest number of them: see `shaped`.
+    At most `SHARD_ROWS` rows and `SHARD_BYTES` bytes, in large caches 8 times as many; whole chunks, and whole pages if
+    that can be had.
     """
-    images = {"original": (channels, *cells), "edited": (2 * channels, *cells)}
-    return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
-
-
-def shaped(cells: Cells, height: int, width: int) -> Cells:
-    """Latents (..., height, width) out of rows that have room for the largest shape, zeros after them; a view."""
-    return cells[..., : height * width].reshape(*cells.shape[:-1], height, width)
-
-
-def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]]) -> tuple[int, int]:
-    """Rows of a shard and of the chunks inside, for arrays of float16 rows that are written together.
-
-    At most `SHARD_ROWS` rows and `SHARD_BYTES` bytes; whole chunks, and whole pages if that can be had.
-    """
-    sizes = [2 * math.prod(shape) for shape in row_shapes]
-    fit = max(1, min(SHARD_ROWS, SHARD_BYTES // max(sizes)))
-    chunk = min(CHUNK_ROWS[kind], fit)
+    sizes, times = [2 * math.prod(shape) for shape in row_shapes], LARGER if samples >= LARGE else 1
+    fit = max(1, times * min(SHARD_ROWS, SHARD_BYTES // max(sizes)))
+    chunk = chunk_rows(kind, fit)
     step = math.lcm(chunk, *(PAGE // math.gcd(PAGE, size) for size in sizes))
     if step > fit:
         step = chunk
-    return fit // step * step, chunk
+    return fit // step * step
+
+
+def chunk_rows(kind: str, rows: int) -> int:
+    """Rows of a chunk in shards of so many rows."""
+    return min(CHUNK_ROWS[kind], rows)
 
 
 class View(NamedTuple):
@@ -148,8 +124,10 @@ class Cache:
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
         manifest = read_record(folder / "manifest.json")
-        if (found := manifest.get("format")) != FORMAT:
-            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {FORMAT}: encode anew")
+        if (found := manifest.get("format")) not in READABLE:
+            known = " and ".join(map(str, READABLE))
+            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {known}: encode anew")
+        inside(manifest.get("files", {}), folder / "manifest.json")
         return cls(folder, manifest)
 
     @property
@@ -173,25 +151,40 @@ class Cache:
         names = ("original", "edited") if kind == "images" else ("text", "pooled")
         return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
 
-    def latents(self, sample: Record) -> dict[str, np.ndarray]:
-        """What is cached of a sample of the table, by array, (views, channels, h, w)."""
-        rows = {name: (array.ndim, np.asarray(array[sample["row"]])) for name, array in self.arrays("images").items()}
-        shape = [sample[side] // self.factor for side in ("height", "width")]
-        return {name: shaped(row, *shape) if dimensions == 4 else row for name, (dimensions, row) in rows.items()}
+    def samples(self, *columns: str) -> pa.Table:
+        """The table of samples, or these columns of it, as it lies on the disk; `check_files` says whether it is whole.
 
-    def samples(self) -> pa.Table:
-        """The table of samples as it lies on the disk; `check_files` says whether that is what was written."""
-        return pq.read_table(self.folder / "samples.parquet", schema=SAMPLES)
+        Keys are text, as everywhere in memory. There may be more columns than `SAMPLES` has: they are carried along.
+        """
+        table = read_samples(self.folder / SAMPLES_FILE, SAMPLES, columns)
+        for number, name in enumerate(table.column_names):
+            if name in ("height", "width"):  # the first format had squares alone, and did not say
+                sides = table[name].fill_null(self.manifest["encoding"]["resolution"])
+                table = table.set_column(number, name, sides)
+        return table
 
     def shard_path(self, array: str, unit: Unit, dimensions: int) -> str:
         """Path of a shard inside the cache folder, as Zarr names it."""
         lead = [unit.shard, unit.view] if unit.kind == "images" else [unit.shard]
         return "/".join(["data.zarr", array, "c", *map(str, lead + [0] * (dimensions - len(lead)))])
 
-    def commits(self) -> dict[Unit, dict[str, Any]]:
+    def commits(self) -> dict[Unit, Commit]:
         """All commit records, each checked against its own checksum; a `CacheError` where that differs."""
-        records = (read_record(path) for path in sorted((self.folder / "commits").glob("*.json")))
-        return {Unit(record["kind"], record["shard"], record["view"]): record for record in records}
+        found = {}
+        for path in sorted((self.folder / "commits").glob("*.json")):
+            record = read_record(path)
+            found[Unit(record["kind"], record["shard"], record["view"])] = Commit.of(record, path)
+        return found
+
+    def units(self) -> list[Unit]:
+        """The units that have a record, by its name alone."""
+        return [unit for path in (self.folder / "commits").iterdir() if (unit := unit_of(f"commits/{path.name}"))]
+
+    def shards(self) -> dict[str, Record]:
+        """Size and checksum of each finished shard by its path: from `units.parquet`, in format 1 from the records."""
+        if SHARDS_FILE in self.manifest["files"]:
+            return read_shards(self.folder / SHARDS_FILE)
+        return {path: file for commit in self.commits().values() for path, file in commit.files.items()}
 
     def check_files(self) -> None:
         """Check the small files against the checksums in the manifest; a `CacheError` names the first that differs."""
@@ -201,6 +194,13 @@ class Cache:
                 raise CacheError(f"{file} is missing: run the same ip2p-encode again, it restores what can be restored")
             if file_record(file) != expected:
                 raise CacheError(f"{file} is damaged or from an interrupted run: run the same ip2p-encode again")
+
+    def is_sound(self) -> bool:
+        """Whether `check_files` finds nothing."""
+        with contextlib.suppress(CacheError):
+            self.check_files()
+            return True
+        return False
 
 
 def differences(old: Record, new: Record, parts: Sequence[str], names: tuple[str, str]) -> list[str]:
@@ -215,9 +215,3 @@ def wrong_size(file: Path, expected: Record) -> str | None:
         return "is missing"
     size = file.stat().st_size
     return None if size == expected["bytes"] else f"has {size:,} bytes, {expected['bytes']:,} were written"
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file, complete or not at all."""
-    with whole(path) as unfinished:
-        pq.write_table(table, unfinished, compression="zstd")

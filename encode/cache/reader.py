@@ -21,7 +21,8 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
-from .format import Cache, Unit, wrong_size
+from .commits import Unit, unit_of
+from .format import Cache, wrong_size
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -194,12 +195,10 @@ class Reader:
 
 
 def _whole_units(cache: Cache) -> set[Unit]:
-    """What is committed, after a look at the size of every shard file."""
-    commits = cache.commits()
-    for record in commits.values():
-        for path, expected in record["files"].items():
-            file = cache.folder / path
-            if problem := wrong_size(file, expected):
-                mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
-                raise CacheError(f"{file} {problem}: {mend}")
-    return set(commits)
+    """What is committed, after a look at the size of every shard file and the names of the records."""
+    shards = cache.shards()
+    for path, expected in shards.items():
+        if problem := wrong_size(cache.folder / path, expected):
+            mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
+            raise CacheError(f"{cache.folder / path} {problem}: {mend}")
+    return set(filter(None, map(unit_of, shards))) & set(cache.units())

@@ -1,11 +1,10 @@
 """Writes a cache: the empty arrays, whole units with their commit records, and one encode at a time."""
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,8 +15,11 @@ from zarr.core.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
-from .format import Cache, RowShapes, Unit, shard_rows, write_table
+from .commits import Commit, pc, write_commit
+from .format import FORMAT, Cache, Unit, chunk_rows
 from .samples import Ledger, counts
+from .shapes import RowShapes
+from .tables import SAMPLES_FILE, SHARDS_FILE, write_samples, write_shards
 
 
 @contextlib.contextmanager
@@ -74,11 +76,11 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, ledger: Ledg
     metadata: dict[str, Buffer] = {}
     group = zarr.create_group(metadata, zarr_format=3)
     for kind, shapes in row_shapes.items():
-        shard, chunk = shard_rows(kind, shapes.values())
-        used = [0, *samples["row" if kind == "images" else "text_row"].to_pylist()]
-        for unit, record in ledger.commits.items():
+        shard, chunk = ledger.shard_rows[kind], chunk_rows(kind, ledger.shard_rows[kind])
+        used = [0, pc.max(samples["row" if kind == "images" else "text_row"]).as_py() or 0]
+        for unit, commit in ledger.commits.items():
             if unit.kind == kind:
-                used += [unit.shard * shard + n for n, key in enumerate(record["keys"]) if key]
+                used += [unit.shard * shard + row for row in np.flatnonzero(commit.keys.is_valid())[-1:].tolist()]
         views, one = ((ledger.views,), (1,)) if kind == "images" else ((), ())
         for name, shape in shapes.items():
             size, shards, chunks = (max(used) + 1, *views, *shape), (shard, *one, *shape), (chunk, *one, *shape)
@@ -91,12 +93,17 @@ def prepare(folder: Path, row_shapes: RowShapes, samples: pa.Table, ledger: Ledg
                 unfinished.write_bytes(content.to_bytes())
 
 
-def write_state(folder: Path, manifest: dict[str, Any], samples: pa.Table) -> None:
-    """Write the samples table, and the manifest with their counts and the checksums of all small files."""
-    write_table(folder / "samples.parquet", samples)
-    small = [folder / "samples.parquet", *sorted((folder / "data.zarr").glob("**/zarr.json"))]
+def write_state(folder: Path, manifest: Mapping[str, Any], samples: pa.Table, commits: Mapping[Unit, Commit]) -> None:
+    """Write the samples table, the list of the shards that `commits` name, and the manifest with their checksums.
+
+    A cache of an older format becomes one of today's with that: its arrays and records stay as they are.
+    """
+    write_samples(folder / SAMPLES_FILE, samples)
+    write_shards(folder / SHARDS_FILE, commits)
+    small = [folder / SAMPLES_FILE, folder / SHARDS_FILE, *sorted((folder / "data.zarr").glob("**/zarr.json"))]
     files = {str(path.relative_to(folder)): file_record(path) for path in small}
-    write_record(folder / "manifest.json", manifest | {"counts": counts(samples), "files": files})
+    state = {"format": FORMAT, "counts": counts(samples), "files": files}
+    write_record(folder / "manifest.json", {**manifest, **state})
 
 
 class UnitWriter:
@@ -114,7 +121,7 @@ class UnitWriter:
         self.stop = min(self.first + self.rows, next(iter(self.arrays.values())).shape[0])
         self.keys: list[str | None] = [None] * self.rows
         self.sizes: list[Sequence[int] | None] = [None] * self.rows
-        self.quarantined: dict[str, str] = {}
+        self.quarantined: dict[int, str] = {}
         shapes = {name: array.shape[2 if unit.kind == "images" else 1 :] for name, array in self.arrays.items()}
         rows = self.stop - self.first
         self.buffers = {name: np.full((rows, *shape), np.nan, np.float16) for name, shape in shapes.items()}
@@ -126,17 +133,17 @@ class UnitWriter:
             at = row - self.first
             self.keys[at], self.sizes[at] = key, sizes
             for name, value in values.items():
-                row: Any = self.buffers[name][at]
-                if row.ndim < value.ndim:  # which has room for the largest shape
+                place: Any = self.buffers[name][at]
+                if place.ndim < value.ndim:  # it has room for the largest shape
                     value = value.reshape(len(value), -1)
-                    row[:, value.shape[1] :] = 0
-                row[..., : value.shape[-1]] = value
+                    place[:, value.shape[1] :] = 0
+                place[..., : value.shape[-1]] = value
         return finite
 
     def quarantine(self, row: int, key: str, reason: str) -> None:
         """Record why a row stays empty."""
         self.keys[row - self.first] = key
-        self.quarantined[str(row - self.first)] = reason
+        self.quarantined[row - self.first] = reason
 
     def commit(self) -> None:
         """Write all arrays, wait for the disk, then write the record."""
@@ -153,6 +160,4 @@ class UnitWriter:
             sync(file.parent)
             files[path] = file_record(file)
         sizes = self.sizes if self.unit.kind == "images" else None
-        content = {"keys": self.keys, "sizes": sizes, "quarantined": self.quarantined, "files": files}
-        record = dataclasses.asdict(self.unit) | content
-        write_record(self.cache.folder / "commits" / f"{self.unit.name}.json", record)
+        write_commit(self.cache.folder, self.unit, self.keys, sizes, self.quarantined, files)

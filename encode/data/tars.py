@@ -22,7 +22,7 @@ from webdataset.tariterators import group_by_keys
 from ..base.console import bar
 from ..base.errors import SampleError, SourceError, explained
 from ..base.files import content_key, file_state, storable, whole
-from ..cache.format import write_table
+from ..cache.tables import write_table
 from .columns import IMAGES, TEXT, Pick, Role, Rows, is_image_name, kinds_of
 
 METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's `tar_file_iterator` passes over

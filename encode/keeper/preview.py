@@ -11,6 +11,7 @@ from PIL import Image
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..cache.format import Cache
+from ..cache.shapes import latents_of
 from ..config import EncodeConfig
 from ..data.sheet import TILE, contact_sheet
 from ..models.checkpoint import find_checkpoint, find_device
@@ -39,7 +40,7 @@ def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
 def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Image.Image]]]:
     """The instruction of each sample, and its pictures in all views."""
     for sample in bar(samples, "decode", "sample"):
-        original, edited = cache.latents(sample).values()
+        original, edited = latents_of(cache, sample).values()
         latents = np.stack([original, edited[:, : original.shape[1]]], axis=1)  # (V, 2, 4, h, w)
         if not np.isfinite(latents).all():
             raise CacheError(f"{cache.folder}: sample {sample['key']} is torn (`ip2p-cache verify {cache.folder}`)")

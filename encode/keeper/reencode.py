@@ -11,6 +11,7 @@ from ..base.console import bar
 from ..base.errors import CacheMismatch, ImageError, SourceError
 from ..base.files import content_key
 from ..cache.format import Cache, View, differences
+from ..cache.shapes import latents_of
 from ..config import EncodeConfig
 from ..data.pairs import Pairs, open_pairs
 from ..geometry import Geometry, Shape
@@ -69,7 +70,7 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
 def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a cache holds of a sample, by array, (views or 1, ...)."""
     texts = {name: np.asarray(array[sample["text_row"]])[None] for name, array in cache.arrays("text").items()}
-    return _split(cache.latents(sample)) | texts
+    return _split(latents_of(cache, sample)) | texts
 
 
 def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, Any]) -> dict[str, np.ndarray]:

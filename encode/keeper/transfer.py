@@ -14,11 +14,12 @@ from fsspec.implementations.local import LocalFileSystem
 from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch, reason
 from ..base.files import unseal, whole
+from ..cache.commits import inside
 from ..cache.format import differences
 
 T = TypeVar("T")
 Files = Mapping[str, Any]  # by path
-THREADS = 8  # files in flight, each at most a shard (32 MiB) in memory
+THREADS = 8  # files in flight, each at most a shard (32 MiB, in large caches 256) in memory
 
 
 class Place:
@@ -106,6 +107,7 @@ def copy(source: Place, target: Place) -> Copied:
     expected = dict(manifest["files"])
     for path, content in commits.items():
         expected |= unseal(content, f"{source.url}/{path}")["files"]
+    inside(expected, source.url)
     if "manifest.json" in found:
         other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
         if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):

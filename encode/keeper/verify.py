@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,14 +14,15 @@ import zarr
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
-from ..cache.format import Cache, Record, Unit, wrong_size
+from ..cache.commits import Commit, Unit, unit_of
+from ..cache.format import Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.writer import write_state
+from ..index import FOLDER
 
-RECORD = re.compile(r"(?:images-v(\d+)|text)-(\d{6,})\.json")
-SMALL = re.compile(r"samples\.parquet|data\.zarr/(.*/)?zarr\.json")
+SMALL = re.compile(r"(samples|units)\.parquet|data\.zarr/(.*/)?zarr\.json")
 DAMAGED = "is damaged (its checksum differs from what was written)"
-Records = Mapping[Unit, Record]
+Records = Mapping[Unit, Commit]
 
 
 class Finding(NamedTuple):
@@ -41,6 +41,7 @@ def verify(folder: Path) -> list[Finding]:
         CacheError: no cache there, or one of another format.
     """
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    files = {path for path in files if not path.startswith(f"{FOLDER}/")}  # of an encode that is yet to go on
     try:
         whole = "format" in read_record(folder / "manifest.json")
     except CacheError:
@@ -57,7 +58,7 @@ def verify(folder: Path) -> list[Finding]:
     known = {finding.unit for finding in damaged}
     findings += damaged + _shards(folder, records, sound)
     if sound:
-        findings += _samples(sound.samples(), sound.manifest, records, known)
+        findings += [*_samples(sound.samples(), sound.manifest, records, known), *_list(sound, records)]
     return [*findings, *_strays(files, cache, records, known)]
 
 
@@ -81,21 +82,8 @@ def repair(folder: Path, findings: Sequence[Finding]) -> list[str]:
         ledger = Ledger.of(cache)
     except CacheError:
         return dropped  # ip2p-encode builds the samples anew; until then no training opens this cache
-    write_state(folder, cache.manifest, ledger.settle(cache.samples()))
+    write_state(folder, cache.manifest, ledger.settle(cache.samples()), ledger.commits)
     return dropped
-
-
-def unit_of(path: str) -> Unit | None:
-    """The unit that a file belongs to, by its path inside the cache; None if to none."""
-    match path.split("/"):
-        case ["commits", name] if record := RECORD.fullmatch(name):
-            view, shard = record.groups()
-            return Unit("text" if view is None else "images", int(shard), int(view or 0))
-        case ["data.zarr", "original" | "edited", "c", shard, view, *_] if shard.isdecimal() and view.isdecimal():
-            return Unit("images", int(shard), int(view))
-        case ["data.zarr", "text" | "pooled", "c", shard, *_] if shard.isdecimal():
-            return Unit("text", int(shard))
-    return None
 
 
 def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
@@ -105,19 +93,23 @@ def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
     return None if file_record(file) == expected else DAMAGED
 
 
-def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, dict[str, Any]], list[Finding]]:
+def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, Commit], list[Finding]]:
     """All commit records that are whole, and what is wrong with the others."""
-    records, damaged = {}, []
+    records: dict[Unit, Commit] = {}
+    damaged = []
     for path, unit in sorted((path, unit) for path in files if path.startswith("commits/") and (unit := unit_of(path))):
         try:
             record = read_record(folder / path)
         except CacheError:
             damaged.append(Finding(path, DAMAGED, unit))
             continue
-        if [record.get(name) for name in ("kind", "shard", "view")] == [unit.kind, unit.shard, unit.view]:
-            records[unit] = record
-        else:
+        if [record.get(name) for name in ("kind", "shard", "view")] != [unit.kind, unit.shard, unit.view]:
             damaged.append(Finding(path, "is the record of another unit", unit))
+            continue
+        try:
+            records[unit] = Commit.of(record, "it")
+        except CacheError as error:
+            damaged.append(Finding(path, str(error), unit))
     return records, damaged
 
 
@@ -127,14 +119,14 @@ def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding
     findings, cores = [], len(os.sched_getaffinity(0))
 
     def check(unit: Unit) -> tuple[int, list[Finding]]:
-        files = records[unit]["files"]
-        compared = ((path, _difference(folder / path, record)) for path, record in files.items())
+        files = records[unit].files
+        compared = ((path, _difference(folder / path, file)) for path, file in files.items())
         found = [Finding(path, problem, unit) for path, problem in compared if problem]
         if cache and not found:
             found += _scan(cache, unit, records[unit], arrays[unit.kind])
-        return sum(record["bytes"] for record in files.values()), found
+        return sum(file["bytes"] for file in files.values()), found
 
-    total = sum(file["bytes"] for record in records.values() for file in record["files"].values())
+    total = sum(file["bytes"] for record in records.values() for file in record.files.values())
     with ThreadPoolExecutor(cores) as pool, bar(None, "verify", "B", total=total) as progress:
         for size, found in pool.map(check, sorted(records)):
             findings += found
@@ -142,14 +134,15 @@ def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding
     return findings
 
 
-def _scan(cache: Cache, unit: Unit, record: Record, arrays: Mapping[str, zarr.Array]) -> Iterator[Finding]:
+def _scan(cache: Cache, unit: Unit, record: Commit, arrays: Mapping[str, zarr.Array]) -> Iterator[Finding]:
     """Rows that were encoded must be finite, all others NaN."""
     paths = {name: cache.shard_path(name, unit, array.ndim) for name, array in arrays.items()}
-    if set(paths.values()) != record["files"].keys():
+    if set(paths.values()) != record.files.keys():
         yield Finding(f"commits/{unit.name}.json", f"does not name the shards of {', '.join(arrays)}", unit)
         return
     first = unit.shard * cache.shard_rows[unit.kind]
-    keys = np.array([key is not None and str(n) not in record["quarantined"] for n, key in enumerate(record["keys"])])
+    keys = record.keys.is_valid().to_numpy(zero_copy_only=False).copy()
+    keys[list(record.quarantined)] = False
     for name, array in arrays.items():
         rows = slice(first, first + len(keys))
         values = np.asarray(array[rows, unit.view] if unit.kind == "images" else array[rows])
@@ -167,36 +160,54 @@ def _samples(
 ) -> Iterator[Finding]:
     """Compare the table of samples with the records; `known` units were named already."""
     ledger = Ledger(records, manifest["shard_rows"], len(manifest["views"]))
-    before, after, status = samples.to_pylist(), ledger.settle(samples).to_pylist(), counts(samples)
+    settled, status = ledger.settle(samples), counts(samples)
     if status != manifest["counts"]:
         yield Finding("manifest.json", f"counts {manifest['counts']}, samples.parquet holds {status}")
     if pending := status.get("pending", 0):
         yield Finding("samples.parquet", f"{pending:,} samples are not encoded yet: run the same ip2p-encode again")
-    missing: Counter[Unit] = Counter()
-    different: list[str] = []
-    for old, new in zip(before, after, strict=True):
-        if old["status"] == "pending":
-            continue
-        absent = [unit for unit in ledger.units(old["row"], old["text_row"]) if unit not in records]
-        if old["status"] == "ok" and absent:
-            missing.update(absent)
-        elif old != new and not absent:
-            different.append(old["key"])
-    for unit, count in sorted(missing.items()):
-        if unit not in known:
-            yield Finding(f"commits/{unit.name}.json", f"is missing: {count:,} samples need it", unit)
-    if different:
-        one = f"sample {different[0]} differs from what its commit records say ({len(different):,} such samples)"
+    state = np.array(samples["status"].to_pylist())
+    looked_at = state != "pending"
+    for kind, column, views in (("images", "row", ledger.views), ("text", "text_row", 1)):
+        shards = samples[column].to_numpy() // ledger.shard_rows[kind]
+        for unit in (
+            Unit(kind, shard, view) for shard in np.unique(shards[shards >= 0]).tolist() for view in range(views)
+        ):
+            if unit not in records:
+                looked_at &= shards != unit.shard
+                count = ((shards == unit.shard) & (state == "ok")).sum()
+                if count and unit not in known:
+                    yield Finding(f"commits/{unit.name}.json", f"is missing: {count:,} samples need it", unit)
+    if different := [number for number in _different(samples, settled) if looked_at[number]]:
+        one = f"sample {samples['key'][different[0]]} differs from what its commit records say "
+        one += f"({len(different):,} such samples)"
         yield Finding("samples.parquet", one)
     null = records.get(Unit("text", 0))
-    if null and (null["keys"][0] != text_key(NULL_PROMPT) or "0" in null["quarantined"]):
+    if null and (null.keys[0].as_py() != text_key(NULL_PROMPT) or 0 in null.quarantined):
         yield Finding("commits/text-000000.json", "does not hold the empty instruction in row 0", Unit("text", 0))
+
+
+def _different(a: pa.Table, b: pa.Table) -> list[int]:
+    """Numbers of the rows in which two tables of the same columns differ."""
+    pairs = ((x.to_pylist(), y.to_pylist()) for x, y in zip(a.columns, b.columns, strict=True) if not x.equals(y))
+    return sorted({n for both in pairs for n, (x, y) in enumerate(zip(*both, strict=True)) if x != y})
+
+
+def _list(cache: Cache, records: Records) -> Iterator[Finding]:
+    """Compare the list of shards with the records, which win where they differ."""
+    try:
+        listed = cache.shards()  # in format 1 the records themselves
+    except CacheError as error:
+        yield Finding("units.parquet", str(error))
+        return
+    named = {path: file for record in records.values() for path, file in record.files.items()}
+    if wrong := sorted(path for path in listed | named if listed.get(path) != named.get(path)):
+        yield Finding("units.parquet", f"differs from the commit records in {len(wrong):,} shards ({wrong[0]}, …)")
 
 
 def _strays(files: Iterable[str], cache: Cache | None, records: Records, known: set[Unit | None]) -> Iterator[Finding]:
     """Files that no record speaks of."""
     expected = {".lock", "manifest.json", *(f"commits/{unit.name}.json" for unit in records)}
-    expected |= {path for record in records.values() for path in record["files"]}
+    expected |= {path for record in records.values() for path in record.files}
     expected |= set(cache.manifest["files"] if cache else filter(SMALL.fullmatch, files))
     for path in sorted(set(files) - expected):
         unit = unit_of(path)

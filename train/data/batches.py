@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...encode.base.errors import CacheError
-from ...encode.cache.format import shaped
 from ...encode.cache.reader import Reader
-from ...encode.cache.samples import NULL_PROMPT, text_key
+from ...encode.cache.shapes import shaped
 from ..objective import Batch, Null
 from .samples import Samples
 
@@ -28,10 +26,7 @@ RING = 3  # batches in memory: one in use, one ready, one being gathered
 
 def null_conditioning(reader: Reader, device: torch.device) -> Null:
     """The cached encoding of the empty instruction, which lies in text row 0 of the first cache."""
-    cache = reader.caches[0]
-    record = next(record for unit, record in cache.commits().items() if unit.kind == "text" and unit.shard == 0)
-    if record["keys"][0] != text_key(NULL_PROMPT):
-        raise CacheError(f"{cache.folder} does not hold the empty instruction in text row 0: encode it anew")
+    reader.require(np.zeros(0, np.int64), np.zeros(1, np.int64))
     arrays = {name: array for name, array in reader.arrays.items() if name in Null._fields}
     parts = {name: np.empty((1, *array.row_shape), np.float16) for name, array in arrays.items()}
     for name, part in parts.items():

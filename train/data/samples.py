@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from ...encode.base.errors import CacheError, SettingsError
+from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
+from ...encode.cache.samples import counts
+from ...encode.cache.tables import KEYS
+
+SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
 
 
 class Samples(NamedTuple):
@@ -46,7 +52,9 @@ class Samples(NamedTuple):
 
     def instructions(self, caches: Sequence[Cache]) -> list[str]:
         """The instruction of each sample."""
-        tables = {cache: caches[cache].samples()["instruction"] for cache in np.unique(self.caches).tolist()}
+        tables = {
+            cache: caches[cache].samples("instruction")["instruction"] for cache in np.unique(self.caches).tolist()
+        }
         places = zip(self.caches.tolist(), self.numbers.tolist(), strict=True)
         return [tables[cache][number].as_py() for cache, number in places]
 
@@ -56,34 +64,31 @@ class Samples(NamedTuple):
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples()
-        status = table["status"].to_numpy(zero_copy_only=False)
-        if pending := int((status == "pending").sum()):
+        table = cache.samples("status", *KEYS, "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
+        if pending := counts(table).get("pending", 0):
             raise CacheError(
                 f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
-        numbers = np.flatnonzero(status == "ok")[:limit]
+        numbers = pc.indices_nonzero(pc.equal(table["status"], "ok"))[:limit].to_numpy().astype(np.int64)
         table = table.take(numbers)
         if len(table) == 0:
             raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
-        sizes = [table[name].to_numpy()[:, None] for name in ("original_height", "original_width")]
-        crops = [table[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
-        sides = np.stack([table[name].to_numpy() for name in ("height", "width")], axis=1).astype(np.int64)
-        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), *sides.T[:, :, None]]
-        time_ids = np.stack([np.broadcast_to(size, shape) for size in sizes], axis=2).astype(np.float32)
-        text_rows = table["text_row"].to_numpy()
-        prompts = zip(table["group"].to_pylist(), text_rows.tolist(), strict=True)
-        names = [str(text_row) if group is None else f"group {group}" for group, text_row in prompts]
-        groups = np.unique(names, return_inverse=True)[1]
-        keys, pairs = (  # 64 bits of a hash
-            np.array([int(key[-16:], 16) for key in table[name].to_pylist()], np.uint64) for name in ("key", "pair")
-        )
-        caches, shapes = np.zeros(len(table), np.int64), sides // cache.factor
-        return cls(table["row"].to_numpy(), text_rows, shown, time_ids, shapes, groups, keys, pairs, caches, numbers)
+        sizes = [table[name].to_numpy()[:, None] for name in SIZE]
+        crops = [table[name].combine_chunks().flatten().to_numpy() for name in CROPS]
+        shapes = np.stack([table[name].to_numpy() for name in SHAPE], axis=1).astype(np.int64)
+        sizes = [*sizes, *(crop.reshape(shape) for crop in crops), *shapes.T[:, :, None]]
+        time_ids = np.empty((*shape, 6), np.float32)
+        for number, size in enumerate(sizes):
+            time_ids[:, :, number] = size
+        hashes = (np.frombuffer(bytes.fromhex("".join(table[name].to_pylist())), ">u8") for name in KEYS)
+        keys, pairs = (both[1::2].astype(np.uint64) for both in hashes)  # 64 bits of each
+        shapes = shapes // cache.factor
+        caches, rows, text_rows = np.zeros(len(table), np.int64), table["row"].to_numpy(), table["text_row"].to_numpy()
+        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), keys, pairs, caches, numbers)
 
     @classmethod
     def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
@@ -106,6 +111,16 @@ class Samples(NamedTuple):
             )
             prompts += part.groups.max() + 1
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _groups(table: pa.Table) -> np.ndarray:
+    """Numbers of the prompts, in the order of their names: a sample's own group, or else its instruction."""
+    own = pc.binary_join_element_wise("group", table["group"], " ")
+    names = pc.coalesce(own, table["text_row"].cast(pa.string())).combine_chunks().dictionary_encode()
+    order = pc.sort_indices(names.dictionary).to_numpy()
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks[names.indices.to_numpy()]
 
 
 def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:

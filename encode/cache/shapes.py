@@ -1,0 +1,33 @@
+"""What a row of each array holds, and latents of several shapes in rows of one."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .format import Cache, Record
+
+Cells = TypeVar("Cells", bound=Any)  # an array of numpy or a tensor
+RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""The shape of one row of each array, by kind and name."""
+
+
+def row_shapes(channels: int, cells: tuple[int, ...], tokens: int, width: int, pooled: int | None) -> RowShapes:
+    """Shapes of latents (channels, *cells), and of instructions (tokens, width) with, for SDXL, (pooled,).
+
+    `cells` is height and width where all latents have one shape, else the largest number of them: see `shaped`.
+    """
+    images = {"original": (channels, *cells), "edited": (2 * channels, *cells)}
+    return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
+
+
+def shaped(cells: Cells, height: int, width: int) -> Cells:
+    """Latents (..., height, width) out of rows that have room for the largest shape, zeros after them; a view."""
+    return cells[..., : height * width].reshape(*cells.shape[:-1], height, width)
+
+
+def latents_of(cache: Cache, sample: Record) -> dict[str, np.ndarray]:
+    """What is cached of a sample of the table, by array, (views, channels, h, w)."""
+    rows = {name: (array.ndim, np.asarray(array[sample["row"]])) for name, array in cache.arrays("images").items()}
+    shape = [sample[side] // cache.factor for side in ("height", "width")]
+    return {name: shaped(row, *shape) if dimensions == 4 else row for name, (dimensions, row) in rows.items()}

@@ -1,0 +1,62 @@
+"""The small tables of a cache: its samples, and the list of its shards, in Parquet files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..base.files import whole
+from .commits import DIGITS, Commit, inside
+
+SAMPLES_FILE, SHARDS_FILE = "samples.parquet", "units.parquet"
+KEYS = ("key", "pair")  # 16 bytes each on the disk
+SHARDS = pa.schema([("path", pa.string()), ("bytes", pa.int64()), ("crc32c", pa.string())])
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file, complete or not at all; equal tables give equal bytes."""
+    with whole(path) as unfinished:
+        pq.write_table(table.combine_chunks(), unfinished, compression="zstd")
+
+
+def write_samples(path: Path, samples: pa.Table) -> None:
+    """Write a table of samples, whose keys are text in memory."""
+    for name in KEYS:
+        keys = bytes.fromhex("".join(samples[name].to_pylist()))
+        packed = pa.Array.from_buffers(pa.binary(DIGITS // 2), len(samples), [None, pa.py_buffer(keys)])
+        samples = samples.set_column(samples.column_names.index(name), name, packed)
+    write_table(path, samples)
+
+
+def read_samples(path: Path, known: pa.Schema, columns: Sequence[str] = ()) -> pa.Table:
+    """Read a table of samples, or some columns of it: those that are `known` have these types, others the file's.
+
+    What an earlier version did not know is null.
+    """
+    there = pq.read_schema(path).names
+    columns = columns or list(dict.fromkeys([*known.names, *there]))
+    table = pq.read_table(path, columns=[name for name in columns if name in there])
+    for name in set(KEYS) & set(table.column_names):
+        if pa.types.is_fixed_size_binary(table.field(name).type):  # in format 1 it is text
+            digits = b"".join(table[name].to_pylist()).hex().encode()
+            keys = pa.Array.from_buffers(pa.binary(DIGITS), len(table), [None, pa.py_buffer(digits)])
+            table = table.set_column(table.column_names.index(name), name, keys.cast(pa.string()))
+    for field in known:
+        if field.name in set(columns) - set(there):
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.cast(pa.schema([known.field(f.name) if f.name in known.names else f for f in table.schema]))
+
+
+def write_shards(path: Path, commits: Mapping[Any, Commit]) -> None:
+    """Write the list of all files that commit records name."""
+    files = {name: file for commit in commits.values() for name, file in commit.files.items()}
+    write_table(path, pa.Table.from_pylist([{"path": name} | files[name] for name in sorted(files)], SHARDS))
+
+
+def read_shards(path: Path) -> dict[str, Any]:
+    """Size and checksum of each shard by its path; a `CacheError` if one leads elsewhere."""
+    files = {row.pop("path"): row for row in pq.read_table(path, schema=SHARDS).to_pylist()}
+    inside(files, path)
+    return files
