@@ -105,6 +105,20 @@ def test_a_known_dataset_needs_no_flags(
     assert capsys.readouterr().out == ""
 
 
+MASKS = {"osunlp/MagicBrush": "mask_img", "BleachNick/UltraEdit_Region_Based_100k": "mask_image"}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_masks_of_a_known_dataset_are_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --mask_column auto they are taken, without that flag they are not."""
+    write(tmp_path / name, name)
+    monkeypatch.chdir(tmp_path)
+    source = opened({"dataset_name": name, "mask_column": "auto"})
+    assert source.columns == (*SCHEMAS[name][1].split(), MASKS[name])
+    assert [source[index] for index in range(len(source))] == [pair._replace(mask=jpeg(999)) for pair in PAIRS[:3]]
+    assert not opened({"dataset_name": name}).masks
+
+
 def test_every_preset_but_one_has_a_schema_here() -> None:
     """A preset is checked with the schema it is for; that of UltraEdit is its half million's."""
     assert PRESETS.keys() - SCHEMAS.keys() == {"BleachNick/UltraEdit"}

@@ -73,7 +73,7 @@ class Run:
         # What it trains on.
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
-        self.reader = Reader(*caches)
+        self.reader = Reader(*caches, masks=config.objective.edit_weight != 1)
         samples = Samples.of_all(self.reader, config.samples.max_train_samples)
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..base.errors import SourceError
-from ..base.files import storable
-from ..config import Dataset
-from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
+from ..base.files import content_key, storable
+from ..config import AUTO, Dataset
+from .columns import EDITED, INVERSE, MASK, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
 from .places import in_seeds, in_tars, is_saved, name_of
 
 NOT_THERE = {
@@ -29,6 +29,12 @@ class Pair(NamedTuple):
     original: bytes | None
     edited: bytes | None
     instruction: Any
+    mask: bytes | None = None  # where the edit is; everywhere without one
+
+    @property
+    def key(self) -> str:
+        """Identity of its files."""
+        return content_key(self.original or b"", self.edited or b"", *(() if self.mask is None else (self.mask,)))
 
 
 def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
@@ -37,7 +43,7 @@ def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    needed = (ORIGINAL, EDITED, PROMPT, INVERSE) if dataset.reverse_pairs else (ORIGINAL, EDITED, PROMPT)
+    needed = [ORIGINAL, EDITED, PROMPT, *([INVERSE] * dataset.reverse_pairs), *([MASK] * bool(dataset.mask_column))]
     rows, name = open_rows(dataset, cache_dir, needed, default_split="train"), name_of(dataset)
     return Pairs(rows, name, every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
 
@@ -70,6 +76,7 @@ def open_rows(
             "(--edited_image_column, if your copy has some)"
         )
     flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | (captions or {})
+    flags = {role: None if role is MASK and flag == AUTO else flag for role, flag in flags.items()}
     pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
     seeds, tars = in_seeds(name), in_tars(name)
     saved = is_saved(Path(name))
@@ -126,8 +133,11 @@ class Pairs:
     A row may give several samples: one for each of its instructions, if every one counts, and those of the reversed
     pair, with the inverse instruction, after them.
 
+    Attributes:
+        masks: whether the dataset has a column of them.
+
     Args:
-        rows: the dataset, with columns of originals, edited images, instructions, and maybe inverse instructions.
+        rows: the dataset, with columns of originals, edited images, instructions, maybe inverse ones, maybe masks.
         name: what the user calls it.
         every: whether each instruction of a list makes a sample, or the first alone.
         limit: how many samples are used, from the first on; default: all.
@@ -135,7 +145,7 @@ class Pairs:
 
     def __init__(self, rows: Rows, name: str, *, every: bool = False, limit: int | None = None):
         self.name, self.columns = name, tuple(rows.columns.values())
-        self._rows, self._every = rows, every
+        self._rows, self._every, self.masks = rows, every, MASK in rows.columns
         self._texts = [role for role in rows.columns if role.holds == TEXT]
         self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
         samples = len(rows) * len(self._texts)
@@ -154,10 +164,12 @@ class Pairs:
             raise IndexError(index)
         row, sample = self._locate(index)
         if self._latest[0] != row:
-            self._latest = row, self._rows.read(row, ORIGINAL, EDITED, *self._texts)
-        original, edited, prompts, *inverse = self._latest[1]
-        pairs = [Pair(original, edited, text) for text in texts_of(prompts, every=self._every)]
-        pairs += [Pair(edited, original, text) for value in inverse for text in texts_of(value, every=self._every)]
+            self._latest = row, self._rows.read(row, ORIGINAL, EDITED, *([MASK] * self.masks), *self._texts)
+        original, edited, *rest = self._latest[1]
+        mask = rest.pop(0) if self.masks else None
+        prompts, *inverse = (texts_of(value, every=self._every) for value in rest)
+        pairs = [Pair(original, edited, text, mask) for text in prompts]
+        pairs += [Pair(edited, original, text, mask) for texts in inverse for text in texts]
         return pairs[sample]
 
     def group(self, index: int) -> str | None:
