@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, sd: Path) -> Path:
     (world / "pairs" / "metadata.jsonl").write_text(lines)
     for folder in ("shards", "others"):
         (world / folder).mkdir()
-    for number, (original, edited, text) in enumerate(PAIRS[:2]):
+    for number, (original, edited, text, *_) in enumerate(PAIRS[:2]):
         with tarfile.open(world / "shards" / f"pairs-{number:03}.tar", "w") as tar:
             forms.add(tar, "7.original.jpg", original)
             forms.add(tar, "7.edited.jpg", edited)
