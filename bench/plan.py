@@ -32,7 +32,7 @@ from ip2p.train.data.samples import Samples
 PIXELS = 16
 ROWS = {"images": 8192, "text": 2304}  # of the shards of a cache of this size, at 256 pixels
 Measured = tuple[float, float, float]  # seconds, seconds of all cores, and peak memory of the process in GiB
-SQUARES = Geometry(256, "squash", "white")
+SQUARES = Geometry(PIXELS, "squash", "white")
 
 
 def main() -> None:

@@ -137,9 +137,12 @@ class Turns:
 
 
 def identity(config: TrainConfig, samples: Samples) -> str:
-    """Of what positions count: it changes with the samples; and where shapes take turns, with what decides on these."""
+    """Of what positions count: it changes with the samples; and where shapes take turns, with what decides on these.
+
+    A sample is known by its pair and, in its cache, by the row of its instruction.
+    """
     flags = repr((config.samples.cache_weights, config.samples.sample_by)) if len(samples.by_shape()) > 1 else ""
-    return content_key(samples.keys.tobytes(), flags.encode())
+    return content_key(samples.pairs.tobytes(), samples.text_rows.tobytes(), flags.encode())
 
 
 def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:
