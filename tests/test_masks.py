@@ -305,6 +305,18 @@ def test_batches_hold_masks_where_they_are_asked_for(masked: Path, cache: Path) 
         Reader(opened, Cache.open(cache), masks=True)
 
 
+def test_batches_of_sdxl_hold_masks(sdxl: Path, masked: Path, tmp_path: Path, encode: Encode) -> None:
+    """Beside pooled text and the sizes that SDXL is told; squares lie in the cache as they are."""
+    encode(sdxl, masked.parent / "data", tmp_path, max_train_samples=3, **MASKS)
+    opened = Cache.open(tmp_path)
+    batch = gather(Reader(opened, masks=True), Samples.of(opened, None), np.arange(3), torch.device("cpu"))
+    assert batch.pooled is not None
+    assert batch.mask is not None
+    assert batch.mask.shape == (3, 1, 8, 8)
+    assert (batch.mask[0] == 1).all()
+    assert batch.mask[1].float().mean().item() == pytest.approx(edit((60, 96), 1).mean(), abs=1e-3)
+
+
 def test_training_weighs_by_the_masks(sd: Path, data: Path, tmp_path: Path, encode: Encode) -> None:
     """With masks that say all is edited it trains as without --edit_weight, bit for bit; without masks otherwise."""
     found = tiny.pairs(10)
