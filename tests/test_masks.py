@@ -223,7 +223,7 @@ def test_a_mask_that_cannot_be_read_costs_its_sample(
     """It stands aside with its reason: a file that is gone, or is none; a sample may be without a mask, too."""
     rows: list[dict[str, Any]] = list(image_files(tmp_path / "data", PAIRS[:4]))
     for row, mask in zip(rows, ("images/mask.png", "images/gone.png", "images/bad.png", None), strict=True):
-        row["mask"] = mask
+        row["mask_path"] = mask
     (tmp_path / "data" / "images" / "mask.png").write_bytes(png(white(edit((12, 8), 1))))
     (tmp_path / "data" / "images" / "bad.png").write_bytes(b"no picture")
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -234,7 +234,7 @@ def test_a_mask_that_cannot_be_read_costs_its_sample(
     assert reasons[1] == "the mask is missing"
     assert "mask: the image cannot be decoded" in reasons[2]
     assert verify(tmp_path / "cache") == []
-    assert "found masks in mask (--mask_column)" in capsys.readouterr().out
+    assert "found masks in mask_path (--mask_column)" in capsys.readouterr().out
 
 
 def test_masks_in_tar_files_and_of_reversed_pairs(tmp_path: Path) -> None:
