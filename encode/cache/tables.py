@@ -59,6 +59,7 @@ def read_samples(path: Path, known: pa.Schema, columns: Sequence[str] = ()) -> p
     for field in known:
         if field.name in set(columns) - set(there):
             table = table.append_column(field, pa.nulls(len(table), field.type))
+    table = table.select([name for name in columns if name in table.column_names])
     return table.cast(pa.schema([known.field(f.name) if f.name in known.names else f for f in table.schema]))
 
 
