@@ -78,7 +78,7 @@ def image_lists(folder: Path, pairs: list[Pair]) -> Flags:
         dict.fromkeys(NAMES[:2], datasets.List(datasets.Image()))
         | {"edit_prompt": datasets.List(datasets.Value("string"))}
     )
-    rows = columns([Pair([a, jpeg(999)], [b], [text, "unused"]) for a, b, text in pairs])  # type: ignore[arg-type]
+    rows = columns([Pair([a, jpeg(999)], [b], [text, "unused"]) for a, b, text, _ in pairs])  # type: ignore[arg-type]
     datasets.DatasetDict({"only": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(folder)
     return {"dataset_name": folder}
 

@@ -259,7 +259,7 @@ def test_masks_in_tar_files_and_of_reversed_pairs(tmp_path: Path) -> None:
 
 def test_a_stream_keeps_masks(masked: Path) -> None:
     """As they are in the table, also where a sample has none."""
-    data = {"dataset_name": str(masked.parent / "data")} | MASKS
+    data: dict[str, Any] = {"dataset_name": str(masked.parent / "data")} | MASKS
     table, stream = (
         open_pairs(encode_config(**data, streaming=streaming).dataset, None) for streaming in (False, True)
     )

@@ -12,6 +12,7 @@ from forms import NAMES, PAIRS, Flags, image_files, jpeg, opened
 from ip2p.encode.base.errors import SourceError
 from ip2p.encode.data.cells import column_kinds
 from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, known_columns
+from ip2p.encode.data.pairs import Pair
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 
@@ -136,7 +137,11 @@ def test_the_reversed_pairs_of_hq_edit_come_with_the_inverse_instruction(tmp_pat
     """--reverse_pairs needs no column there."""
     source = opened({"dataset_name": write(tmp_path / "HQ-Edit", "UCSC-VLAA/HQ-Edit")}, reverse_pairs=True)
     assert source.columns == ("input_image", "output_image", "edit", "inverse_edit")
-    assert (len(source), source[0], source[1]) == (6, PAIRS[0], (PAIRS[0].edited, PAIRS[0].original, "another text"))
+    assert (len(source), source[0], source[1]) == (
+        6,
+        PAIRS[0],
+        Pair(PAIRS[0].edited, PAIRS[0].original, "another text"),
+    )
 
 
 def test_both_instructions_of_omniedit_can_be_samples(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ PRESETS = {
     "fusing/instructpix2pix-1000-samples": preset("input_image", "edited_image", "edit_prompt"),
     "timbrooks/instructpix2pix-clip-filtered": preset("original_image", "edited_image", "edit_prompt"),
     "osunlp/MagicBrush": preset("source_img", "target_img", "instruction", mask="mask_img"),
-    "BleachNick/UltraEdit": preset("source_image", "edited_image", "edit_prompt", mask="mask_image"),
+    "BleachNick/UltraEdit": preset("source_image", "edited_image", "edit_prompt"),
     "BleachNick/UltraEdit_500k": preset("source_image", "edited_image", "edit_prompt"),
     "BleachNick/UltraEdit_Region_Based_100k": preset("source_image", "edited_image", "edit_prompt", mask="mask_image"),
     "UCSC-VLAA/HQ-Edit": preset("input_image", "output_image", "edit", "inverse_edit"),
