@@ -32,6 +32,9 @@ NO_FLIP = r"\b(left|right)(most|wards?|side|hand(ed)?)?\b|clockwise"
 """Instructions that are wrong in a mirror."""
 
 
+AUTO = "auto"  # as a column: which one is found
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The Stable Diffusion model that encodes and is trained."""
@@ -105,6 +108,10 @@ class Dataset(Columns):
     """Which instruction of a list is taken; with `all`, each makes a sample of its own."""
     reverse_pairs: bool = False
     """Add each pair reversed, with the instruction that leads back."""
+    mask_column: str | None = None
+    """Column of masks, which are cached beside the pictures: white or transparent where the edit is, and ip2p-train
+    --edit_weight goes by them. auto takes that of a known dataset, else the only one with a name that says so. Default:
+    no masks."""
     inverse_prompt_column: str | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
     keep_columns: tuple[str, ...] = ()

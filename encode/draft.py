@@ -64,13 +64,19 @@ def begin(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes
         CacheMismatch: it was encoded by another model or with other settings.
     """
     cells = geometry_of(config).cells(checkpoint.vae_scale_factor)
-    shapes = row_shapes(checkpoint.latent_channels, cells, *checkpoint.text_shape())
+    shapes = row_shapes(checkpoint.latent_channels, cells, *checkpoint.text_shape(), masks=source.masks)
     old, manifest = open_existing(config.cache), describe(config, source, checkpoint, shapes, processes)
     if not old:
         return Draft(manifest, shapes, None, known=False)
+    other = "name another folder with --cache"
     if lines := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
-        mend = "name another folder with --cache, or encode as it was made"
+        mend = f"{other}, or encode as it was made"
         raise CacheMismatch("\n".join([f"{old.folder} was encoded differently: {mend}", *lines]))
+    if old.manifest.get("masks", False) != manifest["masks"]:
+        has, mend = ("has none", "leave out") if manifest["masks"] else ("has some", "give")
+        raise CacheMismatch(
+            f"a cache has masks from its beginning on, {old.folder} {has}: {mend} --mask_column, or {other}"
+        )
     manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     manifest["shard_rows"] = old.shard_rows
     known = old.manifest["dataset"] == manifest["dataset"] and old.is_sound()
@@ -107,6 +113,7 @@ def describe(
             "text": None if run.cache_text else "instructions alone",
         },
         "vae_scale_factor": checkpoint.vae_scale_factor,
+        "masks": source.masks,
         "views": view_names(pictures.crops if pictures.resizing == "random_crop" else None, pictures.random_flip),
         "dataset": {
             "name": source.name,

@@ -11,7 +11,7 @@ from PIL import Image
 from .base.errors import SettingsError
 from .cache.format import View
 from .config import EncodeConfig
-from .data.pictures import header_size, open_picture
+from .data.pictures import header_size, open_mask, open_picture, pooled
 
 GOLDEN = (5**0.5 - 1) / 2
 """Steps of this size spread any number of random crops evenly over the places where one can lie."""
@@ -126,6 +126,28 @@ class Geometry:
             several = shape if len(self.shapes) > 1 else ()
             sizes.append((*images[0].size, *images[1].size, crop.top, crop.left, *several))
         return pixels, sizes
+
+    def masks(
+        self, mask: bytes | None, size: tuple[int, ...], pair: str, views: Sequence[View], shape: Shape, factor: int
+    ) -> np.ndarray:
+        """The share of each cell of a pair's latents that is edited, float16 (views, 1, height, width); 1 without mask.
+
+        Args:
+            size: width and height of the original, on which the crop is chosen; the mask may have others.
+            factor: by which the VAE divides sides.
+
+        Raises:
+            ImageError: the mask cannot be decoded.
+        """
+        cells = shape.height // factor, shape.width // factor
+        if mask is None:
+            return np.ones((len(views), 1, *cells), np.float16)
+        shares = open_mask(mask)
+        boxes = (self.crop((size[0], size[1]), shape, pair, view).box for view in views)
+        parts = [
+            pooled(shares, cells, box)[:, :: -1 if view.flip else 1] for view, box in zip(views, boxes, strict=True)
+        ]
+        return np.stack(parts)[:, None].astype(np.float16)
 
     def crop(self, size: tuple[int, int], shape: Shape, pair: str, view: View) -> Crop:
         """Where a shape lies in an original of `size` (width, height): a function of the pair's identity."""

@@ -95,7 +95,7 @@ def identify(source: Pairs, geometry: Geometry, positions: Sequence[int]) -> pa.
             reason = unusable(pair)
         except SampleError as error:
             pair, reason = Pair(None, None, ""), str(error)
-        key = content_key(pair.original or b"", pair.edited or b"")
+        key = pair.key
         text = pair.instruction if isinstance(pair.instruction, str) else repr(pair.instruction)
         instruction, group = storable(text), source.group(position)
         row = {"key": content_key(key.encode(), instruction.encode()), "pair": key, "position": position}

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .base.errors import ImageError, SampleError, SourceError
-from .base.files import content_key
 from .cache.format import Cache, View
 from .cache.samples import Item, Work, text_key
 from .cache.writer import UnitWriter
@@ -33,24 +32,28 @@ class Read(NamedTuple):
     item: Item
     sizes: list[tuple[int, ...]]  # by view: original width and height, edited width and height, crop top and left
     reason: str | None
+    masks: np.ndarray | None = None  # float16 (V, 1, h, w), if the cache has some
 
 
 class _Images(Dataset):
     """The images of rows, read and resized in worker processes, (V, 2, 3, H, W) each, in the shape that is planned."""
 
-    def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], geometry: Geometry):
-        self.source, self.rows, self.geometry = source, rows, geometry
+    def __init__(self, source: Pairs, rows: Sequence[tuple[int, Item, list[View]]], cache: Cache):
+        self.source, self.rows, self.geometry = source, rows, Geometry.of(cache.manifest["encoding"])
+        self.masks, self.factor = "mask" in cache.arrays("images"), cache.factor
 
     def __getitem__(self, n: int) -> tuple[Read, np.ndarray | None]:
         row, item, views = self.rows[n]
         try:
-            files = self.source[item.position][:2]
-            if content_key(*(file or b"" for file in files)) != item.pair:
+            pair, shape, masks = self.source[item.position], Shape(item.height, item.width), None
+            if pair.key != item.pair:
                 raise ImageError("the files changed while the dataset was being encoded")
-            pixels, sizes = self.geometry.read(files, item.pair, views, Shape(item.height, item.width))
+            pixels, sizes = self.geometry.read(pair[:2], item.pair, views, shape)
+            if self.masks:
+                masks = self.geometry.masks(pair.mask, sizes[0][:2], item.pair, views, shape, self.factor)
         except SampleError as error:
             return Read(row, item, [], str(error)), None
-        return Read(row, item, sizes, None), pixels
+        return Read(row, item, sizes, None, masks), pixels
 
 
 def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], torch.Tensor]:
@@ -113,7 +116,7 @@ class Pipeline:
                 rows_in_order.append((row, item, views))
             batches.append([list(batch) for rows in shapes.values() for batch in _batches(rows, self.batch_size)])
         loader = DataLoader(
-            _Images(source, rows_in_order, Geometry.of(self.cache.manifest["encoding"])),
+            _Images(source, rows_in_order, self.cache),
             batch_sampler=list(chain.from_iterable(batches)),
             num_workers=self.workers,
             collate_fn=_collate,
@@ -132,7 +135,7 @@ class Pipeline:
     def _take(self, reads: list[Read], views: list[Callable[[], torch.Tensor]], writers: Sequence[UnitWriter]) -> None:
         """Take over a batch that was begun: what could not be read stands aside, the rest is waited for."""
         good = [read for read in reads if read.reason is None]
-        for row, item, _, reason in reads:
+        for row, item, _, reason, _ in reads:
             if reason is not None:
                 self._set_aside(row, item.pair, f"sample {item.key}", reason, writers)
         if not good:
@@ -140,8 +143,9 @@ class Pipeline:
         for view, (writer, finish) in enumerate(zip(writers, views, strict=True)):
             moments = finish().unflatten(0, (len(good), 2)).numpy()  # (B, 2, 8, h, w)
             channels = moments.shape[2] // 2
-            for (row, item, sizes, _), (original, edited) in zip(good, moments, strict=True):
+            for (row, item, sizes, _, masks), (original, edited) in zip(good, moments, strict=True):
                 values = {"original": original[:channels], "edited": edited}
+                values |= {} if masks is None else {"mask": masks[view]}
                 if not writer.put(row, item.pair, values, sizes[view]):
                     self._set_aside(row, item.pair, f"sample {item.key}", NOT_FINITE, [writer])
 

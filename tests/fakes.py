@@ -34,7 +34,7 @@ def png(number: int) -> bytes:
 class Pairs(list[Pair]):
     """A dataset in memory."""
 
-    name, columns = "fake", ("input_image", "edited_image", "edit_prompt")
+    name, columns, masks = "fake", ("input_image", "edited_image", "edit_prompt"), False
 
     def group(self, _: int) -> None:
         """Every instruction is a prompt of its own."""

@@ -48,7 +48,7 @@ def image_files(folder: Path, pairs: list[Pair]) -> list[dict[str, str]]:
     """Write the images into a folder below `folder`; returns rows that name them."""
     (folder / "images").mkdir(parents=True)
     rows = []
-    for number, (original, edited, instruction) in enumerate(pairs):
+    for number, (original, edited, instruction, *_) in enumerate(pairs):
         row = dict(zip(NAMES, (f"images/{number}a.jpg", f"images/{number}b.jpg", instruction), strict=True))
         (folder / row["input_image"]).write_bytes(original or b"")
         (folder / row["edited_image"]).write_bytes(edited or b"")
@@ -78,7 +78,7 @@ def image_lists(folder: Path, pairs: list[Pair]) -> Flags:
         dict.fromkeys(NAMES[:2], datasets.List(datasets.Image()))
         | {"edit_prompt": datasets.List(datasets.Value("string"))}
     )
-    rows = columns([Pair([a, jpeg(999)], [b], [text, "unused"]) for a, b, text in pairs])  # type: ignore[arg-type]
+    rows = columns([Pair([a, jpeg(999)], [b], [text, "unused"]) for a, b, text, _ in pairs])  # type: ignore[arg-type]
     datasets.DatasetDict({"only": datasets.Dataset.from_dict(rows, features=features)}).save_to_disk(folder)
     return {"dataset_name": folder}
 
@@ -158,7 +158,7 @@ def shards(folder: Path, pairs: list[Pair]) -> Flags:
     step = -(-len(pairs) // 3)
     for shard in range(3):
         with tarfile.open(folder / f"pairs-{shard}.tar", "w") as tar:
-            for number, (original, edited, text) in enumerate(pairs[shard * step : (shard + 1) * step]):
+            for number, (original, edited, text, *_) in enumerate(pairs[shard * step : (shard + 1) * step]):
                 add(tar, f"some/{number:04}.original.jpg", original)
                 add(tar, f"some/{number:04}.edited.jpg", edited)
                 add(tar, f"some/{number:04}.txt", f"{text}\n".encode())
@@ -169,7 +169,7 @@ def shards_by_url(folder: Path, pairs: list[Pair]) -> Flags:
     """The same by url, with the instruction in a JSON object."""
     folder.mkdir()
     with tarfile.open(folder / "pairs.tar", "w") as tar:
-        for number, (original, edited, text) in enumerate(pairs):
+        for number, (original, edited, text, *_) in enumerate(pairs):
             add(tar, f"{number:04}.edited.png", edited)
             add(tar, f"{number:04}.json", json.dumps({"edit_prompt": text, "score": 0.5}).encode())
             add(tar, f"{number:04}.original.png", original)
@@ -179,7 +179,7 @@ def shards_by_url(folder: Path, pairs: list[Pair]) -> Flags:
 def seeds(folder: Path, pairs: list[Pair]) -> Flags:
     """The layout of the InstructPix2Pix repository."""
     listed: list[tuple[str, list[str]]] = []
-    for number, (original, edited, text) in enumerate(pairs):
+    for number, (original, edited, text, *_) in enumerate(pairs):
         place = folder / f"{number // 4:07}"
         if number % 4 == 0:
             place.mkdir(parents=True)

@@ -83,7 +83,7 @@ def good_rows(folder: Path) -> tuple[list[Row], list[Row]]:
     rows = image_files(folder, pairs)
     (folder / "loop").symlink_to("loop")
     os.mkfifo(folder / "pipe")
-    return list(rows), [dict(zip(NAMES, each, strict=True)) for each in pairs]
+    return list(rows), [dict(zip(NAMES, each[:3], strict=True)) for each in pairs]
 
 
 def spoil(junk: Junk, rows: list[Row], meant: list[Row], *kinds: str) -> None:

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, sd: Path) -> Path:
     (world / "pairs" / "metadata.jsonl").write_text(lines)
     for folder in ("shards", "others"):
         (world / folder).mkdir()
-    for number, (original, edited, text) in enumerate(PAIRS[:2]):
+    for number, (original, edited, text, *_) in enumerate(PAIRS[:2]):
         with tarfile.open(world / "shards" / f"pairs-{number:03}.tar", "w") as tar:
             forms.add(tar, "7.original.jpg", original)
             forms.add(tar, "7.edited.jpg", edited)
@@ -86,7 +86,11 @@ def test_every_section_about_a_source_has_an_example() -> None:
 
 def test_the_table_of_known_datasets_is_the_presets() -> None:
     """The page names each with its columns, and those that are refused."""
-    rows = re.findall(r"^\| (\S+/\S+) \| (\S+) \| (\S+) \| (\S+)(?: \(back: (\S+)\))? \|$", TEXT, re.MULTILINE)
-    table = {name: columns.preset(a, b, text, *filter(None, [back])) for name, a, b, text, back in rows}
+    row = r"^\| (\S+/\S+) \| (\S+) \| (\S+) \| (\S+)(?: \(back: (\S+)\))?(?: \(masks: (\S+)\))? \|$"
+    rows = re.findall(row, TEXT, re.MULTILINE)
+    table = {
+        name: columns.preset(a, b, text, *filter(None, [back]), mask=mask or None)
+        for name, a, b, text, back, mask in rows
+    }
     assert table == columns.PRESETS
     assert all(name in TEXT for name in columns.EVALUATION_ONLY)

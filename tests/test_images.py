@@ -219,8 +219,9 @@ def test_a_picture_gets_the_nearest_shape_and_covers_it(size: tuple[int, int], c
     assert geometry.planned(file_of(image)) == shape
     ratio, ratios = math.log(size[0] / size[1]), [math.log(shape.width / shape.height) for shape in geometry.shapes]
     assert abs(ratio - math.log(shape.width / shape.height)) <= min(abs(ratio - other) for other in ratios) + 1e-9
-    pixels, [(*sizes, top, left)] = geometry.read([file_of(image)] * 2, PAIR, [View(crop, flip)])
+    pixels, [(*sizes, top, left, tall, wide)] = geometry.read([file_of(image)] * 2, PAIR, [View(crop, flip)])
     assert pixels.shape == (1, 2, 3, *shape)
+    assert (tall, wide) == shape
     scale = max(shape.width / size[0], shape.height / size[1])
     width, height = (max(least, round(side * scale)) for side, least in zip(size, shape[::-1], strict=True))
     whole = np.asarray(image.resize((width, height)))

@@ -242,6 +242,25 @@ def test_a_picture_that_changes_everywhere_by_chance_weighs_nearly_the_same_ever
     assert edit_weights(plain, 3).std().item() < 0.2
 
 
+def test_the_edit_is_where_the_mask_says_whatever_the_latents_do(unet: UNet2DConditionModel) -> None:
+    """Where a half of a place is edited, half of the weight is added; 1 is off to the bit, with masks or without."""
+    plain = pictures(2, (slice(2, 4), slice(3, 6)))
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.float16)
+    mask[0, 0, 6], mask[0, 0, 7] = 1, 0.5
+    masked = plain._replace(mask=mask)
+    weights = edit_weights(masked, 3)
+    assert (weights[0, 0] / weights[0, 0, 0, 0]).mean(dim=1).tolist() == pytest.approx([1] * 6 + [3, 2])
+    assert weights.mean(dim=(2, 3)).flatten().tolist() == pytest.approx([1, 1])
+    assert torch.equal(weights[1], torch.ones(1, 8, 8))
+    draws = draw(plain, 1000, 7, 0, 0, 0)
+    assert torch.equal(objective().loss(unet, masked, draws), objective().loss(unet, plain, draws))
+    whole = plain._replace(mask=torch.ones_like(mask))
+    loss = objective(edit_weight=4.0).loss(unet, whole, draws)
+    assert torch.equal(loss, objective().loss(unet, plain, draws))
+    assert not torch.equal(loss, objective(edit_weight=4.0).loss(unet, plain, draws))
+    assert torch.equal(objective(edit_weight=4.0).losses(unet, masked, draws), objective().losses(unet, plain, draws))
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_edit_weight_multiplies_squared_errors_and_1_is_off_to_the_bit(
     unet: UNet2DConditionModel, kind: str

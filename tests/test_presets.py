@@ -12,6 +12,7 @@ from forms import NAMES, PAIRS, Flags, image_files, jpeg, opened
 from ip2p.encode.base.errors import SourceError
 from ip2p.encode.data.cells import column_kinds
 from ip2p.encode.data.columns import IMAGES, PRESETS, TEXT, known_columns
+from ip2p.encode.data.pairs import Pair
 
 IMAGE, STRING, INTEGER, NUMBER = datasets.Image(), *map(datasets.Value, ("string", "int64", "float64"))
 
@@ -105,6 +106,20 @@ def test_a_known_dataset_needs_no_flags(
     assert capsys.readouterr().out == ""
 
 
+MASKS = {"osunlp/MagicBrush": "mask_img", "BleachNick/UltraEdit_Region_Based_100k": "mask_image"}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_masks_of_a_known_dataset_are_known(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --mask_column auto they are taken, without that flag they are not."""
+    write(tmp_path / name, name)
+    monkeypatch.chdir(tmp_path)
+    source = opened({"dataset_name": name, "mask_column": "auto"})
+    assert source.columns == (*SCHEMAS[name][1].split(), MASKS[name])
+    assert [source[index] for index in range(len(source))] == [pair._replace(mask=jpeg(999)) for pair in PAIRS[:3]]
+    assert not opened({"dataset_name": name}).masks
+
+
 def test_every_preset_but_one_has_a_schema_here() -> None:
     """A preset is checked with the schema it is for; that of UltraEdit is its half million's."""
     assert PRESETS.keys() - SCHEMAS.keys() == {"BleachNick/UltraEdit"}
@@ -122,7 +137,11 @@ def test_the_reversed_pairs_of_hq_edit_come_with_the_inverse_instruction(tmp_pat
     """--reverse_pairs needs no column there."""
     source = opened({"dataset_name": write(tmp_path / "HQ-Edit", "UCSC-VLAA/HQ-Edit")}, reverse_pairs=True)
     assert source.columns == ("input_image", "output_image", "edit", "inverse_edit")
-    assert (len(source), source[0], source[1]) == (6, PAIRS[0], (PAIRS[0].edited, PAIRS[0].original, "another text"))
+    assert (len(source), source[0], source[1]) == (
+        6,
+        PAIRS[0],
+        Pair(PAIRS[0].edited, PAIRS[0].original, "another text"),
+    )
 
 
 def test_both_instructions_of_omniedit_can_be_samples(tmp_path: Path) -> None:

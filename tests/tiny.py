@@ -186,7 +186,7 @@ def pairs(count: int, first: int = 0, sizes: Sequence[tuple[int, int]] = ((24, 2
 def dataset(folder: Path, columns: dict[str, list]) -> Path:
     """Write pairs as the Parquet file of a split that `datasets.load_dataset(folder)` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    images = {"input_image", "edited_image"}
+    images = {"input_image", "edited_image", "mask_image"}
     features = {name: datasets.Image() if name in images else datasets.Value("string") for name in columns}
     features |= {name: datasets.Value("float64") for name in columns if isinstance(columns[name][0], float)}
     table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))

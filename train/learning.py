@@ -109,7 +109,8 @@ class Objective:
     noise_offset: Amount = 0.0
     """Strength of noise that a whole channel shares, such as 0.1."""
     edit_weight: Annotated[float, AtLeast(1)] = 1.0
-    """How much more an error counts where the edit is, by the cached latents, than elsewhere; 1 counts all alike."""
+    """How much more an error counts where the edit is than elsewhere, by the masks in the cache, else by its latents; 1
+    counts all alike."""
     rescale_betas_zero_snr: bool = False
     """Let the noise schedule end in pure noise; for models with v-prediction."""
 

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     text: Tensor  # (B, 77, d)
     pooled: Tensor | None = None  # (B, 1280) SDXL
     time_ids: Tensor | None = None  # (B, 6) SDXL: original height and width, crop top and left, target height and width
+    mask: Tensor | None = None  # (B, 1, h, w) the share of each place that is edited, from 0 to 1
 
 
 class Draws(NamedTuple):
@@ -133,13 +134,18 @@ def target_latents(moments: Tensor, posterior: Tensor, scaling_factor: float) ->
 def edit_weights(batch: Batch, weight: float) -> Tensor:
     """Of each place in a picture, (B, 1, h, w) float32, with a mean of 1: more where the edit is, by `weight` to 1.
 
-    The edit is where the latents of the two pictures differ by more than they do in the root mean square, and one
-    place around that; so it is nowhere in pictures that are equal, and nearly everywhere if all of it changes.
+    The edit is where the mask says, as far as it says so. Without masks it is where the latents of the two pictures
+    differ by more than they do in the root mean square, and one place around that; so it is nowhere in pictures that
+    are equal, and nearly everywhere if all of it changes.
     """
-    changes = batch.edited.float()[:, : batch.original.shape[1]] - batch.original.float()
-    size = changes.square().mean(dim=1, keepdim=True).sqrt()  # (B, 1, h, w)
-    edit = size > size.square().mean(dim=(2, 3), keepdim=True).sqrt()
-    weights = 1 + (weight - 1) * F.max_pool2d(edit.float(), 3, stride=1, padding=1)
+    if batch.mask is None:
+        changes = batch.edited.float()[:, : batch.original.shape[1]] - batch.original.float()
+        size = changes.square().mean(dim=1, keepdim=True).sqrt()  # (B, 1, h, w)
+        edit = size > size.square().mean(dim=(2, 3), keepdim=True).sqrt()
+        edit = F.max_pool2d(edit.float(), 3, stride=1, padding=1)
+    else:
+        edit = batch.mask.float()
+    weights = 1 + (weight - 1) * edit
     return weights / weights.mean(dim=(2, 3), keepdim=True)
 
 

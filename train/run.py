@@ -78,7 +78,7 @@ class Run:
         # What it trains on.
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
-        self.reader = Reader(*caches)
+        self.reader = Reader(*caches, masks=config.objective.edit_weight != 1)
         check_memory(config, self.base, self.reader, device)
         kept = choose(caches, config.samples.keep)
         samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)

@@ -1,7 +1,7 @@
 """Commit records: what each unit of a cache holds, row by row, and the files in which it lies.
 
 A *unit* is what is written at once: the shard number `shard` of every array of one kind. There are two kinds: the
-images of one view (`original`, `edited`) and the texts (`text`, `pooled`).
+images of one view (`original`, `edited`, maybe `mask`) and the texts (`text`, `pooled`).
 """
 
 import dataclasses
@@ -45,7 +45,9 @@ def unit_of(path: str) -> Unit | None:
         case ["commits", name] if record := RECORD.fullmatch(name):
             view, shard = record.groups()
             return Unit("text" if view is None else "images", int(shard), int(view or 0))
-        case ["data.zarr", "original" | "edited", "c", shard, view, *_] if shard.isdecimal() and view.isdecimal():
+        case ["data.zarr", "original" | "edited" | "mask", "c", shard, view, *_] if (
+            shard.isdecimal() and view.isdecimal()
+        ):
             return Unit("images", int(shard), int(view))
         case ["data.zarr", "text" | "pooled", "c", shard, *_] if shard.isdecimal():
             return Unit("text", int(shard))

@@ -3,7 +3,7 @@
     CACHE/
       manifest.json       what was encoded, with what, how; checksums of the small files
       samples.parquet     one row per sample of the dataset
-      data.zarr/          the numbers: original, edited, text, and for SDXL pooled
+      data.zarr/          the numbers: original, edited, maybe mask, text, and for SDXL pooled
       units.parquet       size and checksum of each finished shard, derived from commits/
       commits/            one record per finished unit
 
@@ -153,7 +153,7 @@ class Cache:
     def arrays(self, kind: str, mode: Literal["r", "r+"] = "r") -> dict[str, zarr.Array]:
         """The Zarr arrays of one kind, by name."""
         group = zarr.open_group(self.folder / "data.zarr", mode=mode)
-        names = ("original", "edited") if kind == "images" else ("text", "pooled")
+        names = ("original", "edited", "mask") if kind == "images" else ("text", "pooled")
         return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
 
     def samples(self, *columns: str) -> pa.Table:

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import zarr
 
-from ..base.errors import CacheError
+from ..base.errors import CacheError, CacheMismatch
 from .commits import Unit, unit_of
 from .format import Cache, wrong_size
 
@@ -128,11 +128,19 @@ class Reader:
     The rows of several caches follow each other: those of cache number n begin at `first_rows[kind][n]`. Their rows
     must have the same shapes, which they have if the same encoders wrote them at the same resolution.
 
+    Args:
+        masks: whether these are gathered, too, where the caches have some.
+
     Raises:
         CacheError: a shard file is missing or has another size than its record says.
+        CacheMismatch: masks are asked for, and one cache has some, another none.
     """
 
-    def __init__(self, *caches: Cache):
+    def __init__(self, *caches: Cache, masks: bool = False):
+        have = {bool(cache.manifest.get("masks")): cache.folder for cache in caches}
+        if masks and len(have) > 1:
+            mend = "leave out --edit_weight, or encode both alike, each into a new --cache"
+            raise CacheMismatch(f"{have[True]} has masks of where the edits are, {have[False]} none: {mend}")
         self.holds_text = caches[0].holds_text  # else nobody asks for rows of it
         self.caches, self._units = caches, [_whole_units(cache) for cache in caches]
         self.first_rows: dict[str, list[int]] = {}
@@ -143,7 +151,8 @@ class Reader:
             rows = [(shard + 1) * cache.shard_rows[kind] for shard, cache in zip(last, caches, strict=True)]
             self.first_rows[kind], self._rows[kind] = [*accumulate(rows[:-1], initial=0)], sum(rows)
             arrays = [cache.arrays(kind) for cache in caches]
-            self.arrays |= {name: self._map(name, kind, [those[name] for those in arrays]) for name in arrays[0]}
+            names = [name for name in arrays[0] if masks or name != "mask"]
+            self.arrays |= {name: self._map(name, kind, [those[name] for those in arrays]) for name in names}
 
     def _map(self, name: str, kind: str, arrays: Sequence[zarr.Array]) -> MappedArray:
         images, shards = kind == "images", []

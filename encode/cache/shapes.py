@@ -12,12 +12,16 @@ RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 """The shape of one row of each array, by kind and name."""
 
 
-def row_shapes(channels: int, cells: tuple[int, ...], tokens: int, width: int, pooled: int | None) -> RowShapes:
-    """Shapes of latents (channels, *cells), and of instructions (tokens, width) with, for SDXL, (pooled,).
+def row_shapes(
+    channels: int, cells: tuple[int, ...], tokens: int, width: int, pooled: int | None, *, masks: bool = False
+) -> RowShapes:
+    """Shapes of latents (channels, *cells), maybe masks (1, *cells), instructions (tokens, width), for SDXL (pooled,).
 
     `cells` is height and width where all latents have one shape, else the largest number of them: see `shaped`.
     """
-    images = {"original": (channels, *cells), "edited": (2 * channels, *cells)}
+    images = {"original": (channels, *cells), "edited": (2 * channels, *cells)} | (
+        {"mask": (1, *cells)} if masks else {}
+    )
     return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
 
 

@@ -38,6 +38,7 @@ PROMPT = Role("edit_prompt_column", "edit instructions", TEXT,
               "edit_prompt edit_instruction instruction prompt edit text txt")
 INVERSE = Role("inverse_prompt_column", "instructions that lead back", TEXT,
                "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse")
+MASK = Role("mask_column", "masks", IMAGES, "mask edit_mask")
 BEFORE = Role("original_caption_column", "captions of the originals", TEXT,
               "original_prompt original_caption source_caption input_caption")
 AFTER = Role("edited_caption_column", "captions of the edited images", TEXT,
@@ -90,18 +91,18 @@ class Rows:
         """The prompt that a row belongs to, if that is not its instruction."""
 
 
-def preset(*names: str) -> Columns:
-    """The columns of a dataset: original, edited image, instruction, and maybe the one that leads back."""
-    return dict(zip((ORIGINAL, EDITED, PROMPT, INVERSE), names, strict=False))
+def preset(*names: str, mask: str | None = None) -> Columns:
+    """The columns of a dataset: original, edited image, instruction, and maybe the one that leads back, and masks."""
+    return dict(zip((ORIGINAL, EDITED, PROMPT, INVERSE), names, strict=False)) | ({MASK: mask} if mask else {})
 
 
 PRESETS = {
     "fusing/instructpix2pix-1000-samples": preset("input_image", "edited_image", "edit_prompt"),
     "timbrooks/instructpix2pix-clip-filtered": preset("original_image", "edited_image", "edit_prompt"),
-    "osunlp/MagicBrush": preset("source_img", "target_img", "instruction"),
+    "osunlp/MagicBrush": preset("source_img", "target_img", "instruction", mask="mask_img"),
     "BleachNick/UltraEdit": preset("source_image", "edited_image", "edit_prompt"),
     "BleachNick/UltraEdit_500k": preset("source_image", "edited_image", "edit_prompt"),
-    "BleachNick/UltraEdit_Region_Based_100k": preset("source_image", "edited_image", "edit_prompt"),
+    "BleachNick/UltraEdit_Region_Based_100k": preset("source_image", "edited_image", "edit_prompt", mask="mask_image"),
     "UCSC-VLAA/HQ-Edit": preset("input_image", "output_image", "edit", "inverse_edit"),
     "McGill-NLP/AURORA": preset("input", "output", "instruction"),
     "TIGER-Lab/OmniEdit-Filtered-1.2M": preset("src_img", "edited_img", "edited_prompt_list"),

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.types as types
 
 from ..base.errors import SourceError, explained
-from ..base.files import storable
+from ..base.files import content_key, storable
 from ..cache.format import SAMPLES
-from ..config import Dataset
-from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, VALUES, Role, Rows, choose, evaluation_only
+from ..config import AUTO, Dataset
+from .columns import EDITED, INVERSE, MASK, ORIGINAL, PROMPT, TEXT, VALUES, Role, Rows, choose, evaluation_only
 from .places import in_seeds, in_tars, is_saved, name_of
 
 NOT_THERE = {
@@ -36,6 +36,12 @@ class Pair(NamedTuple):
     original: bytes | None
     edited: bytes | None
     instruction: Any
+    mask: bytes | None = None  # where the edit is; everywhere without one
+
+    @property
+    def key(self) -> str:
+        """Identity of its files."""
+        return content_key(self.original or b"", self.edited or b"", *(() if self.mask is None else (self.mask,)))
 
 
 def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
@@ -44,7 +50,7 @@ def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
-    needed = (ORIGINAL, EDITED, PROMPT, INVERSE) if dataset.reverse_pairs else (ORIGINAL, EDITED, PROMPT)
+    needed = [ORIGINAL, EDITED, PROMPT, *([INVERSE] * dataset.reverse_pairs), *([MASK] * bool(dataset.mask_column))]
     kept = {Role("keep_columns", "values to keep", VALUES, name): name for name in dataset.keep_columns}
     if taken := [name for name in kept.values() if name.lower() in SAMPLES.names]:
         raise SourceError(f"--keep_columns {taken[0]}: the table of samples has a column of that name, rename this one")
@@ -80,6 +86,7 @@ def open_rows(
             "(--edited_image_column, if your copy has some)"
         )
     flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | dict(named or {})
+    flags = {role: None if role is MASK and flag == AUTO else flag for role, flag in flags.items()}
     pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
     seeds, tars = in_seeds(name), in_tars(name)
     saved = is_saved(Path(name))
@@ -136,8 +143,11 @@ class Pairs:
     A row may give several samples: one for each of its instructions, if every one counts, and those of the reversed
     pair, with the inverse instruction, after them.
 
+    Attributes:
+        masks: whether the dataset has a column of them.
+
     Args:
-        rows: the dataset, with columns of originals, edited images, instructions, and maybe inverse instructions.
+        rows: the dataset, with columns of originals, edited images, instructions, maybe inverse ones, maybe masks.
         name: what the user calls it.
         every: whether each instruction of a list makes a sample, or the first alone.
         limit: how many samples are used, from the first on; default: all.
@@ -145,7 +155,7 @@ class Pairs:
 
     def __init__(self, rows: Rows, name: str, *, every: bool = False, limit: int | None = None):
         self.name, self.columns = name, tuple(c for role, c in rows.columns.items() if role.holds != VALUES)
-        self._rows, self._every = rows, every
+        self._rows, self._every, self.masks = rows, every, MASK in rows.columns
         self._texts = [role for role in rows.columns if role.holds == TEXT]
         self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
         samples = len(rows) * len(self._texts)
@@ -164,10 +174,12 @@ class Pairs:
             raise IndexError(index)
         row, sample = map(int, self._locate(index))
         if self._latest[0] != row:
-            self._latest = row, self._rows.read(row, ORIGINAL, EDITED, *self._texts)
-        original, edited, prompts, *inverse = self._latest[1]
-        pairs = [Pair(original, edited, text) for text in texts_of(prompts, every=self._every)]
-        pairs += [Pair(edited, original, text) for value in inverse for text in texts_of(value, every=self._every)]
+            self._latest = row, self._rows.read(row, ORIGINAL, EDITED, *([MASK] * self.masks), *self._texts)
+        original, edited, *rest = self._latest[1]
+        mask = rest.pop(0) if self.masks else None
+        prompts, *inverse = (texts_of(value, every=self._every) for value in rest)
+        pairs = [Pair(original, edited, text, mask) for text in prompts]
+        pairs += [Pair(edited, original, text, mask) for texts in inverse for text in texts]
         return pairs[sample]
 
     def group(self, index: int) -> str | None:

@@ -56,10 +56,53 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise ImageError(f"{os.fspath(picture)} cannot be read: {why}") from None
+    image = _eight_bits(picture)
+    with _quiet(), _decoding():
+        seen = _rgb(image, background)
+    seen.info, seen.format = {}, image.format  # or its orientation would turn it once more, where it is opened again
+    return seen
+
+
+def open_mask(file: bytes) -> np.ndarray:
+    """Decode a mask as it is meant to be seen, float32 (height, width): the share of each pixel that is edited.
+
+    If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is.
+
+    Raises:
+        ImageError: the file cannot be decoded, as in `open_picture`.
+    """
+    try:
+        image = _eight_bits(file)
+        with _quiet(), _decoding():
+            alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
+            gray = np.asarray(image.convert("L"))
+    except ImageError as error:
+        raise ImageError(f"mask: {error}") from None
+    share = gray if alpha is None or alpha.min() == 255 else 255 - alpha
+    return share.astype(np.float32) / 255
+
+
+def pooled(shares: np.ndarray, cells: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+    """Means over the cells (rows, columns) of a part of an image (height, width), in which pixels count by their area.
+
+    (Pillow's box filter takes pixels as a whole or not at all, by which cells of a few pixels are off by much.)
+
+    Args:
+        box: left, top, right, bottom as fractions of width and height.
+    """
+    weights = []
+    for start, stop, pixels, count in zip(box[1::-1], box[:1:-1], shares.shape, cells, strict=True):
+        edges = np.linspace(start, stop, count + 1)[:, None] * pixels
+        areas = np.diff(np.clip(edges - np.arange(pixels), 0, 1), axis=0)  # (count, pixels)
+        weights.append((areas / areas.sum(axis=1, keepdims=True)).astype(np.float32))
+    return weights[0] @ shares @ weights[1].T
+
+
+def _eight_bits(picture: Image.Image | bytes) -> Image.Image:
+    """A picture upright and with at most 8 bits a channel, in any mode, with the format of its file."""
     if not picture:
         raise ImageError("the image is empty")
-    with warnings.catch_warnings(action="ignore"):  # of what is odd in a file that can be decoded
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with _quiet():
         with _decoding():
             image = Image.open(io.BytesIO(picture)) if isinstance(picture, bytes) else picture
             image.load()
@@ -67,12 +110,10 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
             raise ImageError("the image has no pixels")
         seen = _upright(image)
         if seen.mode.startswith("I"):
-            seen = _eight_bits(seen, known=image.format in WHITE_IS_KNOWN)
+            seen = _shallow(seen, known=image.format in WHITE_IS_KNOWN)
         elif seen.mode == "F":
             raise ImageError("the image cannot be decoded (floating point pixels, expected 8 or 16 bits)")
-        with _decoding():
-            seen = _rgb(seen, background)
-    seen.info, seen.format = {}, image.format  # or its orientation would turn it once more, where it is opened again
+    seen.format = image.format
     return seen
 
 
@@ -88,6 +129,14 @@ def header_size(file: bytes) -> tuple[int, int] | None:
             return None
         width, height = image.size[::-1] if _turn(image) in SIDEWAYS else image.size
     return (width, height) if width and height else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of what is odd in a file that can be decoded; one that may be a bomb cannot."""
+    with warnings.catch_warnings(action="ignore"):
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 @contextlib.contextmanager
@@ -138,7 +187,7 @@ def _rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image, *, known: bool) -> Image.Image:
+def _shallow(image: Image.Image, *, known: bool) -> Image.Image:
     """Deep gray as 8-bit gray: Pillow would clip it to white, though it scales 16-bit color as is done here.
 
     Where white is not `known`, of 32 bits, the largest value tells whether 8 or 16 bits are meant.

@@ -19,7 +19,7 @@ from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state
 from ..config import Dataset
 from .cells import column_kinds, file_bytes, file_in, known_value, outside, value_of, values_of
-from .columns import IMAGES, ORIGINAL, VALUES, Columns, Pick, Role, Rows, image_columns
+from .columns import IMAGES, MASK, ORIGINAL, VALUES, Columns, Pick, Role, Rows, image_columns
 from .places import READERS, data_file, is_saved, reader_of_url
 
 GLANCE = 16  # rows that show what the columns hold
@@ -48,7 +48,11 @@ class Table(Rows):
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
         values = self._table[row]
         cells = [(role, value_of(values[self.columns[role]][0])) for role in roles]
-        return tuple(file_bytes(cell, self._folder) if role.holds == IMAGES else cell for role, cell in cells)
+        found = tuple(file_bytes(cell, self._folder) if role.holds == IMAGES else cell for role, cell in cells)
+        for (role, cell), content in zip(cells, found, strict=True):
+            if role is MASK and content is None and file_in(cell):  # a sample may be without, but not so
+                raise SampleError("the mask is missing")
+        return found
 
     def texts(self, role: Role) -> Iterator[Any]:
         table = self._kept if role.holds == VALUES else self._table

@@ -1,6 +1,7 @@
-"""Decodes samples of a cache to a contact sheet: original, edited and instruction, in every view."""
+"""Decodes samples of a cache to a contact sheet: original, edited, a mask and the instruction, in every view."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = N
     chosen = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     checkpoint = find_checkpoint(config.model, without=("unet", "text_encoder", "text_encoder_2"))
     vae = checkpoint.network("vae", torch.float32).to(find_device())
-    labels = [f"{side}, {view}" for view in cache.views for side in ("original", "edited")]
+    sides = ("original", "edited", "mask") if cache.manifest.get("masks") else ("original", "edited")
+    labels = [f"{side}, {view}" for view in cache.views for side in sides]
     side = max(TILE, cache.manifest["encoding"]["resolution"])  # no pixel is left out
     return contact_sheet(_rows(cache, vae, [samples[n] for n in chosen]), labels, side)
 
@@ -44,11 +46,18 @@ def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = N
 def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Image.Image]]]:
     """The instruction of each sample, and its pictures in all views."""
     for sample in bar(samples, "decode", "sample"):
-        original, edited = latents_of(cache, sample).values()
-        latents = np.stack([original, edited[:, : original.shape[1]]], axis=1)  # (V, 2, 4, h, w)
-        if not np.isfinite(latents).all():
+        held = latents_of(cache, sample)
+        if not all(np.isfinite(part).all() for part in held.values()):
             raise CacheError(f"{cache.folder}: sample {sample['key']} is torn (`ip2p-cache verify {cache.folder}`)")
-        yield sample["instruction"], [_decode(vae, latent) for latent in latents.reshape(-1, *latents.shape[2:])]
+        pictures = [[_decode(vae, latent) for latent in held["original"]]]
+        pictures += [[_decode(vae, moments[: len(moments) // 2]) for moments in held["edited"]]]
+        pictures += [[_gray(share, pictures[0][0].size) for (share,) in held["mask"]]] if "mask" in held else []
+        yield sample["instruction"], list(chain.from_iterable(zip(*pictures, strict=True)))
+
+
+def _gray(share: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """A mask (h, w) as large as the pictures."""
+    return Image.fromarray((255 * share).round().astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
 
 
 @torch.inference_mode()

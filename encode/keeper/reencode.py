@@ -9,7 +9,6 @@ from accelerate import PartialState
 
 from ..base.console import bar
 from ..base.errors import CacheMismatch, ImageError, SourceError
-from ..base.files import content_key
 from ..cache.format import Cache, View, differences
 from ..cache.shapes import latents_of
 from ..config import EncodeConfig
@@ -78,18 +77,20 @@ def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, An
     """The same, encoded now."""
     position = sample["position"]
     pair = source[position] if position < len(source) else None
-    if pair is None or content_key(pair.original or b"", pair.edited or b"") != sample["pair"]:
+    if pair is None or pair.key != sample["pair"]:
         other = f"{source.name} holds another pair than {cache.folder} at position {position:,}"
         raise SourceError(f"{other}: name the dataset that was encoded with --dataset_name")
     try:
         views = [View.parse(name) for name in cache.views]
         shape, geometry = Shape(sample["height"], sample["width"]), Geometry.of(cache.manifest["encoding"])
-        pixels, _ = geometry.read(pair[:2], sample["pair"], views, shape)  # (V, 2, 3, H, W)
+        pixels, sizes = geometry.read(pair[:2], sample["pair"], views, shape)  # (V, 2, 3, H, W)
+        masks = geometry.masks(pair.mask, sizes[0][:2], sample["pair"], views, shape, cache.factor)
     except ImageError as error:
         raise SourceError(f"{source.name}, position {position:,}: {error}, but once could be") from None
     encoded = encoders.moments(torch.from_numpy(pixels).flatten(0, 1))()  # (V * 2, 8, h, w)
     moments = encoded.unflatten(0, (-1, 2)).numpy()
-    images = _split({"original": moments[:, 0, : moments.shape[2] // 2], "edited": moments[:, 1]})
+    images = {"original": moments[:, 0, : moments.shape[2] // 2], "edited": moments[:, 1]}
+    images = _split(images | ({"mask": masks} if cache.manifest.get("masks") else {}))
     if not cache.holds_text:
         return images
     text, pooled = encoders.embed([sample["instruction"]])()
@@ -97,8 +98,9 @@ def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, An
 
 
 def _split(images: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    mean, log_variance = np.split(images["edited"], 2, axis=1)
-    return {"original": images["original"], "edited mean": mean, "edited log variance": log_variance}
+    rest = dict(images)
+    mean, log_variance = np.split(rest.pop("edited"), 2, axis=1)
+    return rest | {"edited mean": mean, "edited log variance": log_variance}
 
 
 def _difference(cached: np.ndarray, fresh: np.ndarray) -> tuple[float, float]:

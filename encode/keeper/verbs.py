@@ -179,7 +179,7 @@ def diff(a: Path, b: Path, /, *, json: bool = False) -> int:
         cache.check_files()
         parts = {part: cache.manifest[part] for part in ("model", "identity", "encoding", "dataset", "counts")}
         flat = {f"{part}.{field}": value for part, values in parts.items() for field, value in values.items()}
-        fields.append(flat | {"views": cache.views})
+        fields.append(flat | {"views": cache.views, "masks": cache.manifest.get("masks", False)})
         keys.append(set(cache.samples()["key"].to_pylist()))
     values = {field: [side.get(field) for side in fields] for field in fields[0] | fields[1]}
     different = {field: both for field, both in values.items() if both[0] != both[1]}

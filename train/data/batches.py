@@ -118,7 +118,8 @@ class Slot:
 
     def __init__(self, reader: Reader, batch_size: int, device: torch.device, texts: Texts | None = None):
         self.reader, self.device, self.texts = reader, device, texts
-        self.flat = [name for name in ("original", "edited") if len(reader.arrays[name].row_shape) == 2]
+        images = [name for name in ("original", "edited", "mask") if name in reader.arrays]
+        self.flat = [name for name in images if len(reader.arrays[name].row_shape) == 2]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None
         pinned = self.stream is not None
