@@ -17,7 +17,8 @@ from ip2p.encode import pipeline, run
 from ip2p.encode.base.files import content_key
 from ip2p.encode.cache.format import View
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.data.pairs import Pairs, open_pairs
+from ip2p.encode.data.opening import open_pairs
+from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.models import encoders as models
 from ip2p.encode.models.checkpoint import Checkpoint

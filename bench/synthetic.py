@@ -19,7 +19,8 @@ from ip2p.encode.cache.shapes import RowShapes
 from ip2p.encode.cache.writer import UnitWriter, prepare, write_state
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.columns import Role, Rows, preset
-from ip2p.encode.data.pairs import Pairs, open_pairs
+from ip2p.encode.data.opening import open_pairs
+from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.draft import describe
 from ip2p.encode.geometry import Shape
 from ip2p.encode.models.checkpoint import Checkpoint

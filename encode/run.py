@@ -20,7 +20,8 @@ from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
-from .data.pairs import Pairs, open_pairs
+from .data.opening import open_pairs
+from .data.pairs import Pairs
 from .data.places import check_place
 from .draft import begin
 from .geometry import check_resolution, geometry_of

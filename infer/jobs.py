@@ -14,7 +14,8 @@ from ..encode.base.errors import EditError, SampleError
 from ..encode.base.files import content_key, storable
 from ..encode.config import Dataset
 from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role, Rows, is_image_name
-from ..encode.data.pairs import no_instruction, open_rows, texts_of
+from ..encode.data.opening import open_rows
+from ..encode.data.pairs import no_instruction, texts_of
 from .config import InferConfig
 
 LONGEST = 223

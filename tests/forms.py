@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 import tiny
 from configs import encode_config
-from ip2p.encode.data.pairs import Pair, Pairs, open_pairs
+from ip2p.encode.data.opening import open_pairs
+from ip2p.encode.data.pairs import Pair, Pairs
 
 Flags = dict[str, object]
 Kind = Callable[[Path, list[Pair]], Flags]

@@ -21,7 +21,7 @@ from ip2p.encode.base.errors import CacheMismatch, ImageError, SourceError
 from ip2p.encode.cache.format import Cache, View
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.shapes import latents_of
-from ip2p.encode.data.pairs import open_pairs
+from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.data.pictures import open_mask, pooled
 from ip2p.encode.data.sheet import TILE
 from ip2p.encode.geometry import Geometry, Shape

@@ -18,7 +18,7 @@ from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, View
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.shapes import latents_of
-from ip2p.encode.data.pairs import open_pairs
+from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.geometry import Geometry, Shape
 from ip2p.encode.keeper.__main__ import main as keep
 from ip2p.encode.keeper.verify import verify

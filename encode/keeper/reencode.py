@@ -12,7 +12,8 @@ from ..base.errors import CacheMismatch, ImageError, SourceError
 from ..cache.format import Cache, View, differences
 from ..cache.shapes import latents_of
 from ..config import EncodeConfig
-from ..data.pairs import Pairs, open_pairs
+from ..data.opening import open_pairs
+from ..data.pairs import Pairs
 from ..geometry import Geometry, Shape
 from ..models.checkpoint import find_checkpoint
 from ..models.encoders import DTYPES, Encoders
