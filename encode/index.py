@@ -10,7 +10,6 @@ from typing import Any
 import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import DataLoader
 
 from .base.console import bar
 from .base.errors import CacheError, SampleError
@@ -45,6 +44,8 @@ class Index:
 
     def make(self, source: Pairs, workers: int, process: int = 0, processes: int = 1) -> None:
         """Read every sample of this process's share of the blocks that are not there yet, in `workers` processes."""
+        from torch.utils.data import DataLoader  # seconds to import, which whoever checks a cache does not need
+
         absent = [number for number in range(process, len(self.spans), processes) if not self._file(number)]
         spans = [self.spans[number] for number in absent]
         batches: Any = [span[at : at + BATCH] for span in spans for at in range(0, len(span), BATCH)]

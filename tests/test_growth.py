@@ -28,7 +28,7 @@ from ip2p.encode.keeper.verify import Finding, repair
 ROWS = 4  # of a shard
 Texts = st.sampled_from(["make it red", "make it blue", "add a hat", "turn it into a dog", "snow", "night", "day"])
 Files = st.integers(0, 5).map(fakes.png)
-Pairs = st.builds(Pair, Files, Files, Texts)
+Pairs = st.builds(Pair, Files, Files, Texts, st.none())
 
 
 class Killed(BaseException):
