@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
+from .data.sweep import sweep_over
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.card import write_card
@@ -73,7 +74,7 @@ class Run:
         # What it trains on.
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
-        self.reader = Reader(*caches)
+        self.reader = Reader(*caches, window=config.samples.room)
         samples = Samples.of_all(self.reader, config.samples.max_train_samples)
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)
@@ -102,13 +103,14 @@ class Run:
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples)}
+        sweep = sweep_over(self.reader, self.samples)
+        position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
         encoded = manifest["identity"] | manifest["encoding"]
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
         self.update.seed = self.progress.seed
-        self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap)
+        self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
         flags, step = config.optimizer, self.progress.step
         for group in self.update.optimizer.param_groups:
@@ -137,7 +139,8 @@ class Run:
             return 0
         size, rank, processes = config.steps.train_batch_size, accelerator.process_index, accelerator.num_processes
         drawn = self.order.batches(progress.seen, size, rank, processes)
-        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size)
+        everywhere = self.order.batches(progress.seen, size * processes)
+        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, everywhere=everywhere)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
         share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)

@@ -67,13 +67,13 @@ class Samples(NamedTuple):
         table = cache.samples("status", *KEYS, "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
         if pending := counts(table).get("pending", 0):
             raise CacheError(
-                f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
+                f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
         numbers = pc.indices_nonzero(pc.equal(table["status"], "ok"))[:limit].to_numpy().astype(np.int64)
         table = table.take(numbers)
         if len(table) == 0:
-            raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
+            raise CacheError(f"{cache.name} holds no usable sample: `ip2p-cache info` lists the reasons")
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)
