@@ -53,7 +53,7 @@ def main() -> None:
             },
         )
         warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
-        shaped = take_turns(args.rounds, shaped_cases(Path(folder), args))
+        shaped = take_turns(args.rounds, shaped_cases(cache, Path(folder), args))
         beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
     bars = args.size == "sd256"  # what the budgets are given for
     rows = [
@@ -80,16 +80,19 @@ def batches(cache: Cache, reader: Reader, batch_size: int = 64) -> Batches:
     return Batches(reader, samples, drawn(cache, samples, batch_size), torch.device("cpu"), batch_size=batch_size)
 
 
-def shaped_cases(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+def shaped_cases(squares: Cache, folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], float]]:
     """Batches from the thread, of a cache of squares and of caches of several shapes: each returns samples/s."""
-    rows, cases, samples = SHAPES[args.size], dict[str, Callable[[], float]](), args.samples // 4
+    rows, caches = SHAPES[args.size], {"1": squares}
     channels, side, _ = rows["images"]["original"]
     flat = dict(rows) | {"images": {"original": (channels, side**2), "edited": (2 * channels, side**2)}}
     every = [Shape(shape.height // 8, shape.width // 8) for shape in shapes(8 * side, 8)]
-    for count in (1, 7, 27):
-        latents = [every[n] for n in np.linspace(0, len(every) - 1, count).astype(int)] if count > 1 else []
-        cache = build(folder / f"shapes-{count}", samples, flat if latents else rows, latents=latents)
-        cases[str(count)] = partial(rate, batches(cache, Reader(cache), args.batch_size), samples, args.batch_size)
+    for count in (7, 27):
+        latents = [every[n] for n in np.linspace(0, len(every) - 1, count).astype(int)]
+        caches[str(count)] = build(folder / f"shapes-{count}", args.samples, flat, latents=latents)
+    cases = {
+        count: partial(rate, batches(cache, Reader(cache), args.batch_size), args.samples, args.batch_size)
+        for count, cache in caches.items()
+    }
     for case in cases.values():
         case()  # brings all pages into memory
     return cases

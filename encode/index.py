@@ -9,13 +9,13 @@ from typing import Any
 
 import google_crc32c
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import DataLoader
 
 from .base.console import bar
 from .base.errors import CacheError, SampleError
 from .base.files import content_key, file_record, storable, whole
+from .cache.commits import pc
 from .cache.format import SAMPLES
 from .data.pairs import Pair, Pairs, unusable
 from .geometry import Geometry
@@ -72,7 +72,7 @@ class Index:
         files = [self._file(number) for number in range(len(self.spans))]
         if None in files:
             raise CacheError(f"{self.folder} has lost what was read of the dataset: run the same ip2p-encode again")
-        return pa.concat_tables(pq.read_table(file, schema=SAMPLES) for file in files)
+        return pa.concat_tables(pq.read_table(file, schema=SAMPLES) for file in files).combine_chunks()
 
     def forget_failures(self) -> None:
         """Give up the blocks in which something could not be read, since that may have been mended."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from .base.console import say
 from .base.errors import CacheError, SourceError
+from .cache.commits import pc
 from .cache.format import chunk_rows
 from .cache.samples import Ledger, counts, text_keys, with_columns
 from .cache.shapes import RowShapes

@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -16,6 +15,7 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from .base.console import bar, say
 from .base.errors import CacheError
 from .base.files import check_folder
+from .cache.commits import pc
 from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
 from .cache.writer import exclusive, prepare, share, write_state

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ip2p.encode.cache import format as cache
-from ip2p.encode.cache.format import Cache, Unit
+from ip2p.encode.cache.commits import Commit, Unit
+from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.writer import UnitWriter, exclusive
 
 ROWS = 8  # of a shard
@@ -42,7 +43,7 @@ def encode_rank(rank: int, processes: int, port: int, arguments: list[str], log:
         time.sleep(0.004)
         return original_put(self, row, *rest)
 
-    def commits(self: Cache) -> dict[Unit, dict[str, Any]]:
+    def commits(self: Cache) -> dict[Unit, Commit]:
         time.sleep(late)
         return original_commits(self)
 

@@ -16,8 +16,13 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import tiny
+from configs import train_config
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
 from ip2p.train.__main__ import main, preload
+from ip2p.train.data.batches import Batches
+from ip2p.train.data.order import make_order
+from ip2p.train.data.samples import Samples
 from ip2p.train.save.checkpoint import HostCopies
 from ip2p.train.unet import make, norm
 from ip2p.train.unet.load import check_gradients
@@ -65,6 +70,28 @@ def test_a_cache_encoded_on_the_gpu_is_that_of_the_cpu(
         for name, array in mine.items():
             found, expected = (torch.from_numpy(np.asarray(one[:])) for one in (array, theirs[name]))
             assert error(found, expected) < bound, name
+
+
+def test_batches_of_several_shapes_are_those_of_the_cpu(sd: Path, tmp_path: Path, encode: Callable[..., None]) -> None:
+    """What is copied ahead as a whole, and then seen in its shape, holds the same numbers bit for bit."""
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(21, sizes=tiny.SIDES))
+    encode(sd, data, tmp_path / "cache", bucket_step=4)
+    cache = Cache.open(tmp_path / "cache")
+    reader, samples = Reader(cache), Samples.of(cache, None)
+    order = make_order(train_config(cache=(cache.folder,)), samples, seed=1)
+    mine, theirs = (
+        Batches(reader, samples, order.batches([0] * len(order.orders), 4), device, batch_size=4)
+        for device in (CUDA, torch.device("cpu"))
+    )
+    shapes = set()
+    for _ in range(12):
+        found, expected = next(mine), next(theirs)
+        shapes.add(found.edited.shape)
+        for one, other in zip(found[:3], expected[:3], strict=True):
+            assert torch.equal(one.cpu(), other)  # type: ignore[union-attr]
+    assert len(shapes) == 3
+    mine.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize("half", [None, torch.float16, torch.bfloat16], ids=["no", "fp16", "bf16"])

@@ -59,7 +59,7 @@ def tables(draw: st.DrawFn) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=SAMPLES)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @given(data=st.data(), views=st.integers(1, 3), retry=st.booleans(), table=tables())
 def test_a_plan_equals_that_of_the_former_planner(
     data: st.DataObject, views: int, retry: bool, table: pa.Table

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import tiny
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.keeper.verify import verify
+from ip2p.encode.keeper.verify import repair, verify
 from ip2p.train.__main__ import main
 
 RECORDED = Path(__file__).parent / "recorded" / "005a64b"
@@ -48,18 +48,36 @@ def test_its_checkpoints_are_resumed_by_its_own_settings(run: Path, kind: str) -
 
 
 def test_its_cache_is_sound_and_grows(run: Path, encode: Callable[..., None]) -> None:
-    """Nothing of it is encoded again, and what is new comes to it."""
+    """Nothing of it is encoded again, what is new comes to it, and the run that knew it goes on."""
     cache = run / "cache"
     assert verify(cache) == []
     assert Cache.open(cache).manifest["format"] == 1
+    before = Cache.open(cache).samples()
     records = {path.name: path.read_bytes() for path in (cache / "commits").iterdir()}
     encode(Path("model"), Path("data"), cache, random_flip=True)
     assert {path.name: path.read_bytes() for path in (cache / "commits").iterdir()} == records
+    assert Cache.open(cache).samples().equals(before)
     tiny.dataset(run / "data", tiny.pairs(8))
     encode(Path("model"), Path("data"), cache, random_flip=True)
-    manifest = Cache.open(cache).manifest
-    assert (manifest["format"], manifest["counts"]) == (2, {"ok": 8})
+    opened = Cache.open(cache)
+    assert (opened.manifest["format"], opened.manifest["counts"]) == (2, {"ok": 8})
+    assert opened.samples()[:6].equals(before)
+    assert {path.name: path.read_bytes() for path in (cache / "commits").iterdir()}.items() > records.items()
     assert verify(cache) == []
+    (run / "plain" / "checkpoint-6").rename(run / "expected")
+    main(["--config", "plain/train.yaml", "--resume_from_checkpoint", "latest"])
+    assert (run / "plain" / "checkpoint-6" / "model.safetensors").is_file()
+
+
+def test_verify_repair_makes_it_one_of_todays(run: Path) -> None:
+    """Whatever is found: the small files are written anew, and its records stay."""
+    records = {path.name: path.read_bytes() for path in (run / "cache" / "commits").iterdir()}
+    stray = run / "cache" / "commits" / ".text-000000.json.77"
+    stray.write_text("torn")
+    assert repair(run / "cache", verify(run / "cache")) == ["commits/.text-000000.json.77"]
+    assert Cache.open(run / "cache").manifest["format"] == 2
+    assert {path.name: path.read_bytes() for path in (run / "cache" / "commits").iterdir()} == records
+    assert verify(run / "cache") == []
 
 
 def test_its_settings_are_those_of_today(run: Path) -> None:

@@ -81,9 +81,19 @@ def test_each_picture_is_encoded_in_its_own_shape(sd: Path, shaped: Path) -> Non
 
 
 def test_growth_touches_no_record(
-    small_shards: None, sd: Path, shaped: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+    small_shards: None,
+    sd: Path,
+    shaped: Path,
+    tmp_path: Path,
+    encode: Encode,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What is there stays where it is; squares, or another step, are another encoding."""
+    """What is there stays where it is and in its shape, whatever its file's header may tell by now: the records say.
+
+    Squares, or another step, are another encoding.
+    """
+    monkeypatch.setattr("ip2p.encode.geometry.header_size", lambda _: (30, 60))
     cache = Path(shutil.copytree(shaped, tmp_path / "cache"))
     records = {path.name: path.read_bytes() for path in (cache / "commits").iterdir() if "000003" not in path.name}
     data = tiny.dataset(tmp_path / "data", tiny.pairs(70, sizes=tiny.SIDES))
@@ -93,6 +103,7 @@ def test_growth_touches_no_record(
     assert Cache.open(cache).manifest["counts"] == {"ok": 70}
     before = [sample | {"position": 0} for sample in Cache.open(shaped).samples().to_pylist()]
     assert [sample | {"position": 0} for sample in Cache.open(cache).samples().to_pylist()][:50] == before
+    assert {(row["height"], row["width"]) for row in Cache.open(cache).samples().to_pylist()[50:]} == {(40, 24)}
     for other in ({"bucket_step": None}, {"bucket_step": 8}):
         with pytest.raises(SystemExit, match="2"):
             encode(sd, data, cache, **SHAPED | other)

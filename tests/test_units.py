@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from ip2p.encode.cache.format import Cache, shard_rows
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.samples import Ledger
 from ip2p.encode.cache.tables import read_shards, write_shards
-from ip2p.encode.cache.writer import write_state
+from ip2p.encode.cache.writer import exclusive, write_state
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.keeper.transfer import Place, copy
 from ip2p.encode.keeper.verify import repair, verify
@@ -123,3 +125,33 @@ def test_equal_tables_are_equal_files(cache: Path, tmp_path: Path, encode: Calla
     write_shards(tmp_path / "units.parquet", dict(reversed(commits.items())))
     assert (tmp_path / "units.parquet").read_bytes() == (cache / "units.parquet").read_bytes()
     assert read_shards(tmp_path / "units.parquet") == Cache.open(cache).shards()
+
+
+FOREIGN = """
+import fcntl, os, struct, sys
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+kind = fcntl.F_WRLCK if sys.argv[2] == "alone" else fcntl.F_RDLCK
+try:
+    fcntl.fcntl(lock, fcntl.F_SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, 0, 0, 0))
+except OSError as error:
+    print("kept out", flush=True)
+else:
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_foreign_writer_that_follows_the_format_is_kept_out_and_keeps_out(copied: Path) -> None:
+    """The lock is the record lock that docs/cache-format.md names, made of system calls alone."""
+    command = [sys.executable, "-c", FOREIGN, copied / ".lock"]
+    with exclusive(copied):
+        assert subprocess.run([*command, "shared"], capture_output=True, text=True, check=True).stdout == "kept out\n"
+    with exclusive(copied, shared=True):
+        assert subprocess.run([*command, "alone"], capture_output=True, text=True, check=True).stdout == "kept out\n"
+    with subprocess.Popen([*command, "shared"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(CacheError, match="is being written"), exclusive(copied):
+            pass
+        with exclusive(copied, shared=True):
+            other.communicate("")

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 
 from ..base.errors import CacheError
 from ..base.files import write_record
 
+pc: Any = pyarrow.compute  # whose functions are made when it is imported: type checkers know none of them
 NOTHING = "-"  # stands in a record for the key of a row that holds nothing
 DIGITS = 32  # of a key
 SIZES = "original width, height, edited width, height, crop top, left"  # and height, width where shapes are several

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ..base.files import content_key
-from .commits import Commit, Held, Unit
+from .commits import Commit, Held, Unit, pc
 from .format import SAMPLES, Cache
 
 NULL_PROMPT = ""
@@ -40,13 +39,17 @@ class Rows(Mapping[int, Any]):
     Python objects are made of it where somebody looks: of a large dataset, each process looks at its share.
     """
 
-    def __init__(self, rows: np.ndarray, content: pa.Table):
-        self._rows, self._table = rows, content
+    def __init__(self, rows: np.ndarray, samples: pa.Table, numbers: np.ndarray):
+        self._rows, self._samples, self._numbers = rows, samples, numbers
 
     @cached_property
     def _content(self) -> dict[int, Any]:
-        columns = [column.to_pylist() for column in self._table.columns]
-        return dict(zip(self._rows.tolist(), columns[0] if len(columns) == 1 else map(Item, *columns), strict=True))
+        known = self._numbers >= 0  # the empty instruction is no sample's
+        columns = self._samples.take(pa.array(self._numbers, mask=~known)).to_pydict().values()
+        made = (
+            map(Item, *columns) if len(columns) > 1 else (text or NULL_PROMPT for (text,) in zip(*columns, strict=True))
+        )
+        return dict(zip(self._rows.tolist(), made, strict=True))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -122,9 +125,9 @@ class Ledger:
         """
         # A row that nobody tried (no image, no instruction) is -1 and stays so: another try needs other data.
         tried = pc.or_(pc.is_null(samples["reason"]), pc.greater_equal(samples["row"], 0)).combine_chunks()
-        pairs, texts = samples["pair"].combine_chunks(), text_keys(samples) if texts is None else texts
+        row = self._rows("images", pc.if_else(tried, samples["pair"].combine_chunks(), None), retry)
+        texts = text_keys(samples) if texts is None else texts
         texts = pa.concat_arrays([pa.array([text_key(NULL_PROMPT)]), pc.if_else(tried, texts, None)])
-        row = self._rows("images", pc.if_else(tried, pairs, None), retry)
         return with_columns(samples, row=row, text_row=self._rows("text", texts, retry)[1:])
 
     def _rows(self, kind: str, keys: pa.Array, retry: bool) -> pa.Array:
@@ -147,8 +150,7 @@ class Ledger:
             views[unit.shard].append(self.commits[unit])
         shards = sorted(views.items(), key=lambda item: len(item[1]), reverse=True)  # whole shards first
         firsts = [shard * self.shard_rows[kind] for shard, _ in shards]
-        nothing = pa.array([], pa.string())
-        keys = pa.concat_arrays([nothing, *(records[0].keys for _, records in shards)])
+        keys = pa.concat_arrays([pa.array([], pa.string()), *(records[0].keys for _, records in shards)])
         rows = np.concatenate([np.zeros(0, np.int64), *(first + np.arange(self.shard_rows[kind]) for first in firsts)])
         good = keys.is_valid().to_numpy(zero_copy_only=False).copy()
         for view in range(1, len(shards[0][1]) if shards else 0):
@@ -191,21 +193,19 @@ class Ledger:
 
     def missing(self, samples: pa.Table) -> Iterator[Work]:
         """What is still to be written."""
-        pending = samples.filter(pc.equal(samples["status"], "pending"))
-        texts, first = np.unique(pending["text_row"].to_numpy(), return_index=True)
-        null = pa.table({"instruction": [NULL_PROMPT]})
-        content = pa.concat_tables([null, pending.select(["instruction"]).take(first)])
-        yield from self._absent("text", np.append(0, texts), content, 1)
-        rows, first = np.unique(pending["row"].to_numpy(), return_index=True)
-        yield from self._absent("images", rows, pending.select(Item._fields).take(first), self.views)
+        pending = np.flatnonzero(pc.equal(samples["status"], "pending").to_numpy())
+        rows, first = np.unique(np.append(samples["text_row"].to_numpy()[pending], 0), return_index=True)
+        yield from self._absent("text", rows, samples.select(["instruction"]), np.append(pending, -1)[first])
+        rows, first = np.unique(samples["row"].to_numpy()[pending], return_index=True)
+        yield from self._absent("images", rows, samples.select(Item._fields), pending[first])
 
-    def _absent(self, kind: str, rows: np.ndarray, content: pa.Table, views: int) -> Iterator[Work]:
-        """The units, of those that `rows` lie in, that have no record; rows ascend."""
+    def _absent(self, kind: str, rows: np.ndarray, samples: pa.Table, numbers: np.ndarray) -> Iterator[Work]:
+        """The units without a record that `rows` lie in, which ascend; `numbers` say whose content they hold."""
         shards, starts = np.unique(rows // self.shard_rows[kind], return_index=True)
         for shard, (start, stop) in zip(shards.tolist(), pairwise([*starts.tolist(), len(rows)]), strict=True):
-            units = [Unit(kind, shard, view) for view in range(views)]
+            units = [Unit(kind, shard, view) for view in range(self.views if kind == "images" else 1)]
             if absent := [unit for unit in units if unit not in self.commits]:
-                yield absent, Rows(rows[start:stop], content.slice(start, stop - start))
+                yield absent, Rows(rows[start:stop], samples, numbers[start:stop])
 
 
 def _resized(samples: pa.Table, ok: np.ndarray, sizes: list[np.ndarray]) -> pa.Table:

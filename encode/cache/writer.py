@@ -10,13 +10,12 @@ from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import zarr
 from zarr.core.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
-from .commits import Commit, write_commit
+from .commits import Commit, pc, write_commit
 from .format import FORMAT, Cache, Unit, chunk_rows
 from .samples import Ledger, counts
 from .shapes import RowShapes

@@ -178,8 +178,8 @@ def _samples(
                 if count and unit not in known:
                     yield Finding(f"commits/{unit.name}.json", f"is missing: {count:,} samples need it", unit)
     if different := [number for number in _different(samples, settled) if looked_at[number]]:
-        key = samples["key"][different[0]]
-        one = f"sample {key} differs from what its commit records say ({len(different):,} such samples)"
+        one = f"sample {samples['key'][different[0]]} differs from what its commit records say "
+        one += f"({len(different):,} such samples)"
         yield Finding("samples.parquet", one)
     null = records.get(Unit("text", 0))
     if null and (null.keys[0].as_py() != text_key(NULL_PROMPT) or 0 in null.quarantined):
@@ -194,10 +194,8 @@ def _different(a: pa.Table, b: pa.Table) -> list[int]:
 
 def _list(cache: Cache, records: Records) -> Iterator[Finding]:
     """Compare the list of shards with the records, which win where they differ."""
-    if cache.manifest["format"] == 1:
-        return
     try:
-        listed = cache.shards()
+        listed = cache.shards()  # in format 1 the records themselves
     except CacheError as error:
         yield Finding("units.parquet", str(error))
         return

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from ...encode.base.errors import CacheError, SettingsError
+from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
 from ...encode.cache.samples import counts
