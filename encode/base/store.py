@@ -37,7 +37,7 @@ class Place:
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """The content of a file, or of some bytes of it."""
         with self._errors():
-            return bytes(self.fs.cat_file(f"{self.root}/{path}", start, stop))  # type: ignore[arg-type]
+            return bytes(self.fs.cat_file(f"{self.root}/{path}", start=start, end=stop))  # type: ignore[arg-type]
 
     def write(self, path: str, content: bytes) -> None:
         """Write a whole file, over an older one; on the disk when this returns if the place is a local folder."""

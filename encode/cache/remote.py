@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,7 +43,8 @@ class RemoteCache(Cache):
             mend = "pull it, `ip2p-encode` the same once more, and push it again"
             raise CacheError(f"{url} has no {SHARDS_FILE}, which caches of format 1 lack: {mend}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._locks = (self.folder / ".lock").open("a+")  # of which each file has a byte
+        self._locks = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)  # of which each file has a byte
+        weakref.finalize(self, os.close, self._locks)
         with whole(self.folder / "manifest.json") as unfinished:
             unfinished.write_bytes(seal)
         for path in manifest["files"]:
