@@ -116,7 +116,7 @@ def columns(sizes: Sequence[int], groups: Sequence[int] | None = None, shapes: S
     prompts = numbers if groups is None else np.array(groups)
     owners, sides = np.repeat(np.arange(len(sizes)), sizes), np.full((count, 2), 8)
     sides[:, 1] = 8 if shapes is None else shapes
-    return Samples(numbers, numbers, nothing, nothing, sides, prompts, numbers, numbers, owners, numbers)
+    return Samples(numbers, numbers, nothing, nothing, sides, prompts, numbers, owners, numbers)
 
 
 def config(caches: int, *weights: float, **flags: Any) -> TrainConfig:

@@ -193,7 +193,7 @@ def test_a_run_that_does_not_begin_leaves_everything_as_it_was(
     def fail(_: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda _: None)
+    monkeypatch.setattr(UNet2DConditionModel, "compile", lambda _, **__: None)
     monkeypatch.setattr(Run, "check_compiled", fail)
     with pytest.raises(RuntimeError, match="no compiler"):
         go_on(run, "checkpoint-3", compile=True)

@@ -21,11 +21,24 @@ def write_table(path: Path, table: pa.Table) -> None:
         pq.write_table(table.combine_chunks(), unfinished, compression="zstd")
 
 
+def packed_keys(keys: pa.ChunkedArray) -> bytes:
+    """Keys in text as 16 bytes each, one behind the other."""
+    return bytes.fromhex(_content(keys.cast(pa.binary(DIGITS))).decode())
+
+
+def _content(column: pa.ChunkedArray) -> bytes:
+    """The bytes of a column whose values are all of one size and none null."""
+    width = column.type.byte_width
+    parts = ((part.buffers()[1], part.offset * width, len(part) * width) for part in column.chunks if len(part))
+    return b"".join(buffer[start : start + size].to_pybytes() for buffer, start, size in parts)
+
+
 def write_samples(path: Path, samples: pa.Table) -> None:
     """Write a table of samples, whose keys are text in memory."""
     for name in KEYS:
-        keys = bytes.fromhex("".join(samples[name].to_pylist()))
-        packed = pa.Array.from_buffers(pa.binary(DIGITS // 2), len(samples), [None, pa.py_buffer(keys)])
+        packed = pa.Array.from_buffers(
+            pa.binary(DIGITS // 2), len(samples), [None, pa.py_buffer(packed_keys(samples[name]))]
+        )
         samples = samples.set_column(samples.column_names.index(name), name, packed)
     write_table(path, samples)
 
@@ -40,12 +53,13 @@ def read_samples(path: Path, known: pa.Schema, columns: Sequence[str] = ()) -> p
     table = pq.read_table(path, columns=[name for name in columns if name in there])
     for name in set(KEYS) & set(table.column_names):
         if pa.types.is_fixed_size_binary(table.field(name).type):  # in format 1 it is text
-            digits = b"".join(table[name].to_pylist()).hex().encode()
+            digits = _content(table[name]).hex().encode()
             keys = pa.Array.from_buffers(pa.binary(DIGITS), len(table), [None, pa.py_buffer(digits)])
             table = table.set_column(table.column_names.index(name), name, keys.cast(pa.string()))
     for field in known:
         if field.name in set(columns) - set(there):
             table = table.append_column(field, pa.nulls(len(table), field.type))
+    table = table.select([name for name in columns if name in table.column_names])
     return table.cast(pa.schema([known.field(f.name) if f.name in known.names else f for f in table.schema]))
 
 

@@ -14,7 +14,7 @@ from ...encode.base.errors import SettingsError
 from ...encode.base.files import content_key
 from ..config import TrainConfig
 from .samples import Samples
-from .sweep import Sweep
+from .sweep import Sweep, described
 
 FINE = 1000  # places at least, among which the caches of a mix divide those of one shape
 
@@ -145,10 +145,10 @@ class Turns:
 def identity(config: TrainConfig, samples: Samples, sweep: Sweep | None = None) -> str:
     """Of what positions count: it changes with the samples; and where shapes take turns, with what decides on these.
 
-    So it does with the window, if there is one.
+    A sample is known by its pair and, in its cache, by the row of its instruction.
     """
     flags = repr((config.samples.cache_weights, config.samples.sample_by)) if len(samples.by_shape()) > 1 else ""
-    return content_key(samples.keys.tobytes(), flags.encode(), *([repr(sweep.identity).encode()] if sweep else []))
+    return content_key(samples.pairs.tobytes(), samples.text_rows.tobytes(), flags.encode() + described(sweep))
 
 
 def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
 from ...encode.cache.samples import counts
-from ...encode.cache.tables import KEYS
+from ...encode.cache.tables import packed_keys
 
 SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
 
@@ -26,8 +26,7 @@ class Samples(NamedTuple):
     time_ids: np.ndarray  # (N, V, 6): original height and width, crop top and left, target height and width
     shapes: np.ndarray  # (N, 2): height and width of the latents
     groups: np.ndarray  # (N,) number of the prompt that a sample belongs to
-    keys: np.ndarray  # (N,) identity, the same in every cache
-    pairs: np.ndarray  # (N,) that of the image pair
+    pairs: np.ndarray  # (N,) identity of the image pair, the same in every cache
     caches: np.ndarray  # (N,) number of the cache
     numbers: np.ndarray  # (N,) where that cache's samples table has them
 
@@ -64,14 +63,14 @@ class Samples(NamedTuple):
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples("status", *KEYS, "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
+        table = cache.samples("status", "pair", "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
         if pending := counts(table).get("pending", 0):
             raise CacheError(
                 f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
         numbers = pc.indices_nonzero(pc.equal(table["status"], "ok"))[:limit].to_numpy().astype(np.int64)
-        table = table.take(numbers)
+        table = table.take(numbers) if len(numbers) < len(table) else table
         if len(table) == 0:
             raise CacheError(f"{cache.name} holds no usable sample: `ip2p-cache info` lists the reasons")
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
@@ -84,11 +83,10 @@ class Samples(NamedTuple):
         time_ids = np.empty((*shape, 6), np.float32)
         for number, size in enumerate(sizes):
             time_ids[:, :, number] = size
-        hashes = (np.frombuffer(bytes.fromhex("".join(table[name].to_pylist())), ">u8") for name in KEYS)
-        keys, pairs = (both[1::2].astype(np.uint64) for both in hashes)  # 64 bits of each
+        pairs = np.frombuffer(packed_keys(table["pair"]), ">u8")[1::2].astype(np.uint64)  # 64 bits of a hash
         shapes = shapes // cache.factor
         caches, rows, text_rows = np.zeros(len(table), np.int64), table["row"].to_numpy(), table["text_row"].to_numpy()
-        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), keys, pairs, caches, numbers)
+        return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), pairs, caches, numbers)
 
     @classmethod
     def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
@@ -115,12 +113,15 @@ class Samples(NamedTuple):
 
 def _groups(table: pa.Table) -> np.ndarray:
     """Numbers of the prompts, in the order of their names: a sample's own group, or else its instruction."""
-    own = pc.binary_join_element_wise("group", table["group"], " ")
-    names = pc.coalesce(own, table["text_row"].cast(pa.string())).combine_chunks().dictionary_encode()
-    order = pc.sort_indices(names.dictionary).to_numpy()
+    names = table["text_row"]
+    if table["group"].null_count < len(table):
+        own = pc.binary_join_element_wise("group", table["group"], " ")
+        names = pc.coalesce(own, names.cast(pa.string()))
+    encoded = names.combine_chunks().dictionary_encode()
+    order = pc.sort_indices(encoded.dictionary.cast(pa.string())).to_numpy()
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
-    return ranks[names.indices.to_numpy()]
+    return ranks[encoded.indices.to_numpy()]
 
 
 def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:

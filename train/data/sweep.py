@@ -42,10 +42,10 @@ class Sweep(NamedTuple):
         stays = (self.width / self.shards)[caches] * rng.random(len(drawn))
         return drawn[np.argsort((places + stays) % 1, kind="stable")]
 
-    @property
-    def identity(self) -> list[int]:
-        """What decides on the order beside the samples."""
-        return [*self.shards.tolist(), *self.width.tolist()]
+
+def described(sweep: Sweep | None) -> bytes:
+    """What decides on an order beside the samples; nothing where there is no window."""
+    return repr([*sweep.shards.tolist(), *sweep.width.tolist()]).encode() if sweep else b""
 
 
 def sweep_over(reader: Reader, samples: Samples) -> Sweep | None:
