@@ -210,7 +210,7 @@ def test_processes_of_a_machine_share_the_window(store: shelf.Shelf, shaped: Pat
 
 
 def test_training_from_a_store_ends_with_the_same_weights_and_goes_on(
-    store: shelf.Shelf, sd: Path, shaped: Path, tmp_path: Path
+    store: shelf.Shelf, sd: Path, shaped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`ip2p-train --cache s3://…`; stopped and gone on with elsewhere, bit for bit."""
     how: dict[str, Any] = {"window": room(shaped, 0.5), "checkpointing_steps": 4, "max_train_steps": 7}
@@ -218,6 +218,7 @@ def test_training_from_a_store_ends_with_the_same_weights_and_goes_on(
     far: Any = URL
     main(flags(sd, far, tmp_path / "far", **how, window_dir=tmp_path / "a"))
     assert_same(states(tmp_path / "local/checkpoint-7"), states(tmp_path / "far/checkpoint-7"))
+    assert f"{URL} is gone through with 3 of 15 shards at a time" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "far/checkpoint-7")
     main(flags(sd, far, tmp_path / "far", **how, window_dir=tmp_path / "b", resume_from_checkpoint="latest"))
     assert_same(states(tmp_path / "local/checkpoint-7"), states(tmp_path / "far/checkpoint-7"))

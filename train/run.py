@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
 from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
+from .data.sweep import remarks as of_window
 from .data.sweep import sweep_over
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
@@ -103,7 +104,7 @@ class Run:
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        sweep = sweep_over(self.reader, self.samples)
+        say(*of_window(self.reader, sweep := sweep_over(self.reader, self.samples)))
         position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
         encoded = manifest["identity"] | manifest["encoding"]
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)

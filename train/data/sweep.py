@@ -5,6 +5,7 @@ comes in, its samples are scattered over the time that it stays, and it leaves. 
 samples, as any, drawn from seed and epoch; and there are no edges between blocks.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,12 @@ class Sweep(NamedTuple):
         places = places[shards + (self.shards.cumsum() - self.shards)[caches]]
         stays = (self.width / self.shards)[caches] * rng.random(len(drawn))
         return drawn[np.argsort((places + stays) % 1, kind="stable")]
+
+
+def remarks(reader: Reader, sweep: Sweep | None) -> Iterator[str]:
+    """What is said of a window, which shuffles less than a whole cache does."""
+    for cache, shards, width in zip(reader.caches, sweep.shards, sweep.width, strict=True) if sweep else ():
+        yield f"--window {reader.window:g}: {cache.name} is gone through with {width:,} of {shards:,} shards at a time"
 
 
 def described(sweep: Sweep | None) -> bytes:
