@@ -26,6 +26,7 @@ from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order, Turns
 from ip2p.train.data.samples import Samples
+from ip2p.train.data.text import Texts
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective
 from ip2p.train.setup import make_accelerator
@@ -104,7 +105,7 @@ class Training:
 
 @contextmanager
 def from_cache(
-    unet: torch.nn.Module, cache: Cache, size: int, text_dtype: torch.dtype
+    unet: torch.nn.Module, cache: Cache, size: int, text_dtype: torch.dtype, texts: Texts | None = None
 ) -> Iterator[tuple[Batches, Loss]]:
     """The batches of a cache, and the loss of the next one, whose draws are those of its step."""
     reader, samples = Reader(cache), Samples.of(cache, None)
@@ -112,7 +113,7 @@ def from_cache(
     null = null_conditioning(reader, DEVICE)
     objective = Objective(DDPMScheduler(), null, 0.18215, Flags(), text_dtype)
     drawn = Turns([order], [np.arange(order.samples)], [1]).batches([0], size)
-    batches = Batches(reader, samples, drawn, DEVICE, batch_size=size)
+    batches = Batches(reader, samples, drawn, DEVICE, batch_size=size, texts=texts)
 
     def loss() -> Tensor:
         nonlocal step

@@ -107,6 +107,9 @@ class Dataset(Columns):
     """Add each pair reversed, with the instruction that leads back."""
     inverse_prompt_column: str | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of numbers, booleans or text that the table of samples keeps, for `ip2p-train --keep`. No picture is read
+    for them, so they can be added to a finished cache."""
     max_train_samples: Count | None = None
     """Use only this many samples, from the first on."""
 
@@ -171,6 +174,9 @@ class Run:
     vae_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the VAE alone. Default: that of --mixed_precision; for SDXL float32, since its VAE overflows, unless
     the VAE's configuration says that it does not (force_upcast: false)."""
+    cache_text: bool = True
+    """Keep instructions embedded. With --no_cache_text they are kept alone, and training embeds those of each batch:
+    the text encoder takes time and memory there, and its output no room here, 116 KiB of each instruction (SD 1.5)."""
     encode_batch_size: Count = 16
     """Pairs in one batch of the VAE, and twice as many instructions in one of the text encoder."""
     dataloader_num_workers: Whole | None = None

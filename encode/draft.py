@@ -104,6 +104,7 @@ def describe(
             "background": pictures.background,
             "mixed_precision": run.mixed_precision,
             "vae_precision": checkpoint.vae_precision(run.vae_precision, run.mixed_precision),
+            "text": None if run.cache_text else "instructions alone",
         },
         "vae_scale_factor": checkpoint.vae_scale_factor,
         "views": view_names(pictures.crops if pictures.resizing == "random_crop" else None, pictures.random_flip),

@@ -13,8 +13,8 @@ import pyarrow as pa
 from .base.console import say
 from .base.errors import CacheError, SourceError
 from .cache.commits import pc
-from .cache.format import chunk_rows
-from .cache.samples import Ledger, counts, text_keys, with_columns
+from .cache.format import SAMPLES, chunk_rows
+from .cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
 from .cache.shapes import RowShapes
 from .config import NO_FLIP, EncodeConfig
 from .draft import Draft
@@ -78,7 +78,10 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
     samples = index.read() if index else before
     if index and before:
         samples = carry(before, samples)
-    texts = text_keys(samples)
+        if lacks := set(samples.column_names) - {*SAMPLES.names, *config.dataset.keep_columns}:
+            say(f"new samples have nothing in {', '.join(sorted(lacks))}: --keep_columns gives it to them")
+    null = pa.repeat(text_key(NULL_PROMPT), len(samples))  # which stands for all where instructions are kept alone
+    texts = text_keys(samples) if config.run.cache_text else null
     samples = ledger.assign(samples, texts, retry=config.run.retry_quarantined)
     samples = ledger.settle(mark_flips(samples, config.pictures.no_flip_regex), texts)
     if config.run.on_error == "fail" and (aside := samples.filter(samples["reason"].is_valid())[:1].to_pylist()):

@@ -56,8 +56,9 @@ def encode(config: EncodeConfig) -> None:
             if not draft.is_finished(config):
                 plan = make_plan(config, draft, index)
                 plan.announce(config)
-                prepare(config.cache, plan.shapes, plan.samples, plan.ledger)
-                write_state(config.cache, plan.manifest, plan.samples, plan.ledger.commits)
+                samples = source.with_kept(plan.samples) if config.dataset.keep_columns else plan.samples
+                prepare(config.cache, plan.shapes, samples, plan.ledger)
+                write_state(config.cache, plan.manifest, samples, plan.ledger.commits)
             shutil.rmtree(config.cache / FOLDER, ignore_errors=True)
             share(lock)
         state.wait_for_everyone()

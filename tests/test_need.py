@@ -142,7 +142,7 @@ def test_an_estimate_is_a_table_and_trains_nothing(
     main(flags(sd, cache, tmp_path / "out", estimate=True, mixed_precision="bf16"))
     title, head, first, *others = capsys.readouterr().out.splitlines()
     assert "for 16 x 16 px, 2 samples in a batch" in title
-    assert head.split() == ["weights", "moments", "average", "passes", "in", "all", "card", "of", "with"]
+    assert head.split() == ["weights", "moments", "average", "passes", "text", "in", "all", "card", "of", "with"]
     assert first.endswith("8 GB  the flags that are given")
     assert len(others) >= 5
     assert not (tmp_path / "out").exists()

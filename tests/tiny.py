@@ -187,10 +187,9 @@ def dataset(folder: Path, columns: dict[str, list]) -> Path:
     """Write pairs as the Parquet file of a split that `datasets.load_dataset(folder)` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     images = {"input_image", "edited_image"}
-    features = datasets.Features(
-        {name: datasets.Image() if name in images else datasets.Value("string") for name in columns}
-    )
-    table = datasets.Dataset.from_dict(columns, features=features)
+    features = {name: datasets.Image() if name in images else datasets.Value("string") for name in columns}
+    features |= {name: datasets.Value("float64") for name in columns if isinstance(columns[name][0], float)}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     table.to_parquet(folder / "train-00000-of-00001.parquet")
     return folder
 

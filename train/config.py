@@ -39,8 +39,11 @@ class Samples:
     """Check every byte of the cache before training, as `ip2p-cache verify` does."""
     cache_weights: tuple[float, ...] = ()
     """Shares of the caches in an epoch, such as 3 1. Default: an epoch holds every sample of all of them once."""
+    keep: str | None = None
+    """Use only the samples of each cache for which this is true: a condition in SQL's language on the columns of their
+    table, with those of `ip2p-encode --keep_columns`, such as "score > 7 and source = 'web'"."""
     max_train_samples: Count | None = None
-    """Use only this many samples of each cache, from the first on."""
+    """Use only this many samples of each cache, from the first on that --keep keeps."""
     sample_by: Literal["sample", "prompt"] = "sample"
     """`prompt` draws a prompt and then one of its samples, as the original project does; `sample` takes each once."""
 

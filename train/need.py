@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..encode.base.console import say
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import changed
+from ..encode.cache.format import Cache
 from ..encode.cache.reader import Reader
 from ..encode.cache.remote import open_caches
 from ..encode.models.checkpoint import Checkpoint
+from ..encode.models.encoders import DTYPES
 from ..encode.models.parts import read_config
 from .config import TrainConfig
 from .memory import Passes, Shapes, simulate
@@ -36,6 +39,7 @@ class Need(NamedTuple):
     moments: int
     average: int
     passes: int  # activations and gradients
+    text: int  # weights of the text encoders, where they embed instructions in training
 
     @property
     def card(self) -> float:
@@ -48,6 +52,7 @@ class Model(NamedTuple):
 
     unet: Mapping[str, Any]
     shapes: Shapes
+    text: int = 0  # bytes of the text encoders that run beside it
 
     @classmethod
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
@@ -55,7 +60,20 @@ class Model(NamedTuple):
         found = {name: array.row_shape for name, array in reader.arrays.items()}
         channels, height, width = reader.largest
         shapes = Shapes((2 * channels, height, width), found["text"], *found.get("pooled", ()))  # type: ignore[arg-type]
-        return cls(read_config(base.folder / "unet", "unet"), shapes)
+        return cls(read_config(base.folder / "unet", "unet"), shapes, text_bytes(base, reader.caches[0]))
+
+
+def text_bytes(base: Checkpoint, cache: Cache) -> int:
+    """Bytes of the weights of the text encoders that training on a cache needs."""
+    if cache.holds_text:
+        return 0
+    numbers = 0
+    with torch.device("meta"):
+        for part in base.text_encoders:
+            kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+            network = kind(CLIPTextConfig.from_dict(read_config(base.folder / part, part)))
+            numbers += sum(weight.numel() for weight in network.parameters())
+    return numbers * DTYPES[cache.manifest["encoding"]["mixed_precision"]].itemsize
 
 
 def estimate(config: TrainConfig) -> None:
@@ -141,7 +159,8 @@ def needed(config: TrainConfig, model: Model) -> Need:
     )
     masters = 4 * found.numbers if precision.rounded else 0  # which copies have behind them, and rounded weights do not
     average = 4 * found.numbers if flags.use_ema and not flags.ema_device else 0
-    return Need(found.static - masters, moments(found, flags.name, rounded=precision.rounded), average, found.peak)
+    kept = moments(found, flags.name, rounded=precision.rounded)
+    return Need(found.static - masters, kept, average, found.peak, model.text)
 
 
 @functools.cache

@@ -16,10 +16,11 @@ from ..encode.base.errors import TrainError
 from ..encode.cache.reader import Reader
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
+from .data.keep import choose
 from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
-from .data.sweep import remarks as of_window
 from .data.sweep import sweep_over
+from .data.text import Texts
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.card import write_card
@@ -76,16 +77,18 @@ class Run:
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
         self.reader = Reader(*caches, window=config.samples.room)
-        samples = Samples.of_all(self.reader, config.samples.max_train_samples)
+        check_memory(config, self.base, self.reader, device)
+        kept = choose(caches, config.samples.keep)
+        samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)
         self.objective = Objective(scheduler, null, self.base.scaling_factor, config.objective, precision.dtype)
-        picture = open_picture(config.watching)
-        self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, held_out, picture)
+        self.texts, picture = Texts.of(caches, self.base, device), open_picture(config.watching)
+        seen = held_out, picture, self.texts
+        self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, *seen)
 
         # What it trains.
-        check_memory(config, self.base, self.reader, device)
         seed = agreed_seed(config)
         unet: Any = load_unet(config, self.base)
         if config.lora.lora_rank:
@@ -104,9 +107,9 @@ class Run:
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        say(*of_window(self.reader, sweep := sweep_over(self.reader, self.samples)))
+        sweep = sweep_over(self.reader, self.samples)
         position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
-        encoded = manifest["identity"] | manifest["encoding"]
+        encoded = manifest["identity"] | manifest["encoding"] | {"text": None}  # whose numbers are the same either way
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
@@ -140,8 +143,8 @@ class Run:
             return 0
         size, rank, processes = config.steps.train_batch_size, accelerator.process_index, accelerator.num_processes
         drawn = self.order.batches(progress.seen, size, rank, processes)
-        everywhere = self.order.batches(progress.seen, size * processes)
-        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, everywhere=everywhere)
+        whole = self.order.batches(progress.seen, size * processes)
+        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, texts=self.texts, everywhere=whole)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
         share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)
@@ -212,6 +215,6 @@ class Run:
         allow_graphs(len(shapes))
         for members in shapes:
             numbers = np.resize(members, self.config.steps.train_batch_size)
-            batch = gather(self.reader, self.samples, numbers, self.accelerator.device)
+            batch = gather(self.reader, self.samples, numbers, self.accelerator.device, self.texts)
             draws = self.objective.draw(batch, self.progress.seed)
             check_gradients(self.unet, partial(self.objective.loss, self.unet, batch, draws), self.precision.name)

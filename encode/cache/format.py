@@ -29,10 +29,8 @@ from ..base.files import file_record, read_record
 from .commits import Commit, Unit, inside, unit_of
 from .tables import SAMPLES_FILE, SHARDS_FILE, read_samples, read_shards
 
-FORMAT = 2
-READABLE = (1, FORMAT)
-SHARD_BYTES = 32 * 2**20
-SHARD_ROWS = 1024
+FORMAT, READABLE = 2, (1, 2)
+SHARD_BYTES, SHARD_ROWS = 32 * 2**20, 1024
 LARGE, LARGER = 1_000_000, 8  # from how many samples on shards are how many times as large: fewer files to open
 CHUNK_ROWS = {"images": 64, "text": 16}
 ARRAYS = {"images": ("original", "edited"), "text": ("text", "pooled")}
@@ -136,6 +134,11 @@ class Cache:
         return self.manifest.get("vae_scale_factor") or side // self.arrays("images")["original"].shape[-1]
 
     @property
+    def holds_text(self) -> bool:
+        """Whether each instruction is there embedded, or the empty one alone."""
+        return not self.manifest["encoding"].get("text")
+
+    @property
     def shard_rows(self) -> dict[str, int]:
         """Rows of one shard, by kind."""
         return self.manifest["shard_rows"]
@@ -146,15 +149,12 @@ class Cache:
         return {name: array for name in ARRAYS[kind] if isinstance(array := group.get(name), zarr.Array)}
 
     def samples(self, *columns: str) -> pa.Table:
-        """The table of samples, or these columns of it, as it lies on the disk; `check_files` says whether it is whole.
-
-        Keys are text, as everywhere in memory. There may be more columns than `SAMPLES` has: they are carried along.
-        """
+        """The table of samples, or these columns of it, as it is on the disk; keys are text. It may have others."""
         table = read_samples(self.folder / SAMPLES_FILE, SAMPLES, columns)
         for number, name in enumerate(table.column_names):
             if name in ("height", "width"):  # the first format had squares alone, and did not say
-                sides = table[name].fill_null(self.manifest["encoding"]["resolution"])
-                table = table.set_column(number, name, sides)
+                side = self.manifest["encoding"]["resolution"]
+                table = table.set_column(number, name, table[name].fill_null(side))
         return table
 
     def shard_path(self, array: str, unit: Unit, dimensions: int) -> str:

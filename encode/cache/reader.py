@@ -39,6 +39,7 @@ class Reader:
     """
 
     def __init__(self, *caches: Cache, window: float | None = None):
+        self.holds_text = caches[0].holds_text  # else nobody asks for rows of it
         self.caches, self.window, listed = caches, window, [cache.shards() for cache in caches]
         self._units = [_whole_units(cache, shards) for cache, shards in zip(caches, listed, strict=True)]
         self.sizes = [sum(file["bytes"] for file in shards.values()) for shards in listed]
@@ -101,7 +102,7 @@ class Reader:
             CacheError: a unit that holds some of them has no commit record.
         """
         for number, cache in enumerate(self.caches):
-            needed = self._owned(number, "text", text_rows, np.zeros_like(text_rows))
+            needed = self._owned(number, "text", text_rows, np.zeros_like(text_rows)) if self.holds_text else set()
             for view in range(len(cache.views)):
                 needed |= self._owned(number, "images", rows, np.full_like(rows, view))
             if absent := sorted(needed - self._units[number]):
@@ -141,13 +142,18 @@ class Reader:
 
     def will_need(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
         """Ask for rows that `take` will gather soon, so that the disk works ahead (20 times faster when cold)."""
-        for name, array in self.arrays.items():
+        for name, array in self._asked.items():
             array.will_need(self._place(name, rows, views, text_rows))
+
+    @property
+    def _asked(self) -> dict[str, MappedArray]:
+        """The arrays that batches are gathered from."""
+        return {name: array for name, array in self.arrays.items() if self.holds_text or name in ARRAYS["images"]}
 
     def expect(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
         """Ask for a batch to be fetched: that of all processes, of which each will `take` its own part."""
         for number, window in self.windows.items():
-            window.expect(self._needed(number, self.arrays, rows, views, text_rows))
+            window.expect(self._needed(number, self._asked, rows, views, text_rows))
 
     def passed(self) -> None:
         """Say that the first batch that was expected has been taken."""

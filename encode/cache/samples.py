@@ -65,15 +65,15 @@ Work = tuple[list[Unit], Rows]
 """Units that share rows, and those rows."""
 
 
-def text_key(instruction: str) -> str:
-    """Identity of an instruction."""
-    return content_key(instruction.encode())
+def text_key(instruction: str, row: int = -1) -> str:
+    """Identity of an instruction, or of the empty one, if that has its row: 0."""
+    return content_key((instruction if row else NULL_PROMPT).encode())
 
 
 def text_keys(samples: pa.Table) -> pa.Array:
-    """Identities of the instructions of all samples, (N,)."""
-    batches = samples.select(["instruction"]).to_batches(max_chunksize=2**16)
-    parts = [pa.array(map(text_key, batch.column(0).to_pylist()), pa.string()) for batch in batches]
+    """Identities of the instructions of all samples, (N,); of the empty one where that stands for a sample's."""
+    batches = samples.select(["instruction", "text_row"]).to_batches(max_chunksize=2**16)
+    parts = [pa.array(map(text_key, *batch.to_pydict().values()), pa.string()) for batch in batches]
     return pa.concat_arrays([pa.array([], pa.string()), *parts])
 
 
@@ -194,8 +194,8 @@ class Ledger:
     def missing(self, samples: pa.Table) -> Iterator[Work]:
         """What is still to be written."""
         pending = np.flatnonzero(pc.equal(samples["status"], "pending").to_numpy())
-        rows, first = np.unique(np.append(samples["text_row"].to_numpy()[pending], 0), return_index=True)
-        yield from self._absent("text", rows, samples.select(["instruction"]), np.append(pending, -1)[first])
+        rows, first = np.unique(np.append(0, samples["text_row"].to_numpy()[pending]), return_index=True)
+        yield from self._absent("text", rows, samples.select(["instruction"]), np.append(-1, pending)[first])
         rows, first = np.unique(samples["row"].to_numpy()[pending], return_index=True)
         yield from self._absent("images", rows, samples.select(Item._fields), pending[first])
 

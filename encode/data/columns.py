@@ -12,7 +12,7 @@ from PIL import Image
 from ..base.console import say
 from ..base.errors import SampleError, SourceError, did_you_mean
 
-IMAGES, TEXT = "images", "string"
+IMAGES, TEXT, VALUES = "images", "string", "numbers, booleans or text"
 ENDING = re.compile(r"([._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json))+$")
 
 
@@ -194,8 +194,9 @@ def _check(role: Role, column: str, name: str, kinds: Kinds) -> None:
     if column not in kinds:
         there = f"it has {', '.join(kinds)}: choose with --{role.flag}"
         raise SourceError(f"{name} has no column {column}; {there}{did_you_mean(column, kinds)}")
-    if role.holds not in kinds[column]:
-        fitting = ", ".join(c for c, found in kinds.items() if role.holds in found)
+    fits = {c: set(found) - {IMAGES} if role.holds == VALUES else role.holds in found for c, found in kinds.items()}
+    if not fits[column]:
+        fitting = ", ".join(c for c, fit in fits.items() if fit)
         choice = f"choose from {fitting} with --{role.flag}" if fitting else "no column does"
         held = next(iter(kinds[column]))
         raise SourceError(f"column {column} of {name} holds {held}, expected {role.holds}: {choice}")

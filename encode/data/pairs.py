@@ -2,16 +2,19 @@
 
 import functools
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.types as types
 
-from ..base.errors import SourceError
+from ..base.errors import SourceError, explained
 from ..base.files import storable
+from ..cache.format import SAMPLES
 from ..config import Dataset
-from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, Role, Rows, choose, evaluation_only
+from .columns import EDITED, INVERSE, ORIGINAL, PROMPT, TEXT, VALUES, Role, Rows, choose, evaluation_only
 from .places import in_seeds, in_tars, is_saved, name_of
 
 NOT_THERE = {
@@ -21,6 +24,10 @@ NOT_THERE = {
     "streaming": "second way to be read",
 }
 """Flags that cannot act on tar files, seeds.json and what `save_to_disk` wrote, and what these lack."""
+
+KEPT = {types.is_boolean: pa.bool_(), types.is_integer: pa.int64(), types.is_floating: pa.float64()}
+KEPT |= {types.is_decimal: pa.float64(), types.is_string: pa.string()}
+"""What a column may be that is kept, and as what."""
 
 
 class Pair(NamedTuple):
@@ -38,8 +45,11 @@ def open_pairs(dataset: Dataset, cache_dir: Path | None) -> "Pairs":
         SourceError: no such dataset, split or column; the message names those there are.
     """
     needed = (ORIGINAL, EDITED, PROMPT, INVERSE) if dataset.reverse_pairs else (ORIGINAL, EDITED, PROMPT)
-    rows, name = open_rows(dataset, cache_dir, needed, default_split="train"), name_of(dataset)
-    return Pairs(rows, name, every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
+    kept = {Role("keep_columns", "values to keep", VALUES, name): name for name in dataset.keep_columns}
+    if taken := [name for name in kept.values() if name.lower() in SAMPLES.names]:
+        raise SourceError(f"--keep_columns {taken[0]}: the table of samples has a column of that name, rename this one")
+    rows = open_rows(dataset, cache_dir, (*needed, *kept), named=kept, default_split="train")
+    return Pairs(rows, name_of(dataset), every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
 
 
 def open_rows(
@@ -48,7 +58,7 @@ def open_rows(
     needed: Collection[Role],
     wanted: Collection[Role] = (),
     *,
-    captions: dict[Role, str | None] | None = None,
+    named: Mapping[Role, str | None] | None = None,
     default_split: str | None = None,
 ) -> Rows:
     """Open the dataset that the flags name, for encoding, editing and scoring alike.
@@ -57,7 +67,7 @@ def open_rows(
         cache_dir: where downloads are kept; default: where the `datasets` library keeps them.
         needed: roles that must have a column.
         wanted: roles that have one where the dataset offers it.
-        captions: columns that the user names beside those of `dataset`.
+        named: columns that the user names beside those of `dataset`.
         default_split: the split where none is named and there are several; by default none is taken silently.
 
     Raises:
@@ -69,7 +79,7 @@ def open_rows(
             f"{name} is made for evaluation: it holds no edited images to learn from "
             "(--edited_image_column, if your copy has some)"
         )
-    flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | (captions or {})
+    flags = {role: getattr(dataset, role.flag, None) for role in (*needed, *wanted)} | dict(named or {})
     pick = functools.partial(choose, flags, name, needed=needed, wanted=wanted)
     seeds, tars = in_seeds(name), in_tars(name)
     saved = is_saved(Path(name))
@@ -134,7 +144,7 @@ class Pairs:
     """
 
     def __init__(self, rows: Rows, name: str, *, every: bool = False, limit: int | None = None):
-        self.name, self.columns = name, tuple(rows.columns.values())
+        self.name, self.columns = name, tuple(c for role, c in rows.columns.items() if role.holds != VALUES)
         self._rows, self._every = rows, every
         self._texts = [role for role in rows.columns if role.holds == TEXT]
         self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
@@ -152,7 +162,7 @@ class Pairs:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        row, sample = self._locate(index)
+        row, sample = map(int, self._locate(index))
         if self._latest[0] != row:
             self._latest = row, self._rows.read(row, ORIGINAL, EDITED, *self._texts)
         original, edited, prompts, *inverse = self._latest[1]
@@ -162,16 +172,41 @@ class Pairs:
 
     def group(self, index: int) -> str | None:
         """The prompt that a sample belongs to, if that is not its instruction."""
-        return self._rows.group(self._locate(index)[0])
+        return self._rows.group(int(self._locate(index)[0]))
+
+    def with_kept(self, samples: pa.Table) -> pa.Table:
+        """A table of samples with the columns that are kept of their rows.
+
+        Raises:
+            SourceError: a column holds something else than numbers, booleans or text, or several of these.
+        """
+        rows = self._locate(samples["position"].to_numpy())[0]
+        for name, values in self._kept():
+            samples = samples.drop_columns(name) if name in samples.column_names else samples
+            samples = samples.append_column(name, values.take(pa.array(rows)))
+        return samples
+
+    def _kept(self) -> Iterator[tuple[str, pa.Array]]:
+        """The columns that are kept, with what all rows hold there."""
+        for role, column in self._rows.columns.items():
+            if role.holds == VALUES:
+                what, expected = f"column {column} of {self.name}", f"; expected {VALUES}"
+                texts = [storable(text) if isinstance(text, str) else text for text in self._rows.texts(role)]
+                with explained(SourceError, what, pa.ArrowException, OverflowError, hint=expected):
+                    values = pa.array(texts)
+                    kind = next((to for is_, to in KEPT.items() if is_(values.type)), None)
+                    if kind is None:
+                        raise SourceError(f"{what} holds {values.type}{expected}")
+                    yield column, values.cast(kind)
 
     def fingerprint(self) -> str:
         """Changes whenever the data may have changed; found without reading the images."""
         parts = (self._rows.fingerprint(), self.columns, self._every, len(self))
         return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        """The row of a sample, and which of the row's samples it is."""
+    def _locate(self, index: Any) -> tuple[Any, Any]:
+        """The rows of samples, and which of their row's samples they are."""
         if not self._every:
             return divmod(index, len(self._texts))
-        row = int(np.searchsorted(self._ends, index, side="right"))
-        return row, index - (int(self._ends[row - 1]) if row else 0)
+        row = np.searchsorted(self._ends, index, side="right")
+        return row, index - np.where(row > 0, self._ends[row - 1], 0)

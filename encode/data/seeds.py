@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state, storable
-from .columns import IMAGES, ORIGINAL, TEXT, Pick, Role, Rows, image_columns, preset
+from .columns import IMAGES, ORIGINAL, TEXT, VALUES, Pick, Role, Rows, image_columns, preset
 from .pictures import read_file
 
 FILES = "{seed}_0.jpg", "{seed}_1.jpg"  # original, edited
@@ -40,9 +40,9 @@ class Seeds(Rows):
         return len(self._samples)
 
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        texts = self._prompt(row) if any(role.holds == TEXT for role in roles) else {}
+        texts = self._prompt(row) if any(role.holds != IMAGES for role in roles) else {}
         return tuple(
-            texts.get(self.columns[role]) if role.holds == TEXT else read_file(self._folder / self._path(row, role))
+            read_file(self._folder / self._path(row, role)) if role.holds == IMAGES else texts.get(self.columns[role])
             for role in roles
         )
 
@@ -55,7 +55,8 @@ class Seeds(Rows):
 
     def fingerprint(self) -> str:
         """Changes with size or time of any file."""
-        digest = hashlib.blake2b(repr(tuple(self.columns.values())).encode(), digest_size=16)
+        names = tuple(column for role, column in self.columns.items() if role.holds != VALUES)
+        digest = hashlib.blake2b(repr(names).encode(), digest_size=16)
         for directory, seed in self._samples:
             for name in (*image_columns(self.columns), "prompt.json"):
                 digest.update(file_state(os.path.join(self._folder, directory, name.format(seed=seed))))

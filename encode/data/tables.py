@@ -19,7 +19,7 @@ from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state
 from ..config import Dataset
 from .cells import column_kinds, file_bytes, file_in, known_value, outside, value_of, values_of
-from .columns import IMAGES, ORIGINAL, Columns, Pick, Role, Rows, image_columns
+from .columns import IMAGES, ORIGINAL, VALUES, Columns, Pick, Role, Rows, image_columns
 from .places import READERS, data_file, is_saved, reader_of_url
 
 GLANCE = 16  # rows that show what the columns hold
@@ -37,7 +37,10 @@ class Table(Rows):
     def __init__(self, table: datasets.Dataset, columns: Columns, folder: Path):
         self.columns, self._folder = columns, folder
         # As Arrow nothing is decoded: an Image is a struct of the file's bytes and its path.
-        self._table: Any = table.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
+        kept = {role: column for role, column in columns.items() if role.holds == VALUES}
+        pairs = dict.fromkeys(column for role, column in columns.items() if role not in kept)
+        self._table: Any = table.select_columns(list(pairs)).with_format("arrow")  # its fingerprint is of these alone
+        self._kept: Any = table.select_columns(list(dict.fromkeys(kept.values()))).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._table)
@@ -48,7 +51,8 @@ class Table(Rows):
         return tuple(file_bytes(cell, self._folder) if role.holds == IMAGES else cell for role, cell in cells)
 
     def texts(self, role: Role) -> Iterator[Any]:
-        for batch in self._table.select_columns(self.columns[role]).iter(1000):
+        table = self._kept if role.holds == VALUES else self._table
+        for batch in table.select_columns(self.columns[role]).iter(1000):
             yield from values_of(batch[self.columns[role]])
 
     def name(self, row: int) -> str | None:
@@ -140,7 +144,7 @@ def _keep_stream(name: str, builder: Any, where: dict[str, Any], pick: Pick, fol
         stream = builder.as_streaming_dataset(split=where["split"])
         sample = next(stream.with_format("arrow").iter(GLANCE), pa.table({}))
     columns = pick(_kinds(sample, folder))
-    names, images = tuple(columns.values()), tuple(image_columns(columns))
+    names, images = tuple(dict.fromkeys(columns.values())), tuple(image_columns(columns))
     types = datasets.Features.from_arrow_schema(sample.select(names).schema)
     file = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     # What these are decides whether the stream was kept before; the hash changes with the data.

@@ -11,24 +11,28 @@ from PIL import Image
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..cache.format import Cache
+from ..cache.keep import kept
 from ..cache.shapes import latents_of
 from ..config import EncodeConfig
 from ..data.sheet import TILE, contact_sheet
 from ..models.checkpoint import find_checkpoint, find_device
 
 
-def preview(cache: Cache, config: EncodeConfig, count: int) -> Image.Image:
+def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = None) -> Image.Image:
     """A contact sheet of `count` samples, spread evenly over the dataset.
 
     Args:
         config: names the model whose VAE decodes.
+        keep: the condition on samples that are shown; default: all.
 
     Raises:
         CacheError: no sample is encoded, or numbers are missing.
     """
-    samples = [sample for sample in cache.samples().to_pylist() if sample["status"] == "ok"]
+    table = cache.samples() if keep is None else cache.samples().filter(kept(cache, keep))
+    samples = [sample for sample in table.to_pylist() if sample["status"] == "ok"]
     if not samples:
-        raise CacheError(f"{cache.folder} holds no encoded sample to show: run the same ip2p-encode again")
+        mend = "run the same ip2p-encode again" if keep is None else f"--keep {keep} leaves none"
+        raise CacheError(f"{cache.folder} holds no encoded sample to show: {mend}")
     chosen = np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int)
     checkpoint = find_checkpoint(config.model, without=("unet", "text_encoder", "text_encoder_2"))
     vae = checkpoint.network("vae", torch.float32).to(find_device())

@@ -69,7 +69,8 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
 
 def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:
     """What a cache holds of a sample, by array, (views or 1, ...)."""
-    texts = {name: np.asarray(array[sample["text_row"]])[None] for name, array in cache.arrays("text").items()}
+    arrays = cache.arrays("text") if cache.holds_text else {}
+    texts = {name: np.asarray(array[sample["text_row"]])[None] for name, array in arrays.items()}
     return _split(latents_of(cache, sample)) | texts
 
 
@@ -88,8 +89,10 @@ def _fresh(cache: Cache, encoders: Encoders, source: Pairs, sample: dict[str, An
         raise SourceError(f"{source.name}, position {position:,}: {error}, but once could be") from None
     encoded = encoders.moments(torch.from_numpy(pixels).flatten(0, 1))()  # (V * 2, 8, h, w)
     moments = encoded.unflatten(0, (-1, 2)).numpy()
-    text, pooled = encoders.embed([sample["instruction"]])()
     images = _split({"original": moments[:, 0, : moments.shape[2] // 2], "edited": moments[:, 1]})
+    if not cache.holds_text:
+        return images
+    text, pooled = encoders.embed([sample["instruction"]])()
     return images | {"text": text.numpy()} | ({} if pooled is None else {"pooled": pooled.numpy()})
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import SettingsError
-from ..base.files import check_file, folder_bytes
+from ..base.files import check_file
 from ..base.flags import Count, Whole, build, idle
 from ..config import EncodeConfig
 
@@ -49,39 +49,34 @@ def recorded_config(manifest: dict[str, Any], origin: Origin) -> EncodeConfig:
     return build(EncodeConfig, manifest["settings"] | given)
 
 
-def info(cache: Path, /, *, quarantined: bool = False, json: bool = False) -> int:
-    """Show what a cache holds: samples, shapes, sizes on disk, model, dataset, encoding.
+def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, json: bool = False) -> int:
+    """Show what a cache holds: samples, shapes, sizes on disk, kept columns, model, dataset, encoding.
 
     Args:
+        keep: Count the samples that `ip2p-train --keep` would train on.
         quarantined: List the samples that stand aside, with their reasons.
         json: Print JSON.
     """
     from ..cache.format import Cache
-    from ..cache.samples import Ledger, counts
+    from .info import PARTS, describe
 
     opened = Cache.open(cache)
     opened.check_files()
-    table, parts = Ledger.of(opened).settle(opened.samples()), ("model", "identity", "dataset", "encoding")
-    status, arrays = counts(table), opened.arrays("images") | opened.arrays("text")
-    sizes = {name: folder_bytes(cache / "data.zarr" / name) for name in arrays}
-    found: dict[str, Any] = {"samples": status, "views": opened.views, "bytes": folder_bytes(cache)}
-    found["arrays"] = {name: {"shape": list(array.shape), "bytes": sizes[name]} for name, array in arrays.items()}
-    groups = table.filter(table["status"].to_numpy() == "ok").group_by(["width", "height"])
-    shapes = sorted(groups.aggregate([([], "count_all")]).to_pylist(), key=lambda shape: shape["width"])
-    found["shapes"] = {"{width} x {height}".format_map(shape): shape["count_all"] for shape in shapes}
-    found |= {part: opened.manifest[part] for part in parts}
-    if quarantined:
-        rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
-        found["quarantined"] = [row for row in rows if row.pop("status") == "quarantined"]
+    found = describe(opened, keep, quarantined=quarantined)
     if json:
         print(dumps(found, indent=1))
         return 0
+    status = found["samples"]
     samples = ", ".join(f"{count:,} {name}" for name, count in status.items())
     print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {found['bytes'] / 2**20:,.1f} MiB")
-    for name, array in arrays.items():
-        print(f"  {name:<9} {' x '.join(map(str, array.shape)):<28} {sizes[name] / 2**20:,.1f} MiB")
+    for name, array in found["arrays"].items():
+        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {array['bytes'] / 2**20:,.1f} MiB")
     print("  shapes   ", ", ".join(f"{shape} px: {count:,}" for shape, count in found["shapes"].items()))
-    for part in parts:
+    if found["columns"]:
+        print("  columns  ", ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
+    if keep is not None:
+        print(f"  --keep    {found['kept']:,} of {status.get('ok', 0):,} samples: {keep}")
+    for part in PARTS:
         print(part)
         for field, value in found[part].items():
             if value is not None:
@@ -136,13 +131,20 @@ def verify(
 
 
 def preview(
-    cache: Path, /, *, output: Path = Path("preview.png"), samples: Count = 8, origin: Origin = Origin()
+    cache: Path,
+    /,
+    *,
+    output: Path = Path("preview.png"),
+    samples: Count = 8,
+    keep: str | None = None,
+    origin: Origin = Origin(),
 ) -> int:
     """Decode samples to a contact sheet: original and edited with the instruction, in every view.
 
     Args:
         output: The picture to write.
         samples: How many samples, spread evenly over the dataset.
+        keep: Only samples that `ip2p-train --keep` would train on.
     """
     from PIL import Image
 
@@ -154,7 +156,7 @@ def preview(
     check_file(output, "--output")
     opened = Cache.open(cache)
     opened.check_files()
-    sheet = draw(opened, recorded_config(opened.manifest, origin), samples)
+    sheet = draw(opened, recorded_config(opened.manifest, origin), samples, keep)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)

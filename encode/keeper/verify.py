@@ -15,7 +15,7 @@ from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, read_record
 from ..cache.commits import Commit, Unit, unit_of
-from ..cache.format import Cache, wrong_size
+from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.writer import write_state
 from ..index import FOLDER
@@ -58,7 +58,7 @@ def verify(folder: Path) -> list[Finding]:
     known = {finding.unit for finding in damaged}
     findings += damaged + _shards(folder, records, sound)
     if sound:
-        findings += [*_samples(sound.samples(), sound.manifest, records, known), *_list(sound, records)]
+        findings += [*_samples(sound, records, known), *_list(sound, records)]
     return [*findings, *_strays(files, cache, records, known)]
 
 
@@ -155,10 +155,9 @@ def _scan(cache: Cache, unit: Unit, record: Commit, arrays: Mapping[str, zarr.Ar
             yield Finding(paths[name], f"row {first + row} {problem} ({bad.sum():,} such rows)", unit)
 
 
-def _samples(
-    samples: pa.Table, manifest: Mapping[str, Any], records: Records, known: set[Unit | None]
-) -> Iterator[Finding]:
+def _samples(cache: Cache, records: Records, known: set[Unit | None]) -> Iterator[Finding]:
     """Compare the table of samples with the records; `known` units were named already."""
+    samples, manifest = cache.samples().select(SAMPLES.names), cache.manifest  # no record has what is kept beside these
     ledger = Ledger(records, manifest["shard_rows"], len(manifest["views"]))
     settled, status = ledger.settle(samples), counts(samples)
     if status != manifest["counts"]:

@@ -26,6 +26,40 @@ def _begin_copy(values: torch.Tensor) -> Callable[[], torch.Tensor]:
     return finish
 
 
+class TextEncoders:
+    """The text encoder(s) of a checkpoint, frozen, on one device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.is_sdxl, self.device = checkpoint.is_sdxl, device
+        self.tokenizers = [checkpoint.tokenizer(name) for name in checkpoint.tokenizers]
+        self.encoders = [_load(checkpoint, name, device, dtype) for name in checkpoint.text_encoders]
+
+    def tokenize(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        """Tokens for each text encoder, (B, 77) integers on the CPU.
+
+        They are padded to the tokenizer's length; padding is kept, since the UNet attends to it.
+        """
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return [tokenizer(list(prompts), **options).input_ids for tokenizer in self.tokenizers]
+
+    @torch.no_grad()
+    def embed(self, tokens: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embed tokens for each text encoder: text (B, 77, d) and pooled (B, 1280) or None, float16 on the device.
+
+        SDXL: the penultimate hidden states of both encoders side by side, and the pooled embedding of the second.
+        """
+        hidden, pooled = [], None
+        for ids, encoder in zip(tokens, self.encoders, strict=True):
+            output = encoder(ids.to(self.device), output_hidden_states=self.is_sdxl)
+            hidden.append(output.hidden_states[-2] if self.is_sdxl else output[0])
+            pooled = output[0].half() if self.is_sdxl else None  # the last encoder's projection stays
+        return torch.cat(hidden, dim=-1).half(), pooled
+
+
+def _load(checkpoint: Checkpoint, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    return checkpoint.network(part, dtype).requires_grad_(False).to(device)
+
+
 class Encoders:
     """The VAE and the text encoder(s) of a checkpoint, frozen, on one device.
 
@@ -36,14 +70,10 @@ class Encoders:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, vae_dtype: torch.dtype):
         self.checkpoint, self.device, self.vae_dtype = checkpoint, device, vae_dtype
         self.vae = self._load_vae(vae_dtype)
-        self.tokenizers = [checkpoint.tokenizer(name) for name in checkpoint.tokenizers]
-        self.text_encoders = [self._load(name, dtype) for name in checkpoint.text_encoders]
-
-    def _load(self, part: str, dtype: torch.dtype) -> Any:
-        return self.checkpoint.network(part, dtype).requires_grad_(False).to(self.device)
+        self.texts = TextEncoders(checkpoint, device, dtype)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        return self._load("vae", dtype).to(memory_format=torch.channels_last)
+        return _load(self.checkpoint, "vae", self.device, dtype).to(memory_format=torch.channels_last)
 
     @functools.cached_property
     def _float32_vae(self) -> AutoencoderKL:
@@ -78,25 +108,10 @@ class Encoders:
 
     @torch.inference_mode()
     def embed(self, prompts: Sequence[str]) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
-        """Begin to encode instructions.
-
-        They are padded to the tokenizer's length; padding is kept, since the UNet attends to it.
-        SDXL: the penultimate hidden states of both encoders side by side, and the pooled embedding of the second.
-
-        Returns:
-            A function that waits for text (B, 77, d) and pooled (B, 1280) or None, float16 on the CPU.
-        """
-        hidden, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-            output = encoder(tokens.input_ids.to(self.device), output_hidden_states=self.checkpoint.is_sdxl)
-            if self.checkpoint.is_sdxl:
-                hidden.append(output.hidden_states[-2])
-                pooled = _begin_copy(output[0].half())  # the last encoder's projection stays
-            else:
-                hidden.append(output[0])
-        text = _begin_copy(torch.cat(hidden, dim=-1).half())
-        return lambda: (text(), pooled() if pooled else None)
+        """Begin to encode instructions, as `TextEncoders` do; the function gives what these give, on the CPU."""
+        text, pooled = self.texts.embed(self.texts.tokenize(prompts))
+        begun, also = _begin_copy(text), None if pooled is None else _begin_copy(pooled)
+        return lambda: (begun(), also() if also else None)
 
 
 def cut_short(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from ...encode.cache.reader import Reader
 from ...encode.cache.shapes import shaped
 from ..objective import Batch, Null
 from .samples import Samples
+from .text import Texts
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance
 FURTHER = 64  # batches whose shards are fetched in advance, where a cache lies elsewhere
@@ -36,12 +37,13 @@ def null_conditioning(reader: Reader, device: torch.device) -> Null:
     return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
 
 
-def gather(reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device) -> Batch:
+def gather(
+    reader: Reader, samples: Samples, numbers: np.ndarray, device: torch.device, texts: Texts | None = None
+) -> Batch:
     """Some samples of one shape in their first view, for looking at outside of training."""
-    slot = Slot(reader, len(numbers), device)
-    batch = slot.fill(*samples.at(numbers, np.zeros(len(numbers), np.int64)))
-    slot.hand_over(batch)
-    return batch
+    slot = Slot(reader, len(numbers), device, texts)
+    slot.fill(*samples.at(numbers, np.zeros(len(numbers), np.int64)), places=samples.places(numbers))
+    return slot.hand_over()
 
 
 class Batches:
@@ -53,6 +55,7 @@ class Batches:
     Args:
         drawn: sample numbers and views of each batch, (batch_size,) each; endlessly.
         everywhere: those of all processes together, which share what is fetched of a cache that lies elsewhere.
+        texts: embeds instructions, where the caches do not hold that.
     """
 
     def __init__(
@@ -64,15 +67,16 @@ class Batches:
         *,
         batch_size: int,
         everywhere: Iterable[tuple[np.ndarray, np.ndarray]] = (),
+        texts: Texts | None = None,
     ):
         self.waited = 0.0
         self._free: queue.Queue[Slot | None] = queue.Queue()
-        self._ready: queue.Queue[tuple[Batch, Slot] | Exception] = queue.Queue()
+        self._ready: queue.Queue[Slot | Exception] = queue.Queue()
         self._in_use: Slot | None = None
         for _ in range(RING):
-            self._free.put(Slot(reader, batch_size, device))
+            self._free.put(Slot(reader, batch_size, device, texts))
         rows, expected = (
-            (samples.at(numbers, samples.views[numbers, view]) for numbers, view in those)
+            ((*samples.at(which, samples.views[which, view]), samples.places(which)) for which, view in those)
             for those in (drawn, everywhere if reader.windows else ())
         )
         self._reader, given = reader, (reader, rows, expected, device)
@@ -90,9 +94,8 @@ class Batches:
         self.waited += time.perf_counter() - began
         if isinstance(item, Exception):
             raise item
-        batch, self._in_use = item
-        self._in_use.hand_over(batch)
-        return batch
+        self._in_use = item
+        return item.hand_over()
 
     def close(self) -> None:
         """Stop the thread once it has filled the buffers that are free."""
@@ -116,12 +119,14 @@ class Batches:
                 slot = self._free.get()
                 if slot is None:
                     return
-                self._ready.put((slot.fill(*ahead.popleft()), slot))
+                size = len(ahead[0][0])
+                slot.fill(*ahead.popleft())
+                self._ready.put(slot)
                 for rows in islice(expected, 1):
                     reader.expect(*rows[:3])
                     taken += 1
                     # Other processes may be that far behind, and need what this one had.
-                    if taken > (RING + 2 if len(rows[0]) > len(slot.buffers["original"]) else 0):
+                    if taken > (RING + 2 if len(rows[0]) > size else 0):
                         reader.passed()
         except Exception as error:  # raised where the batch is waited for
             self._ready.put(error)
@@ -130,8 +135,8 @@ class Batches:
 class Slot:
     """The buffers of one batch in the ring."""
 
-    def __init__(self, reader: Reader, batch_size: int, device: torch.device):
-        self.reader, self.device = reader, device
+    def __init__(self, reader: Reader, batch_size: int, device: torch.device, texts: Texts | None = None):
+        self.reader, self.device, self.texts = reader, device, texts
         self.flat = [name for name in ("original", "edited") if len(reader.arrays[name].row_shape) == 2]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None
@@ -139,7 +144,10 @@ class Slot:
         self.buffers = {
             name: torch.empty(batch_size, *array.row_shape, dtype=torch.float16, pin_memory=pinned)
             for name, array in reader.arrays.items()
+            if not (texts and name in Null._fields)
         }
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.tokens: list[torch.Tensor] = []
 
     def fill(
         self,
@@ -148,26 +156,28 @@ class Slot:
         text_rows: np.ndarray,
         time_ids: np.ndarray,
         shape: tuple[int, int],
-    ) -> Batch:
+        places: tuple[list[int], list[int]],
+    ) -> None:
         """Gather a batch of latents of one shape (height, width), and begin to copy it to the device."""
         if self.copied:
             self.copied.synchronize()  # the copy of the batch that was here before
         self.reader.take({name: buffer.numpy() for name, buffer in self.buffers.items()}, rows, views, text_rows)
-        tensors = dict(self.buffers)
-        if "pooled" in tensors:
+        tensors, tokens = dict(self.buffers), self.texts.tokens(*places) if self.texts else []
+        if "pooled" in self.reader.arrays:
             tensors["time_ids"] = torch.from_numpy(time_ids)
         if self.stream and self.copied:
             with torch.cuda.stream(self.stream):
                 tensors = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
+                tokens = [part.pin_memory().to(self.device, non_blocking=True) for part in tokens]
                 self.copied.record(self.stream)
         # Only here: whole buffers are copied at once, and what is seen of them is a view.
-        return Batch(**tensors | {name: shaped(tensors[name], *shape) for name in self.flat})
+        self.tensors, self.tokens = tensors | {name: shaped(tensors[name], *shape) for name in self.flat}, tokens
 
-    def hand_over(self, batch: Batch) -> None:
-        """Let the stream that trains wait for the copy, and own its memory."""
+    def hand_over(self) -> Batch:
+        """The batch; the stream that trains waits for its copy, owns its memory, and embeds its texts."""
         if self.copied:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self.copied)
-            for part in batch:
-                if part is not None:
-                    part.record_stream(stream)
+            for part in (*self.tensors.values(), *self.tokens):
+                part.record_stream(stream)
+        return Batch(**self.tensors, **(self.texts.embed(self.tokens) if self.texts else {}))

@@ -11,7 +11,7 @@ from ...encode.base.errors import CacheError, SettingsError
 from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
-from ...encode.cache.samples import counts
+from ...encode.cache.samples import counts, with_columns
 from ...encode.cache.tables import packed_keys
 
 SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
@@ -33,6 +33,10 @@ class Samples(NamedTuple):
     def select(self, which: np.ndarray) -> "Samples":
         """Some of the samples, by mask or number."""
         return Samples(*(column[which] for column in self))
+
+    def places(self, numbers: np.ndarray) -> tuple[list[int], list[int]]:
+        """The caches of some samples, and where their samples tables have them."""
+        return self.caches[numbers].tolist(), self.numbers[numbers].tolist()
 
     def at(self, numbers: np.ndarray, views: np.ndarray) -> tuple[Any, ...]:
         """Where a `Reader` has some samples of one shape in some views: rows, views, text rows; time ids; the shape."""
@@ -58,18 +62,24 @@ class Samples(NamedTuple):
         return [tables[cache][number].as_py() for cache, number in places]
 
     @classmethod
-    def of(cls, cache: Cache, limit: int | None) -> "Samples":
+    def of(cls, cache: Cache, limit: int | None, kept: np.ndarray | bool = True) -> "Samples":
         """All samples of a cache that are encoded, in the order of the dataset, or the first `limit` of them.
+
+        Of them, only the `kept` ones count, (all samples,) bool.
 
         Raises CacheError: the encode was not finished, or no sample is usable.
         """
-        table = cache.samples("status", "pair", "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE)
+        text = () if cache.holds_text else ("instruction",)
+        table = cache.samples("status", "pair", "group", "row", "text_row", "flip", *SIZE, *CROPS, *SHAPE, *text)
+        if text:  # which has no rows: they are numbered as if it had
+            texts = table["instruction"].combine_chunks().dictionary_encode().indices
+            table = with_columns(table, text_row=pc.add(texts, 1))
         if pending := counts(table).get("pending", 0):
             raise CacheError(
                 f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
-        numbers = pc.indices_nonzero(pc.equal(table["status"], "ok"))[:limit].to_numpy().astype(np.int64)
+        numbers = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy() & kept)[:limit]
         table = table.take(numbers) if len(numbers) < len(table) else table
         if len(table) == 0:
             raise CacheError(f"{cache.name} holds no usable sample: `ip2p-cache info` lists the reasons")
@@ -89,13 +99,14 @@ class Samples(NamedTuple):
         return cls(rows, text_rows, shown, time_ids, shapes, _groups(table), pairs, caches, numbers)
 
     @classmethod
-    def of_all(cls, reader: Reader, limit: int | None) -> "Samples":
+    def of_all(cls, reader: Reader, limit: int | None, kept: Sequence[np.ndarray] | None = None) -> "Samples":
         """The samples of all caches of a reader, one cache after the other, each as in `of`.
 
         A prompt belongs to its cache: the same words elsewhere are another one. Where caches differ in their views,
         the coin gets as many sides as all of their numbers divide: it is fair among the views of each sample.
         """
-        parts = [cls.of(cache, limit) for cache in reader.caches]
+        masks = kept or [True] * len(reader.caches)
+        parts = [cls.of(cache, limit, mask) for cache, mask in zip(reader.caches, masks, strict=True)]
         sides, prompts = math.lcm(*(part.views.shape[1] for part in parts)), 0
         for number, part in enumerate(parts):
             wide = np.arange(sides) % part.views.shape[1]

@@ -5,11 +5,11 @@ comes in, its samples are scattered over the time that it stays, and it leaves. 
 samples, as any, drawn from seed and epoch; and there are no edges between blocks.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from ...encode.base.console import say
 from ...encode.base.errors import SettingsError
 from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
@@ -44,19 +44,13 @@ class Sweep(NamedTuple):
         return drawn[np.argsort((places + stays) % 1, kind="stable")]
 
 
-def remarks(reader: Reader, sweep: Sweep | None) -> Iterator[str]:
-    """What is said of a window, which shuffles less than a whole cache does."""
-    for cache, shards, width in zip(reader.caches, sweep.shards, sweep.width, strict=True) if sweep else ():
-        yield f"--window {reader.window:g}: {cache.name} is gone through with {width:,} of {shards:,} shards at a time"
-
-
 def described(sweep: Sweep | None) -> bytes:
     """What decides on an order beside the samples; nothing where there is no window."""
     return repr([*sweep.shards.tolist(), *sweep.width.tolist()]).encode() if sweep else b""
 
 
 def sweep_over(reader: Reader, samples: Samples) -> Sweep | None:
-    """How a reader's window goes over its caches; None where it holds them whole.
+    """How a reader's window goes over its caches, which is said; None where it holds them whole.
 
     Half of it is for one epoch: where an epoch ends, those of the next come in while its own go out.
 
@@ -68,7 +62,11 @@ def sweep_over(reader: Reader, samples: Samples) -> Sweep | None:
     ends = np.append(firsts[1:], reader.rows["images"])
     shards = (ends - firsts) // rows
     width = np.array([_width(reader, samples, number, count) for number, count in enumerate(shards.tolist())])
-    return Sweep(firsts, rows, shards, width) if (width < shards).any() else None
+    if (width == shards).all():
+        return None
+    for cache, count, there in zip(reader.caches, shards, width, strict=True):
+        say(f"--window {reader.window:g}: {cache.name} is gone through with {there:,} of {count:,} shards at a time")
+    return Sweep(firsts, rows, shards, width)
 
 
 def _width(reader: Reader, samples: Samples, number: int, shards: int) -> int:
@@ -80,7 +78,7 @@ def _width(reader: Reader, samples: Samples, number: int, shards: int) -> int:
     own = samples.select(samples.caches == number)
     images, texts = (
         (rows - reader.first_rows[kind][number]) // cache.shard_rows[kind]
-        for kind, rows in (("images", own.rows), ("text", own.text_rows))
+        for kind, rows in (("images", own.rows), ("text", own.text_rows * reader.holds_text))
     )
     pairs, there = len(np.unique((images << 32) + texts)), len(np.unique(texts))
     picture, text = len(cache.views) * size["images"], pairs / shards * size["text"]

@@ -129,5 +129,6 @@ def named(value: Any) -> Any:
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """Rows of a Markdown table."""
-    return "\n".join(f"| {name} | {value} |" for name, value in values.items() if value is not None)
+    """Rows of a Markdown table, in which a bar would end a cell, and a line break the row."""
+    shown = {name: str(value).replace("|", r"\|") for name, value in values.items() if value is not None}
+    return "\n".join(f"| {name} | {' '.join(cell.split())} |" for name, cell in shown.items())

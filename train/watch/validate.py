@@ -26,6 +26,7 @@ from ...infer.edit import Editor
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
 from ..data.samples import Samples
+from ..data.text import Texts
 from ..objective import Objective
 from ..save.pipeline import make_pipeline
 from ..unet.update import Update
@@ -45,6 +46,7 @@ class Validation:
     objective: Objective
     held_out: Samples
     picture: Image.Image | None  # to edit beside the held-out ones
+    texts: Texts | None = None  # embeds instructions, where the caches do not hold that
 
     def run(self, step: int, unet: torch.nn.Module, update: Update) -> dict[str, float]:
         """Losses, raw and averaged; and pictures, drawn with the weights that would be saved."""
@@ -77,7 +79,7 @@ class Validation:
             for start in range(0, len(members), size)
         ]
         for number in range(len(batches))[self.accelerator.process_index :: self.accelerator.num_processes]:
-            batch = gather(self.reader, self.held_out, batches[number], device)
+            batch = gather(self.reader, self.held_out, batches[number], device, self.texts)
             draws = self.objective.draw(batch, SEED, number * size, 0, 0)
             draws = draws._replace(dropout=torch.ones_like(draws.dropout))
             for band in range(BANDS):
@@ -129,7 +131,7 @@ class Validation:
             return
         chosen = self.held_out.select(np.arange(count) * there // count)
         for number, instruction in enumerate(chosen.instructions(self.reader.caches)):
-            batch = gather(self.reader, chosen, np.array([number]), self.accelerator.device)
+            batch = gather(self.reader, chosen, np.array([number]), self.accelerator.device, self.texts)
             latents = torch.cat([batch.original, batch.edited[:, : batch.original.shape[1]]]).float()
             yield instruction, *pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 

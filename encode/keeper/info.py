@@ -1,0 +1,36 @@
+"""What a cache holds, as values that JSON can hold."""
+
+from typing import Any
+
+from ..base.files import folder_bytes
+from ..cache.format import SAMPLES, Cache
+from ..cache.keep import kept, kinds
+from ..cache.samples import Ledger, counts
+
+PARTS = "model", "identity", "dataset", "encoding"  # of the manifest
+
+
+def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, Any]:
+    """Samples by status, views, bytes, arrays, samples by shape, columns that are kept of the dataset, and `PARTS`.
+
+    Args:
+        keep: a condition, to count the samples that it keeps as `kept`.
+        quarantined: list the samples that stand aside, too.
+    """
+    table = Ledger.of(cache).settle(cache.samples())
+    found: dict[str, Any] = {"samples": counts(table), "views": cache.views, "bytes": folder_bytes(cache.folder)}
+    found["arrays"] = {
+        name: {"shape": list(array.shape), "bytes": folder_bytes(cache.folder / "data.zarr" / name)}
+        for name, array in (cache.arrays("images") | cache.arrays("text")).items()
+    }
+    groups = table.filter(table["status"].to_numpy() == "ok").group_by(["width", "height"])
+    shapes = sorted(groups.aggregate([([], "count_all")]).to_pylist(), key=lambda shape: shape["width"])
+    found["shapes"] = {"{width} x {height}".format_map(shape): shape["count_all"] for shape in shapes}
+    found["columns"] = {name: kind for name, kind in kinds(table.schema).items() if name not in SAMPLES.names}
+    found |= {part: cache.manifest[part] for part in PARTS}
+    if keep is not None:
+        found["kept"] = int((kept(cache, keep) & (table["status"].to_numpy() == "ok")).sum())
+    if quarantined:
+        rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
+        found["quarantined"] = [row for row in rows if row.pop("status") == "quarantined"]
+    return found
