@@ -60,7 +60,7 @@ def test_the_thread_works_on_the_device_of_its_process(cache: Path, monkeypatch:
     seen: list[tuple[torch.device, str]] = []
 
     class OnCpu(data.Slot):
-        def __init__(self, reader: Reader, batch_size: int, _: torch.device):
+        def __init__(self, reader: Reader, batch_size: int, *_: object):
             super().__init__(reader, batch_size, CPU)
 
     monkeypatch.setattr(data, "Slot", OnCpu)

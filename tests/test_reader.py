@@ -1,5 +1,6 @@
 """Tests of encode/cache/reader.py: our reader and zarr-python see the same numbers."""
 
+import mmap
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import file_record, write_record
 from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, chunk_rows, shard_rows
-from ip2p.encode.cache.reader import Reader, Shard
+from ip2p.encode.cache.mapped import Shard
+from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
 
 Encode = Callable[..., None]
@@ -120,28 +122,32 @@ def test_a_damaged_shard_index_is_refused(cache: Path, tmp_path: Path) -> None:
         ("images", [(4, 32, 32), (8, 32, 32)], (1024, 64)),
         ("images", [(4, 64, 64), (8, 64, 64)], (512, 64)),
         ("images", [(4, 128, 128), (8, 128, 128)], (128, 64)),
-        ("text", [(77, 768)], (272, 16)),
+        ("text", [(77, 768)], (256, 16)),
         ("text", [(77, 2048), (1280,)], (96, 16)),
     ],
 )
 def test_shards_keep_to_their_limits(kind: str, shapes: list[tuple[int, ...]], expected: tuple[int, int]) -> None:
-    """At most 1024 rows and 32 MiB, whole chunks and whole pages, for SD and SDXL at 256, 512 and 1024 pixels."""
+    """At most 1024 rows and 32 MiB, whole chunks and pages of 64 KiB, for SD and SDXL at 256, 512 and 1024 pixels."""
     rows = shard_rows(kind, shapes)
     chunk = chunk_rows(kind, rows)
     assert (rows, chunk) == expected
     assert rows % chunk == 0
     for shape in shapes:
         assert rows * 2 * np.prod(shape) <= 32 * 2**20
-        assert rows * 2 * np.prod(shape) % 4096 == 0
+        assert rows * 2 * np.prod(shape) % (4096 if shape == (1280,) else 65536) == 0
 
 
-def test_arrays_of_several_caches_are_mapped_and_not_copied(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of whole pages stay where they are, in the second cache and the second view as well."""
+@pytest.mark.parametrize("page", [2**12, 2**14, 2**16])
+def test_arrays_of_several_caches_are_mapped_and_not_copied(
+    page: int, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pages a machine has, shards stay where they are, in the second cache and the second view as well."""
 
     def copied(_: object, shards: list[Shard]) -> None:
         pytest.fail(f"{shards[0].path} is copied")
 
-    monkeypatch.setattr("ip2p.encode.cache.reader.MappedArray._copy", copied)
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
+    monkeypatch.setattr("ip2p.encode.cache.mapped.MappedArray._copy", copied)
     alone, twice = Reader(Cache.open(cache)), Reader(Cache.open(cache), Cache.open(cache))
     (_, second), (_, text) = twice.first_rows["images"], twice.first_rows["text"]
     rows, views, texts = np.arange(8), np.arange(8) % 2, np.arange(8) % 3
@@ -151,3 +157,24 @@ def test_arrays_of_several_caches_are_mapped_and_not_copied(cache: Path, monkeyp
     twice.take(other, rows + second, views, texts + text)
     for name in shapes:
         assert np.array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("page", [2**14, 2**16])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_shards_of_small_pages_are_mapped_where_pages_are_larger(
+    page: int,
+    family: str,
+    tmp_path: Path,
+    encode: Encode,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shard that does not end where a page does is mapped by itself: caches made for 4 KiB open everywhere."""
+    monkeypatch.setattr(cache_module, "SHARD_ROWS", 8)
+    monkeypatch.setattr(cache_module, "PAGES", (4096,))
+    data = tiny.dataset(tmp_path / "data", tiny.pairs(30))
+    encode(request.getfixturevalue(family), data, tmp_path / "cache", random_flip=True)
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
+    monkeypatch.setattr("ip2p.encode.cache.mapped.MappedArray._copy", None)
+    assert any(array._shifts is not None for array in Reader(Cache.open(tmp_path / "cache")).arrays.values())
+    compare(tmp_path / "cache")

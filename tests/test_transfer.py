@@ -9,6 +9,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+import shelf
 import tiny
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import read_record, write_record
@@ -29,35 +30,10 @@ def memory() -> Iterator[MemoryFileSystem]:
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], dict[str, bytes]]]:
-    """A server that speaks the S3 protocol on loopback, with a bucket called shelf; gives a bucket's objects."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "nobody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="shelf")
-
-    def objects(bucket: str) -> dict[str, bytes]:
-        listed = client.list_objects_v2(Bucket=bucket).get("Contents", [])
-        return {item["Key"]: client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read() for item in listed}
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield objects
-    s3fs.S3FileSystem.clear_instance_cache()
-    client.close()
-    server.stop()
+def s3() -> Iterator[shelf.Shelf]:
+    """A server that speaks the S3 protocol on loopback, with a bucket called shelf."""
+    with shelf.serving() as served:
+        yield served
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +53,7 @@ def refused(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_cache_travels_over_s3_and_comes_back_byte_for_byte(
-    s3: Callable[[str], dict[str, bytes]], cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    s3: shelf.Shelf, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """push to a bucket and pull from it give the same files, and a second push transfers nothing.
 
@@ -95,7 +71,7 @@ def test_a_cache_travels_over_s3_and_comes_back_byte_for_byte(
 
 
 def test_a_bucket_that_is_not_there_is_told_and_not_made(
-    s3: Callable[[str], dict[str, bytes]], cache: Path, capsys: pytest.CaptureFixture[str]
+    s3: shelf.Shelf, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A mistyped bucket is an error of one line; no bucket appears."""
     assert "s3://shelv/x" in refused(["push", cache, "s3://shelv/x"], capsys)

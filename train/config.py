@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from ..encode.base.errors import SettingsError
-from ..encode.base.flags import SECRET, Count, Whole, flags_of
+from ..encode.base.files import is_url
+from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
 from ..encode.config import PER_SAMPLE, EncodeConfig, Model
 from .demands import check, idle
 from .learning import Lora, Machine, Objective, Optimizer, Steps
+
+WINDOW = 64  # GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +27,14 @@ class BaseModel(Model):
 class Samples:
     """What is trained on."""
 
-    cache: tuple[Path, ...]
-    """Cache folder, written by ip2p-encode; or several that the same model encoded, to train on together."""
+    cache: tuple[str, ...]
+    """Cache folder, written by ip2p-encode; or several that the same model encoded, to train on together. Instead of
+    folders there may be urls, of any kind that fsspec reads (`s3:`, `gs:`, `hf:`)."""
+    window: Amount | None = None
+    """GiB of the caches that are read at once: of those in an object store, what lies on this machine at a time. Each
+    epoch goes through all of them, in the order of a moving window. Default: folders whole, urls with 64 GiB."""
+    window_dir: Path = Path("~/.cache/ip2p")
+    """Where that lies: best on a disk of this machine. What is left there saves the next run the fetching."""
     verify_cache: bool = False
     """Check every byte of the cache before training, as `ip2p-cache verify` does."""
     cache_weights: tuple[float, ...] = ()
@@ -38,9 +47,16 @@ class Samples:
     sample_by: Literal["sample", "prompt"] = "sample"
     """`prompt` draws a prompt and then one of its samples, as the original project does; `sample` takes each once."""
 
+    @property
+    def room(self) -> float | None:
+        """GiB of the window; None where there is none."""
+        return self.window or (WINDOW if any(map(is_url, self.cache)) else None)
+
     def __post_init__(self) -> None:
         if not self.cache:
             raise SettingsError("--cache: expected at least one cache folder")
+        if self.window == 0:
+            raise SettingsError("--window 0 leaves nothing to train on: expected GiB above 0")
         weights = self.cache_weights
         if weights and (len(weights) != len(self.cache) or not all(0 < weight < math.inf for weight in weights)):
             raise SettingsError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..encode.base import flags
 from ..encode.base.errors import SettingsError
+from ..encode.base.files import is_url
 
 EMA = ("ema_decay", "ema_steps", "ema_device")
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -86,5 +87,11 @@ def idle(config: Any) -> Iterator[str]:
     if watching.validation_epochs:
         why = "does nothing beside --validation_epochs: leave one of them out"
         yield from flags.idle(watching, why, "validation_steps")
+    urls = [is_url(place) for place in config.samples.cache]
+    if all(urls):
+        why = "does nothing for a cache at a url, whose files are checked as they arrive: leave it out"
+        yield from flags.idle(config.samples, why, "verify_cache")
+    if not any(urls):
+        yield from flags.idle(config.samples, "does nothing without a url in --cache: leave it out", "window_dir")
     if watching.report_to == "none":
         yield from flags.idle(watching, "does nothing with --report_to none: leave one of them out", "logging_dir")

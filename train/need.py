@@ -13,8 +13,8 @@ import torch
 from ..encode.base.console import say
 from ..encode.base.errors import CacheMismatch, SettingsError
 from ..encode.base.flags import changed
-from ..encode.cache.format import Cache
 from ..encode.cache.reader import Reader
+from ..encode.cache.remote import open_caches
 from ..encode.models.checkpoint import Checkpoint
 from ..encode.models.encoders import DTYPES
 from ..encode.models.parts import read_config
@@ -81,9 +81,9 @@ class Model(NamedTuple):
 
 def estimate(config: TrainConfig) -> None:
     """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags."""
-    caches = [Cache.open(folder) for folder in config.samples.cache]
+    caches = open_caches(config.samples.cache, config.samples.window_dir)
     base = base_checkpoint(config, caches[0])
-    model = Model.of(base, Reader(*caches))
+    model = Model.of(base, Reader(*caches, window=config.samples.room))
     height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])
     batch = config.steps.train_batch_size
     say(f"GiB of a GPU's memory at the most, for {width} x {height} px, {batch} samples in a batch:")

@@ -20,6 +20,7 @@ from .data.batches import Batches, gather, null_conditioning
 from .data.keep import choose
 from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
+from .data.sweep import sweep_over
 from .data.text import Texts
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
@@ -58,11 +59,10 @@ def train(config: TrainConfig) -> None:
             if accelerator.is_main_process and not signal:
                 run.finish()
     except torch.OutOfMemoryError:
-        raise TrainError(
-            "out of memory: use a smaller --train_batch_size with more --gradient_accumulation_steps, "
-            "--gradient_checkpointing, --mixed_precision bf16, --use_8bit_adam, --weights bf16, --ema_device cpu or "
-            "--lora_rank 16"
-        ) from None
+        mend = (
+            "the same command with --estimate says what takes less, such as --gradient_checkpointing or --lora_rank 16"
+        )
+        raise TrainError(f"out of memory: {mend}") from None
     accelerator.end_training()
     if signal:
         say(f"stopped at step {run.progress.step}: continue with --resume_from_checkpoint latest")
@@ -78,7 +78,7 @@ class Run:
         # What it trains on.
         caches, device = open_caches(config, accelerator), accelerator.device
         self.base = base_checkpoint(config, caches[0], accelerator)
-        self.reader = Reader(*caches, masks=config.objective.edit_weight != 1)
+        self.reader = Reader(*caches, masks=config.objective.edit_weight != 1, window=config.samples.room)
         check_memory(config, self.base, self.reader, device)
         kept = choose(caches, config.samples.keep)
         samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)
@@ -109,13 +109,14 @@ class Run:
 
         # How far it has come.
         manifest = caches[0].manifest  # how all of them were encoded
-        position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples)}
+        sweep = sweep_over(self.reader, self.samples)
+        position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
         encoded = manifest["identity"] | manifest["encoding"] | {"text": None}  # whose numbers are the same either way
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
         self.update.seed = self.progress.seed
-        self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap)
+        self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
         flags, step = config.optimizer, self.progress.step
         for group in self.update.optimizer.param_groups:
@@ -144,7 +145,8 @@ class Run:
             return 0
         size, rank, processes = config.steps.train_batch_size, accelerator.process_index, accelerator.num_processes
         drawn = self.order.batches(progress.seen, size, rank, processes)
-        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, texts=self.texts)
+        whole = self.order.batches(progress.seen, size * processes)
+        batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, texts=self.texts, everywhere=whole)
         limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
         checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
         share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)

@@ -30,6 +30,7 @@ from ..encode.base.console import say
 from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError, explained
 from ..encode.base.flags import dump
 from ..encode.cache.format import Cache, differences
+from ..encode.cache.remote import open_caches as open_all
 from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
@@ -126,17 +127,16 @@ def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
 
     Raises CacheError, or CacheMismatch where two were encoded differently; the message says where they differ.
     """
-    caches = [Cache.open(folder) for folder in config.samples.cache]
+    caches = open_all(config.samples.cache, config.samples.window_dir)
     for cache in caches:
         cache.check_files()
-        names = f"in {caches[0].folder}", f"in {cache.folder}"
+        names = f"in {caches[0].name}", f"in {cache.name}"
         if different := differences(caches[0].manifest, cache.manifest, ("identity", "encoding"), names):
             raise CacheMismatch(
-                f"{cache.folder} was encoded otherwise than {caches[0].folder}, and one run cannot train on both: "
-                "leave one out, or run ip2p-encode for its dataset as for the other, into another --cache\n"
-                + "\n".join(different)
+                f"{cache.name} was encoded otherwise than {caches[0].name}, and one run cannot train on both: "
+                "leave one out, or encode its dataset as the other, into another --cache\n" + "\n".join(different)
             )
-        if config.samples.verify_cache:
+        if config.samples.verify_cache and cache.name == str(cache.folder):
             check_every_byte(cache, accelerator)
     return caches
 
@@ -165,7 +165,7 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator 
     identity, names = {"identity": checkpoint.identity()}, ("in the cache", f"in {name}")
     if different := differences(cache.manifest, identity, ["identity"], names):
         raise CacheMismatch(
-            f"{cache.folder} was not encoded with {name}: train the model that it was made with ({recorded['name']}), "
+            f"{cache.name} was not encoded with {name}: train the model that it was made with ({recorded['name']}), "
             "or run ip2p-encode with this one into another --cache\n" + "\n".join(different)
         )
     return checkpoint

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 
@@ -105,6 +105,11 @@ def storable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def is_url(place: str | Path) -> bool:
+    """Whether a name is one that fsspec knows a file system for, instead of a file or folder of this machine."""
+    return "://" in str(place)
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -112,9 +117,14 @@ def folder_bytes(folder: Path) -> int:
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size in bytes and crc32c of a file."""
-    checksum = google_crc32c.Checksum()
     with path.open("rb") as file:
-        size = sum(map(len, checksum.consume(file, 2**22)))
+        return stream_record(file)
+
+
+def stream_record(file: BinaryIO) -> dict[str, Any]:
+    """Size in bytes and crc32c of what is left to read of a file."""
+    checksum = google_crc32c.Checksum()
+    size = sum(map(len, checksum.consume(file, 2**22)))
     return {"bytes": size, "crc32c": checksum.hexdigest().decode()}
 
 

@@ -29,13 +29,12 @@ from ..base.files import file_record, read_record
 from .commits import Commit, Unit, inside, unit_of
 from .tables import SAMPLES_FILE, SHARDS_FILE, read_samples, read_shards
 
-FORMAT = 2
-READABLE = (1, FORMAT)
-SHARD_BYTES = 32 * 2**20
-SHARD_ROWS = 1024
+FORMAT, READABLE = 2, (1, 2)
+SHARD_BYTES, SHARD_ROWS = 32 * 2**20, 1024
 LARGE, LARGER = 1_000_000, 8  # from how many samples on shards are how many times as large: fewer files to open
 CHUNK_ROWS = {"images": 64, "text": 16}
-PAGE = 4096  # a shard is a whole number of pages, so that shards can be mapped side by side
+ARRAYS = {"images": ("original", "edited", "mask"), "text": ("text", "pooled")}
+PAGES = 2**16, 2**14, 2**12  # bytes; a shard is some of the largest that goes, so that shards can lie side by side
 CONVENTION = "unscaled; original: posterior mean; edited: mean and log variance; pixels 2 * (x / 255) - 1"
 
 SAMPLES = pa.schema(
@@ -70,9 +69,8 @@ def shard_rows(kind: str, row_shapes: Iterable[tuple[int, ...]], samples: int = 
     sizes, times = [2 * math.prod(shape) for shape in row_shapes], LARGER if samples >= LARGE else 1
     fit = max(1, times * min(SHARD_ROWS, SHARD_BYTES // max(sizes)))
     chunk = chunk_rows(kind, fit)
-    step = math.lcm(chunk, *(PAGE // math.gcd(PAGE, size) for size in sizes))
-    if step > fit:
-        step = chunk
+    pages = (math.lcm(chunk, *(page // math.gcd(page, size) for size in sizes)) for page in PAGES)
+    step = next((rows for rows in pages if rows <= fit), chunk)
     return fit // step * step
 
 
@@ -116,19 +114,14 @@ class Cache:
     """A cache folder, opened and checked: manifest, samples and commit records agree with what lies on the disk."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
-        self.folder, self.manifest = folder, manifest
+        self.folder, self.manifest, self.name = folder, manifest, str(folder)
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
         """Open for reading; a `CacheError` where none is, it is damaged, or its format is of another version."""
         if not (folder / "manifest.json").is_file():
             raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
-        manifest = read_record(folder / "manifest.json")
-        if (found := manifest.get("format")) not in READABLE:
-            known = " and ".join(map(str, READABLE))
-            raise CacheError(f"{folder} has cache format {found}, this version of ip2p reads {known}: encode anew")
-        inside(manifest.get("files", {}), folder / "manifest.json")
-        return cls(folder, manifest)
+        return cls(folder, readable(read_record(folder / "manifest.json"), folder))
 
     @property
     def views(self) -> list[str]:
@@ -153,8 +146,7 @@ class Cache:
     def arrays(self, kind: str, mode: Literal["r", "r+"] = "r") -> dict[str, zarr.Array]:
         """The Zarr arrays of one kind, by name."""
         group = zarr.open_group(self.folder / "data.zarr", mode=mode)
-        names = ("original", "edited", "mask") if kind == "images" else ("text", "pooled")
-        return {name: array for name in names if isinstance(array := group.get(name), zarr.Array)}
+        return {name: array for name in ARRAYS[kind] if isinstance(array := group.get(name), zarr.Array)}
 
     def samples(self, *columns: str) -> pa.Table:
         """The table of samples, or these columns of it, as it is on the disk; keys are text. It may have others."""
@@ -203,6 +195,15 @@ class Cache:
             self.check_files()
             return True
         return False
+
+
+def readable(manifest: dict[str, Any], place: object) -> dict[str, Any]:
+    """A manifest that was found somewhere; a `CacheError` where it is of another version, or names strange files."""
+    if (found := manifest.get("format")) not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise CacheError(f"{place} has cache format {found}, this version of ip2p reads {known}: encode anew")
+    inside(manifest.get("files", {}), f"{place}/manifest.json")
+    return manifest
 
 
 def differences(old: Record, new: Record, parts: Sequence[str], names: tuple[str, str]) -> list[str]:

@@ -1,125 +1,27 @@
 """Reads caches at memory-map speed: any rows of an array in one call, wherever their shards lie.
 
-All shards of an array, of all caches, are mapped side by side into one range of addresses, so that `np.take` gathers
-a batch in a single call that releases the interpreter lock. The shards of view 1 follow those of view 0. zarr-python
-reads the same files a few hundred times slower, sample by sample.
+All shards of an array, of all caches, are mapped side by side (`mapped.py`); the shards of view 1 follow those of
+view 0. zarr-python reads the same files a few hundred times slower, sample by sample. Of a cache that lies elsewhere,
+what is needed is fetched, mapped at its place, and deleted again (`window.py`).
 """
 
-import ctypes
+import contextlib
 import math
-import mmap
-import os
-import tempfile
-import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
-import zarr
 
 from ..base.errors import CacheError, CacheMismatch
 from .commits import Unit, unit_of
-from .format import Cache, wrong_size
+from .format import ARRAYS, Cache, Record, wrong_size
+from .mapped import MappedArray, Shard
+from .remote import RemoteCache
+from .window import GIB, Window
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
-_FAILED = ctypes.c_void_p(-1).value
-
-
-class Shard(NamedTuple):
-    """One shard of one array: the rows of the range that it fills, its file, and what zarr-python knows it by."""
-
-    first: int
-    rows: int
-    path: Path
-    array: zarr.Array
-    selection: tuple[slice, ...]
-
-
-class MappedArray:
-    """A read-only float16 array of `rows` rows, some of which lie in shards; the others must not be touched."""
-
-    def __init__(self, row_shape: tuple[int, ...], rows: int, shards: Sequence[Shard]):
-        self.row_shape = row_shape
-        self._row_bytes = 2 * math.prod(row_shape)
-        self._size = rows * self._row_bytes
-        self._base = _map(None, self._size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
-        weakref.finalize(self, _libc.munmap, self._base, self._size).atexit = False  # a thread may still be reading
-        direct, foreign = [], []
-        for shard in shards:
-            (direct if _is_plain(shard, self._row_bytes) else foreign).append(shard)
-        if foreign:
-            self._copy(foreign)
-        for shard in direct:
-            with shard.path.open("rb") as file:
-                length = min(shard.rows * self._row_bytes, os.fstat(file.fileno()).st_size)
-                self._map_file(file.fileno(), shard.first * self._row_bytes, length)
-        whole: Any = (ctypes.c_char * self._size).from_address(self._base)
-        self._rows = np.frombuffer(whole, np.float16).reshape(-1, *row_shape)  # valid as long as this object lives
-
-    def _copy(self, shards: Sequence[Shard]) -> None:
-        """Shards that others wrote (compressed, in another order) are read once by zarr-python and kept plain."""
-        with tempfile.TemporaryFile() as file:
-            file.truncate(self._size)
-            for shard in shards:
-                file.seek(shard.first * self._row_bytes)
-                file.write(np.ascontiguousarray(shard.array[shard.selection], np.float16).tobytes())
-            file.flush()
-            self._map_file(file.fileno(), 0, self._size)
-
-    def _map_file(self, descriptor: int, start: int, length: int) -> None:
-        _map(self._base + start, length, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-
-    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Gather rows into `out`, (len(rows), ...) float16."""
-        np.take(self._rows, rows, axis=0, out=out, mode="clip")  # "raise" would gather into a copy first
-
-    def will_need(self, rows: Iterable[int]) -> None:
-        """Ask the operating system to read these rows ahead of their use."""
-        for row in rows:
-            start = self._base + row * self._row_bytes
-            page = start // mmap.PAGESIZE * mmap.PAGESIZE
-            _libc.madvise(page, start + self._row_bytes - page, mmap.MADV_WILLNEED)
-
-
-def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
-    mapped = _libc.mmap(address, size, protection, flags, descriptor, 0)
-    if mapped == _FAILED:
-        raise OSError(ctypes.get_errno(), f"mmap of {size} bytes failed: {os.strerror(ctypes.get_errno())}")
-    return mapped
-
-
-def _is_plain(shard: Shard, row_bytes: int) -> bool:
-    """Whether a shard is whole pages of one C-order array at offset 0, possibly cut short after some chunk.
-
-    Raises:
-        CacheError: the index at the end of the shard is damaged.
-    """
-    array, codecs = shard.array, shard.array.metadata.to_dict()["codecs"]
-    if array.shards is None or any(n * row_bytes % mmap.PAGESIZE for n in (shard.first, shard.rows)):
-        return False
-    layout: Any = codecs[0]["configuration"]  # type: ignore[index]
-    names = [[codec["name"] for codec in layout[part]] for part in ("codecs", "index_codecs")]
-    if names != [["bytes"], ["bytes", "crc32c"]] or layout["index_location"] != "end":
-        return False
-    chunks, chunk_bytes = array.shards[0] // array.chunks[0], array.chunks[0] * row_bytes
-    with shard.path.open("rb") as file:
-        file.seek(-(16 * chunks + 4), os.SEEK_END)
-        content = file.read()
-    if google_crc32c.value(content[:-4]) != int.from_bytes(content[-4:], "little"):
-        damage = "is damaged (wrong checksum of its index): `ip2p-cache verify` says what is affected"
-        raise CacheError(f"{shard.path} {damage}")
-    index = np.frombuffer(content[:-4], "<u8").reshape(chunks, 2)  # offset and length; all ones for an absent chunk
-    there = int((index[:, 0] != 2**64 - 1).sum())
-    expected = [(n * chunk_bytes, chunk_bytes) for n in range(there)]
-    return np.array_equal(index[:there], np.array(expected, np.uint64).reshape(-1, 2))
+VIEWS = 2**16  # more than there are of a pair
 
 
 class Reader:
@@ -130,41 +32,67 @@ class Reader:
 
     Args:
         masks: whether these are gathered, too, where the caches have some.
+        window: GiB of which each cache gets its share by size: what lies here at once of one that lies elsewhere, and
+            what a run reads at once of any. Without it, all of it.
 
     Raises:
         CacheError: a shard file is missing or has another size than its record says.
         CacheMismatch: masks are asked for, and one cache has some, another none.
     """
 
-    def __init__(self, *caches: Cache, masks: bool = False):
+    def __init__(self, *caches: Cache, masks: bool = False, window: float | None = None):
         have = {bool(cache.manifest.get("masks")): cache.folder for cache in caches}
         if masks and len(have) > 1:
             mend = "leave out --edit_weight, or encode both alike, each into a new --cache"
             raise CacheMismatch(f"{have[True]} has masks of where the edits are, {have[False]} none: {mend}")
         self.holds_text = caches[0].holds_text  # else nobody asks for rows of it
-        self.caches, self._units = caches, [_whole_units(cache) for cache in caches]
+        listed = [
+            {path: file for path, file in cache.shards().items() if masks or "/mask/" not in path} for cache in caches
+        ]
+        self.caches, self.window = caches, window
+        self._units = [_whole_units(cache, shards) for cache, shards in zip(caches, listed, strict=True)]
+        self.sizes = [sum(file["bytes"] for file in shards.values()) for shards in listed]
+        self.budgets = [window * GIB * size / sum(self.sizes) if window else math.inf for size in self.sizes]
         self.first_rows: dict[str, list[int]] = {}
-        self._rows: dict[str, int] = {}  # of all caches, in one view
+        self.rows: dict[str, int] = {}  # of all caches, in one view
         self.arrays: dict[str, MappedArray] = {}
-        for kind in ("images", "text"):
-            last = (max((u.shard for u in units if u.kind == kind), default=0) for units in self._units)
+        self._zarrs = [cache.arrays("images") | cache.arrays("text") for cache in caches]
+        for kind, names in ARRAYS.items():
+            last = [max((u.shard for u in units if u.kind == kind), default=0) for units in self._units]
             rows = [(shard + 1) * cache.shard_rows[kind] for shard, cache in zip(last, caches, strict=True)]
-            self.first_rows[kind], self._rows[kind] = [*accumulate(rows[:-1], initial=0)], sum(rows)
-            arrays = [cache.arrays(kind) for cache in caches]
-            names = [name for name in arrays[0] if masks or name != "mask"]
-            self.arrays |= {name: self._map(name, kind, [those[name] for those in arrays]) for name in names}
+            self.first_rows[kind], self.rows[kind] = [*accumulate(rows[:-1], initial=0)], sum(rows)
+            slots = np.repeat([cache.shard_rows[kind] for cache in caches], np.array(last) + 1)
+            views = max(len(cache.views) for cache in caches) if kind == "images" else 1
+            for name in [name for name in names if name in self._zarrs[0] and (masks or name != "mask")]:
+                array = self._zarrs[0][name]
+                self.arrays[name] = MappedArray(array.shape[2 if kind == "images" else 1 :], np.tile(slots, views))
+        self.windows: dict[int, Window] = {}
+        for number, cache in enumerate(caches):
+            if isinstance(cache, RemoteCache):
+                ways = partial(self._put, number), partial(self._remove, number)
+                self.windows[number] = Window(cache, listed[number], self.budgets[number], *ways)
+                continue
+            for name, array in self.arrays.items():
+                array.map(self._shard(number, name, unit) for unit in self._units[number] if name in ARRAYS[unit.kind])
 
-    def _map(self, name: str, kind: str, arrays: Sequence[zarr.Array]) -> MappedArray:
-        images, shards = kind == "images", []
-        for cache, units, array, first in zip(self.caches, self._units, arrays, self.first_rows[kind], strict=True):
-            rows = cache.shard_rows[kind]
-            for unit in (unit for unit in units if unit.kind == kind):
-                at = unit.view * self._rows[kind] + first + unit.shard * rows
-                path = cache.folder / cache.shard_path(name, unit, array.ndim)
-                where = (slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1))
-                shards.append(Shard(at, rows, path, array, where if images else where[:1]))
-        views = max(len(cache.views) for cache in self.caches) if images else 1
-        return MappedArray(arrays[0].shape[2 if images else 1 :], views * self._rows[kind], shards)
+    def _shard(self, number: int, name: str, unit: Unit) -> Shard:
+        cache, array, rows = self.caches[number], self._zarrs[number][name], self.caches[number].shard_rows[unit.kind]
+        at = unit.view * self.rows[unit.kind] + self.first_rows[unit.kind][number] + unit.shard * rows
+        where = slice(unit.shard * rows, (unit.shard + 1) * rows), slice(unit.view, unit.view + 1)
+        path = cache.folder / cache.shard_path(name, unit, array.ndim)
+        return Shard(at, rows, path, array, where if unit.kind == "images" else where[:1])
+
+    def _put(self, number: int, unit: Unit, files: Mapping[str, BinaryIO]) -> None:
+        """Map a unit of a cache that lies elsewhere; `files` are its shards by path, whole and open."""
+        for path, file in files.items():
+            name = path.split("/")[1]
+            if not self.arrays[name].put(self._shard(number, name, unit), file):
+                found = f"{self.caches[number].name}/{path} is compressed, or in another order, by another program"
+                raise CacheError(f"{found}: `ip2p-cache pull` the cache and train from the copy")
+
+    def _remove(self, number: int, unit: Unit) -> None:
+        for name in self.arrays.keys() & set(ARRAYS[unit.kind]):
+            self.arrays[name].remove(self._shard(number, name, unit))
 
     @property
     def largest(self) -> tuple[int, int, int]:
@@ -172,43 +100,87 @@ class Reader:
         channels, height, *width = self.arrays["original"].row_shape
         return (channels, height, *width) if width else (channels, math.isqrt(height), math.isqrt(height))  # type: ignore[return-value]
 
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """Bytes of a row of some arrays together, as far as they are there."""
+        return sum(2 * math.prod(array.row_shape) for name, array in self.arrays.items() if name in names)
+
     def require(self, rows: np.ndarray, text_rows: np.ndarray) -> None:
         """Make sure that `take` can be asked for these rows in every view; others must never reach it.
 
         Raises:
             CacheError: a unit that holds some of them has no commit record.
         """
-        for kind, wanted in (("images", rows), ("text", text_rows))[: 1 + self.holds_text]:
-            owners = np.searchsorted(self.first_rows[kind], wanted, side="right") - 1
-            for number, (cache, first) in enumerate(zip(self.caches, self.first_rows[kind], strict=True)):
-                shards = np.unique((wanted[owners == number] - first) // cache.shard_rows[kind]).tolist()
-                views = range(len(cache.views) if kind == "images" else 1)
-                needed = {Unit(kind, shard, view) for shard in shards for view in views}
-                if absent := sorted(needed - self._units[number]):
-                    raise CacheError(
-                        f"{cache.folder}/commits/{absent[0].name}.json is missing: run the same ip2p-encode again, it "
-                        f"encodes what is gone (`ip2p-cache verify {cache.folder}` shows the extent)"
-                    )
+        for number, cache in enumerate(self.caches):
+            needed = self._owned(number, "text", text_rows, np.zeros_like(text_rows)) if self.holds_text else set()
+            for view in range(len(cache.views)):
+                needed |= self._owned(number, "images", rows, np.full_like(rows, view))
+            if absent := sorted(needed - self._units[number]):
+                raise CacheError(
+                    f"{cache.name}/commits/{absent[0].name}.json is missing: run the same ip2p-encode again, it "
+                    f"encodes what is gone (`ip2p-cache verify {cache.name}` shows the extent)"
+                )
+
+    def _owned(self, number: int, kind: str, rows: np.ndarray, views: np.ndarray) -> set[Unit]:
+        """The units of a cache in which those of some rows lie that are its own."""
+        own = np.searchsorted(self.first_rows[kind], rows, side="right") - 1 == number
+        shards = (rows[own] - self.first_rows[kind][number]) // self.caches[number].shard_rows[kind]
+        return {Unit(kind, *divmod(one, VIEWS)) for one in np.unique(shards * VIEWS + views[own]).tolist()}
+
+    def _needed(self, number: int, names: Iterable[str], *where: np.ndarray) -> set[Unit]:
+        """The units of a cache that `take` gathers arrays from."""
+        rows, views, text_rows = where
+        kinds = {kind for kind, those in ARRAYS.items() if set(names) & set(those)}
+        found = self._owned(number, "images", rows, views) if "images" in kinds else set()
+        return found | (self._owned(number, "text", text_rows, np.zeros_like(text_rows)) if "text" in kinds else set())
 
     def take(self, out: dict[str, np.ndarray], rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
-        """Gather a batch into `out`, arrays (B, ...) float16 by name; the rest are (B,) integers."""
-        for name, buffer in out.items():
-            self.arrays[name].take(self._place(name, rows, views, text_rows), buffer)
+        """Gather a batch into `out`, arrays (B, ...) float16 by name; the rest are (B,) integers.
+
+        What has to be fetched first and was not expected is so row by row, and takes no room from what is.
+        """
+        units = {number: self._needed(number, out, rows, views, text_rows) for number in self.windows}
+        expected = all(window.expects(units[number]) for number, window in self.windows.items())
+        step = len(rows) if expected else 1
+        for part in (slice(start, start + step) for start in range(0, len(rows), step)):
+            where = rows[part], views[part], text_rows[part]
+            with contextlib.ExitStack() as held:
+                for number, window in self.windows.items():
+                    held.enter_context(window.hold(self._needed(number, out, *where) if step == 1 else units[number]))
+                for name, buffer in out.items():
+                    self.arrays[name].take(self._place(name, *where), buffer[part])
 
     def will_need(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
         """Ask for rows that `take` will gather soon, so that the disk works ahead (20 times faster when cold)."""
-        images = {name: self.arrays[name] for name in ("original", "edited")}
-        for name, array in (self.arrays if self.holds_text else images).items():
-            array.will_need(self._place(name, rows, views, text_rows).tolist())
+        for name, array in self._asked.items():
+            array.will_need(self._place(name, rows, views, text_rows))
+
+    @property
+    def _asked(self) -> dict[str, MappedArray]:
+        """The arrays that batches are gathered from."""
+        return {name: array for name, array in self.arrays.items() if self.holds_text or name in ARRAYS["images"]}
+
+    def expect(self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> None:
+        """Ask for a batch to be fetched: that of all processes, of which each will `take` its own part."""
+        for number, window in self.windows.items():
+            window.expect(self._needed(number, self._asked, rows, views, text_rows))
+
+    def passed(self) -> None:
+        """Say that the first batch that was expected has been taken."""
+        for window in self.windows.values():
+            window.passed()
+
+    def forget(self) -> None:
+        """Expect no batch any more."""
+        for window in self.windows.values():
+            window.forget()
 
     def _place(self, name: str, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray) -> np.ndarray:
-        return text_rows if name in ("text", "pooled") else rows + views * self._rows["images"]
+        return text_rows if name in ARRAYS["text"] else rows + views * self.rows["images"]
 
 
-def _whole_units(cache: Cache) -> set[Unit]:
+def _whole_units(cache: Cache, shards: Mapping[str, Record]) -> set[Unit]:
     """What is committed, after a look at the size of every shard file and the names of the records."""
-    shards = cache.shards()
-    for path, expected in shards.items():
+    for path, expected in shards.items() if not isinstance(cache, RemoteCache) else ():
         if problem := wrong_size(cache.folder / path, expected):
             mend = f"`ip2p-cache verify {cache.folder} --repair`, then ip2p-encode again"
             raise CacheError(f"{cache.folder / path} {problem}: {mend}")

@@ -9,7 +9,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from .samples import Samples
 from .text import Texts
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance
+FURTHER = 64  # batches whose shards are fetched in advance, where a cache lies elsewhere
+Rows = Iterator[tuple[Any, ...]]
 RING = 3  # batches in memory: one in use, one ready, one being gathered
 
 
@@ -30,8 +33,7 @@ def null_conditioning(reader: Reader, device: torch.device) -> Null:
     reader.require(np.zeros(0, np.int64), np.zeros(1, np.int64))
     arrays = {name: array for name, array in reader.arrays.items() if name in Null._fields}
     parts = {name: np.empty((1, *array.row_shape), np.float16) for name, array in arrays.items()}
-    for name, part in parts.items():
-        arrays[name].take(np.zeros(1, np.int64), part)
+    reader.take(parts, *[np.zeros(1, np.int64)] * 3)
     return Null(**{name: torch.from_numpy(part).to(device) for name, part in parts.items()})
 
 
@@ -52,6 +54,7 @@ class Batches:
 
     Args:
         drawn: sample numbers and views of each batch, (batch_size,) each; endlessly.
+        everywhere: those of all processes together, which share what is fetched of a cache that lies elsewhere.
         texts: embeds instructions, where the caches do not hold that.
     """
 
@@ -63,6 +66,7 @@ class Batches:
         device: torch.device,
         *,
         batch_size: int,
+        everywhere: Iterable[tuple[np.ndarray, np.ndarray]] = (),
         texts: Texts | None = None,
     ):
         self.waited = 0.0
@@ -71,8 +75,12 @@ class Batches:
         self._in_use: Slot | None = None
         for _ in range(RING):
             self._free.put(Slot(reader, batch_size, device, texts))
-        rows = ((*samples.at(which, samples.views[which, view]), samples.places(which)) for which, view in drawn)
-        self._thread = threading.Thread(target=self._work, args=(reader, rows, device), name="batches", daemon=True)
+        rows, expected = (
+            ((*samples.at(which, samples.views[which, view]), samples.places(which)) for which, view in those)
+            for those in (drawn, everywhere if reader.windows else ())
+        )
+        self._reader, given = reader, (reader, rows, expected, device)
+        self._thread = threading.Thread(target=self._work, args=given, name="batches", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -93,12 +101,16 @@ class Batches:
         """Stop the thread once it has filled the buffers that are free."""
         self._free.put(None)  # wakes it
         self._thread.join()
+        self._reader.forget()
 
-    def _work(self, reader: Reader, batches: Iterator[tuple[Any, ...]], device: torch.device) -> None:
+    def _work(self, reader: Reader, batches: Rows, expected: Rows, device: torch.device) -> None:
         try:
             if device.type == "cuda" and device.index is not None:
                 torch.cuda.set_device(device)  # or a thread begins on the first GPU, and takes memory there
+            for rows in islice(expected, FURTHER):
+                reader.expect(*rows[:3])
             ahead: deque[tuple[Any, ...]] = deque()  # rows that the disk was asked for
+            taken = 0
             for rows in batches:
                 ahead.append(rows)
                 reader.will_need(*rows[:3])
@@ -107,8 +119,15 @@ class Batches:
                 slot = self._free.get()
                 if slot is None:
                     return
+                size = len(ahead[0][0])
                 slot.fill(*ahead.popleft())
                 self._ready.put(slot)
+                for rows in islice(expected, 1):
+                    reader.expect(*rows[:3])
+                    taken += 1
+                    # Other processes may be that far behind, and need what this one had.
+                    if taken > (RING + 2 if len(rows[0]) > size else 0):
+                        reader.passed()
         except Exception as error:  # raised where the batch is waited for
             self._ready.put(error)
 

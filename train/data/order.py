@@ -4,7 +4,8 @@ The samples of each shape are an endless sequence of their own, of which a batch
 so the position is how many samples of each shape were seen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...encode.base.errors import SettingsError
 from ...encode.base.files import content_key
 from ..config import TrainConfig
 from .samples import Samples
+from .sweep import Sweep, described
 
 FINE = 1000  # places at least, among which the caches of a mix divide those of one shape
 
@@ -28,6 +30,7 @@ class Order:
             does; so the samples of a prompt that has many come more seldom. Without it each sample comes once.
         stream: number of the sequence, where several share a seed.
         place: more numbers that tell it from others.
+        sorted_by: brings the samples drawn for an epoch into another order, given it and the rest of its randomness.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class Order:
         groups: np.ndarray | None = None,
         stream: int = 0,
         place: tuple[int, ...] = (),
+        sorted_by: Callable[[np.ndarray, int, np.random.Generator], np.ndarray] | None = None,
     ):
         self.samples, self.views, self.seed, self.stream, self.place = samples, views, seed, stream, place
+        self.sorted_by = sorted_by
         self._epochs: dict[int, np.ndarray] = {}
         self._members = None if groups is None else np.argsort(groups, kind="stable")
         self._sizes = np.zeros(0, np.int64) if groups is None else np.bincount(groups)
@@ -63,7 +68,8 @@ class Order:
     def _draw(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, epoch, self.stream, *self.place])
         order = rng.permutation(self.samples) if self._members is None else self._by_prompt(rng, self._members)
-        return np.stack([order, rng.integers(0, self.views, self.samples)])
+        views = rng.integers(0, self.views, self.samples)
+        return np.stack([self.sorted_by(order, epoch, rng) if self.sorted_by else order, views])
 
     def _by_prompt(self, rng: np.random.Generator, members: np.ndarray) -> np.ndarray:
         """As many positions as there are samples: all prompts in random order, again and again."""
@@ -136,13 +142,13 @@ class Turns:
             seen = self.after(seen, size * processes)
 
 
-def identity(config: TrainConfig, samples: Samples) -> str:
+def identity(config: TrainConfig, samples: Samples, sweep: Sweep | None = None) -> str:
     """Of what positions count: it changes with the samples; and where shapes take turns, with what decides on these.
 
     A sample is known by its pair and, in its cache, by the row of its instruction.
     """
     flags = repr((config.samples.cache_weights, config.samples.sample_by)) if len(samples.by_shape()) > 1 else ""
-    return content_key(samples.pairs.tobytes(), samples.text_rows.tobytes(), flags.encode())
+    return content_key(samples.pairs.tobytes(), samples.text_rows.tobytes(), flags.encode() + described(sweep))
 
 
 def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:
@@ -155,11 +161,12 @@ def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:
             )
 
 
-def make_order(config: TrainConfig, samples: Samples, seed: int, lap: int = 0) -> Turns:
+def make_order(config: TrainConfig, samples: Samples, seed: int, lap: int = 0, sweep: Sweep | None = None) -> Turns:
     """The order that the flags ask for: all samples of all caches once in an epoch, or a mix by weights.
 
     Args:
         lap: how often the samples have become others in the course of the run.
+        sweep: how a window goes over the caches, if there is one: the same for all shapes.
 
     Raises SettingsError: a cache that has a weight would never be seen.
     """
@@ -169,7 +176,8 @@ def make_order(config: TrainConfig, samples: Samples, seed: int, lap: int = 0) -
     orders, rates, shapes = [], [], samples.by_shape()
 
     def order(part: Samples, stream: int, place: tuple[int, ...]) -> Order:
-        return Order(len(part.rows), part.views.shape[1], seed, part.prompts() if prompts else None, stream, place)
+        groups, sort = part.prompts() if prompts else None, partial(sweep.sort, part, (seed, lap)) if sweep else None
+        return Order(len(part.rows), part.views.shape[1], seed, groups, stream, place, sort)
 
     for shape, members in shapes.items():
         part = samples.select(members)

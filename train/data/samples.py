@@ -76,13 +76,13 @@ class Samples(NamedTuple):
             table = with_columns(table, text_row=pc.add(texts, 1))
         if pending := counts(table).get("pending", 0):
             raise CacheError(
-                f"{cache.folder} is not finished, {pending:,} of {len(table):,} samples are missing: "
+                f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: "
                 "run the same ip2p-encode again"
             )
         numbers = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy() & kept)[:limit]
         table = table.take(numbers) if len(numbers) < len(table) else table
         if len(table) == 0:
-            raise CacheError(f"{cache.folder} holds no usable sample: `ip2p-cache info` lists the reasons")
+            raise CacheError(f"{cache.name} holds no usable sample: `ip2p-cache info` lists the reasons")
         views, shape = [View.parse(name) for name in cache.views], (len(table), len(cache.views))
         unflipped = np.array([views.index(View(view.crop, flip=False)) for view in views])
         shown = np.where(table["flip"].to_numpy()[:, None], np.arange(len(views)), unflipped)

@@ -1,0 +1,119 @@
+"""A cache that lies elsewhere, in any place that fsspec knows: its small files here, its shards one by one.
+
+Whatever arrives is held against the checksum that was written of it, each time before it is used. Processes of one
+machine share a folder: who has the lock of a file fetches it, and all find it there.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+
+from ..base.errors import CacheError
+from ..base.files import content_key, is_url, stream_record, unseal, whole
+from ..base.store import Place
+from .commits import Unit, unit_of
+from .format import Cache, Record, readable
+from .tables import SHARDS_FILE
+
+PIECE = 32 * 2**20  # bytes that are in memory at once of a file on its way
+PAUSES = (0.5, 1, 2, 4)  # seconds after which a file is tried again
+
+
+class RemoteCache(Cache):
+    """A cache at a url, opened: its small files are in `folder`, and `fetch` brings shards there.
+
+    Raises:
+        CacheError: there is none, or none that can be trusted; the store refuses, or what arrives is damaged.
+    """
+
+    def __init__(self, url: str, folders: Path):
+        self.place = Place(url)
+        manifest = readable(unseal(seal := self.place.manifest(), f"{url}/manifest.json"), url)
+        super().__init__(folders / content_key(url.encode()), manifest)
+        self.name = url
+        self.files: dict[str, Record] = dict(manifest["files"])
+        if SHARDS_FILE not in self.files:
+            mend = "pull it, `ip2p-encode` the same once more, and push it again"
+            raise CacheError(f"{url} has no {SHARDS_FILE}, which caches of format 1 lack: {mend}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._locks = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)  # of which each file has a byte
+        weakref.finalize(self, os.close, self._locks)
+        with whole(self.folder / "manifest.json") as unfinished:
+            unfinished.write_bytes(seal)
+        for path in manifest["files"]:
+            self.fetch(path).close()
+        self.files |= self.shards()
+
+    def units(self) -> list[Unit]:
+        """The units that are listed: of a whole cache they are those that have a record."""
+        return [unit for path in self.files if (unit := unit_of(path))]
+
+    def fetch(self, path: str) -> BinaryIO:
+        """A file of the cache, open, and whole as its record says: the one that lies here, or fetched."""
+        target, expected = self.folder / path, self.files[path]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._alone(path):
+            if file := _opened(target, expected):
+                return file
+            for pause in (*PAUSES, None):
+                why = f"{self.name}/{path} arrives damaged: push it again from a whole copy (`ip2p-cache verify`)"
+                try:
+                    self._download(path, target, expected["bytes"])
+                    if file := _opened(target, expected):
+                        return file
+                except CacheError as error:
+                    why = f"{error} ({path})"
+                if pause is None:
+                    raise CacheError(f"{why}; tried {len(PAUSES) + 1} times")
+                time.sleep(pause)
+        raise AssertionError
+
+    def _download(self, path: str, target: Path, size: int) -> None:
+        """Write a new file. One that is there, which others may have mapped, is never changed."""
+        target.unlink(missing_ok=True)
+        try:
+            with target.open("xb") as file:
+                for start in range(0, size, PIECE):
+                    file.write(self.place.read(path, start, min(start + PIECE, size)))
+        except BaseException as error:
+            target.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # of this machine: a full disk
+                error.filename = error.filename or str(target)
+            raise
+
+    @contextlib.contextmanager
+    def _alone(self, path: str) -> Iterator[None]:
+        """Keep a file to this process; one that dies holds nothing."""
+        lock: Any = self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, google_crc32c.value(path.encode())
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.lockf(*lock)
+                break
+            time.sleep(0.02)  # to wait in the kernel, it would have to know that threads differ
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, *lock[2:])
+
+
+def _opened(target: Path, expected: Record) -> BinaryIO | None:
+    """A file, if it is there and what was written; else it is deleted."""
+    with contextlib.suppress(FileNotFoundError):
+        file = target.open("rb")
+        if os.fstat(file.fileno()).st_size == expected["bytes"] and stream_record(file) == expected:
+            return file
+        file.close()
+        target.unlink(missing_ok=True)
+    return None
+
+
+def open_caches(places: Iterable[str], folders: Path) -> list[Cache]:
+    """The caches in folders and at urls; the files of the latter come to lie in `folders`."""
+    return [RemoteCache(place, folders.expanduser()) if is_url(place) else Cache.open(Path(place)) for place in places]

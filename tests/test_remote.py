@@ -1,0 +1,302 @@
+"""Tests of training straight from an object store: the same batches, from what a window of the cache holds."""
+
+import contextlib
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import shelf
+import tiny
+from configs import train_config
+from drawn import SEED, contents, draw, one_rank
+from ip2p.encode.base.errors import CacheError, SettingsError
+from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.base.store import Place
+from ip2p.encode.cache import format as cache_module
+from ip2p.encode.cache import remote
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.remote import RemoteCache
+from ip2p.encode.cache.tables import SHARDS_FILE
+from ip2p.encode.cache.window import GIB
+from ip2p.encode.cache.writer import write_state
+from ip2p.encode.keeper.transfer import copy
+from ip2p.train.__main__ import main
+from ip2p.train.data.batches import gather
+from ip2p.train.data.order import make_order
+from ip2p.train.data.samples import Samples
+from ip2p.train.data.sweep import sweep_over
+from ranks import FORKS
+from test_train import assert_same, flags, states
+
+CPU, URL = torch.device("cpu"), "s3://shelf/caches/one"
+Drawn = list[tuple[tuple[bytes, ...], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def shaped(sd: Path, tmp_path_factory: pytest.TempPathFactory, encode: Callable[..., None]) -> Path:
+    """A cache of sixty pairs in five shapes and two views, in fifteen shards each."""
+    folder = tmp_path_factory.mktemp("remote")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SHARD_ROWS", 4)
+        data = tiny.dataset(folder / "data", tiny.pairs(60, sizes=tiny.SIDES))
+        encode(sd, data, folder / "cache", resolution=32, bucket_step=4, random_flip=True)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def served(shaped: Path) -> Iterator[shelf.Shelf]:
+    """A store that holds the cache."""
+    with shelf.serving() as store:
+        copy(Place(str(shaped)), Place(URL))
+        yield store
+
+
+@pytest.fixture
+def store(served: shelf.Shelf, monkeypatch: pytest.MonkeyPatch) -> Iterator[shelf.Shelf]:
+    """The store, sound and with nothing asked for; whoever fetches from it is impatient."""
+    monkeypatch.setattr(remote, "PAUSES", (0.01, 0.02))
+    served.asked.clear()
+    yield served
+    served.spoil = lambda key, number: ""
+
+
+def room(cache: Path, share: float) -> float:
+    """A window in GiB that holds this share of a cache."""
+    return share * sum(file["bytes"] for file in Cache.open(cache).shards().values()) / GIB
+
+
+def held(folder: Path) -> int:
+    """Bytes of the shards that lie below a folder: looked at twice, as files come and go meanwhile."""
+    totals = []
+    for _ in range(2):
+        sizes = []
+        for path in folder.glob("*/data.zarr/*/c/**/*"):
+            with contextlib.suppress(FileNotFoundError):
+                sizes += [path.stat().st_size] if path.is_file() else []
+        totals.append(sum(sizes))
+    return min(totals)
+
+
+EPOCHS = 2 * 60 // 5  # in batches of 5
+
+
+def test_two_epochs_are_those_of_the_local_cache_and_a_run_goes_on_in_their_middle(
+    store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """Batches equal bit for bit with the same window, which no moment exceeds; so they do from any position on.
+
+    Each shard comes about once an epoch, but those over which an epoch ends.
+    """
+    window = room(shaped, 0.4)
+    expected = list(draw(Cache.open(shaped), window, EPOCHS))
+    found, largest = [], 0
+    for one in draw(RemoteCache(URL, tmp_path / "a"), window, EPOCHS):
+        found.append(one)
+        largest = max(largest, held(tmp_path / "a"))
+    assert found == expected
+    assert 0.2 * window * GIB < largest <= window * GIB
+    fetched = Counter({key: count for key, count in store.asked.items() if "/c/" in key})
+    assert len(fetched) == len(Cache.open(shaped).shards())
+    assert 1 < fetched.total() / len(fetched) / 2 < 1.6
+    middle = EPOCHS // 2 + 3
+    again = draw(RemoteCache(URL, tmp_path / "b"), window, EPOCHS - middle, expected[middle - 1][1])
+    assert list(again) == expected[middle:]
+
+
+def test_a_window_that_holds_all_changes_no_order_and_fetches_once(
+    store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """The batches are those of a folder without a window, and what is there serves the next run."""
+    expected = list(draw(Cache.open(shaped), 0, EPOCHS))
+    assert list(draw(RemoteCache(URL, tmp_path), 1, EPOCHS)) == expected
+    assert {count for key, count in store.asked.items() if "/c/" in key} == {1}
+    store.asked.clear()
+    assert list(draw(RemoteCache(URL, tmp_path), 1, EPOCHS)) == expected
+    assert set(store.asked) == {"caches/one/manifest.json"}
+
+
+def test_a_smaller_window_deletes_what_an_earlier_run_has_left(
+    store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """At its start, so that the room is kept from then on; and shards that the cache does not have any more."""
+    list(draw(RemoteCache(URL, tmp_path), 1, EPOCHS))
+    cache, window = RemoteCache(URL, tmp_path), room(shaped, 0.4)
+    (cache.folder / "data.zarr/text/c/99").mkdir()
+    (cache.folder / "data.zarr/text/c/99/0").write_bytes(b"old")
+    Reader(cache, window=window)
+    assert 0 < held(tmp_path) <= window * GIB
+    assert not (cache.folder / "data.zarr/text/c/99/0").exists()
+
+
+@pytest.mark.parametrize("fault", ["error", "cut", "wrong"])
+def test_faults_of_the_store_that_pass_are_not_seen(
+    fault: str, store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """An error, an answer cut short, one with other bytes: the file is asked for again."""
+    window = room(shaped, 0.4)
+    expected = list(draw(Cache.open(shaped), window, 20))
+    store.spoil = lambda key, number: fault if "manifest" not in key and number == 1 else ""
+    assert list(draw(RemoteCache(URL, tmp_path), window, 20)) == expected
+
+
+@pytest.mark.parametrize("fault", ["error", "cut", "wrong"])
+def test_faults_that_stay_are_named_and_never_trained_on(
+    fault: str, store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """What comes before them is right, and then a sentence names the file; it does not stay."""
+    window, path = room(shaped, 0.4), "data.zarr/edited/c/7/1/0/0"
+    expected = list(draw(Cache.open(shaped), window, EPOCHS))
+    store.spoil = lambda key, number: fault if key.endswith(path) else ""
+    found: Drawn = []
+    with pytest.raises(CacheError, match=rf"{URL}.*{path}.*tried 3 times"):
+        found.extend(draw(RemoteCache(URL, tmp_path), window, EPOCHS))
+    assert found == expected[: len(found)]
+    assert not list(tmp_path.glob(f"*/{path}"))
+
+
+def test_damage_on_this_disk_is_fetched_anew(store: shelf.Shelf, shaped: Path, tmp_path: Path) -> None:
+    """Files of an earlier run are checked before they are used."""
+    expected = list(draw(Cache.open(shaped), 0, EPOCHS))
+    assert list(draw(RemoteCache(URL, tmp_path), 1, EPOCHS)) == expected
+    store.asked.clear()
+    for path in ("samples.parquet", "data.zarr/text/c/0/0/0"):
+        (file,) = tmp_path.glob(f"*/{path}")
+        file.write_bytes(b"?" + file.read_bytes()[1:])
+    assert list(draw(RemoteCache(URL, tmp_path), 1, EPOCHS)) == expected
+    fetched = {key.removeprefix("caches/one/") for key in store.asked}
+    assert fetched == {"manifest.json", "samples.parquet", "data.zarr/text/c/0/0/0"}
+
+
+def test_looking_at_samples_from_all_over_leaves_the_window_as_large(
+    store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """Held-out samples are fetched one by one, while the batches go on as if nobody looked."""
+    window, cache = room(shaped, 0.4), RemoteCache(URL, tmp_path)
+    local, far = Reader(Cache.open(shaped)), Reader(cache, window=window)
+    samples = Samples.of_all(local, None)
+    for members in samples.by_shape().values():
+        assert contents(gather(far, samples, members, CPU)) == contents(gather(local, samples, members, CPU))
+        assert held(tmp_path) <= window * GIB
+
+
+def test_processes_of_a_machine_share_the_window(store: shelf.Shelf, shaped: Path, tmp_path: Path) -> None:
+    """Two of them get the halves of each batch from one folder of a window's size, and fetch hardly more than one."""
+    window, epochs = room(shaped, 0.5), 2 * 60 // 2  # in batches of one sample on each of two
+    expected = [list(draw(Cache.open(shaped), window, epochs, None, rank, 2, 1)) for rank in range(2)]
+    list(draw(RemoteCache(URL, tmp_path / "alone"), window, epochs, size=2))
+    alone = sum(count for key, count in store.asked.items() if "/c/" in key)
+    store.asked.clear()
+    pairs, step = [FORKS.Pipe() for _ in range(2)], FORKS.Barrier(2)
+    given = [(URL, rank, tmp_path / "shared", window, epochs, step, answer) for rank, (_, answer) in enumerate(pairs)]
+    processes = [FORKS.Process(target=one_rank, args=arguments) for arguments in given]
+    for process in processes:
+        process.start()
+    largest = 0
+    while not all(answer.poll(0.02) for answer, _ in pairs) and any(process.is_alive() for process in processes):
+        largest = max(largest, held(tmp_path / "shared"))
+    found = [answer.recv() for answer, _ in pairs]
+    for process in processes:
+        process.join()
+    assert found == [[batch for batch, _ in batches] for batches in expected]
+    assert largest <= window * GIB
+    assert sum(count for key, count in store.asked.items() if "/c/" in key) <= 1.2 * alone
+
+
+def test_training_from_a_store_ends_with_the_same_weights_and_goes_on(
+    store: shelf.Shelf, sd: Path, shaped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ip2p-train --cache s3://…`; stopped and gone on with elsewhere, bit for bit."""
+    how: dict[str, Any] = {"window": room(shaped, 0.5), "checkpointing_steps": 4, "max_train_steps": 7}
+    main(flags(sd, shaped, tmp_path / "local", **how))
+    far: Any = URL
+    main(flags(sd, far, tmp_path / "far", **how, window_dir=tmp_path / "a"))
+    assert_same(states(tmp_path / "local/checkpoint-7"), states(tmp_path / "far/checkpoint-7"))
+    assert f"{URL} is gone through with 3 of 15 shards at a time" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "far/checkpoint-7")
+    main(flags(sd, far, tmp_path / "far", **how, window_dir=tmp_path / "b", resume_from_checkpoint="latest"))
+    assert_same(states(tmp_path / "local/checkpoint-7"), states(tmp_path / "far/checkpoint-7"))
+
+
+OUTSIDE = ["../secret", "data.zarr/edited/c/../../../../secret", "/etc/passwd"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("where", ["manifest.json", SHARDS_FILE])
+def test_no_path_of_a_store_leads_out_of_the_folder(
+    where: str, path: str, store: shelf.Shelf, shaped: Path, tmp_path: Path
+) -> None:
+    """Whoever wrote the manifest or the list of shards, nothing is fetched to, or read from, elsewhere."""
+    hostile = Path(shutil.copytree(shaped, tmp_path / "hostile"))
+    file = {"bytes": 4, "crc32c": "01234567"}
+    if where == SHARDS_FILE:
+        cache = Cache.open(hostile)
+        commit = next(iter(cache.commits().values()))
+        write_state(hostile, cache.manifest, cache.samples(), {0: commit._replace(files={path: file})})  # type: ignore[dict-item]
+    else:
+        record = read_record(hostile / where)
+        write_record(hostile / where, record | {"files": record["files"] | {path: file}})
+    for name in (where, "manifest.json", "samples.parquet"):
+        store.put(f"hostile/{name}", (hostile / name).read_bytes())
+    for name in shaped.glob("data.zarr/**/zarr.json"):
+        store.put(f"hostile/{name.relative_to(shaped).as_posix()}", name.read_bytes())
+    with pytest.raises(CacheError, match="which is no file of a cache"):
+        RemoteCache("s3://shelf/hostile", tmp_path / "windows")
+    assert not [key for key in store.asked if "secret" in key or "passwd" in key]
+    assert not (tmp_path / "secret").exists()
+    assert not (tmp_path / "windows" / "secret").exists()
+
+
+def test_caches_that_cannot_be_read_from_a_store_are_told_in_a_sentence(
+    store: shelf.Shelf, shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None there; no list of shards; no room on the disk; a window for less than a shard; one that others wrote."""
+    with pytest.raises(CacheError, match="s3://shelf/nowhere is not a cache"):
+        RemoteCache("s3://shelf/nowhere", tmp_path)
+    with pytest.raises(CacheError, match="s4://x: Protocol not known"):
+        RemoteCache("s4://x", tmp_path)
+    record = read_record(shaped / "manifest.json")
+    write_record(tmp_path / "first.json", record | {"format": 1, "files": {}})
+    store.put("first/manifest.json", (tmp_path / "first.json").read_bytes())
+    with pytest.raises(CacheError, match=r"first has no units\.parquet, which caches of format 1 lack: pull it"):
+        RemoteCache("s3://shelf/first", tmp_path)
+    reader = Reader(RemoteCache(URL, tmp_path), window=room(shaped, 0.01))
+    with pytest.raises(SettingsError, match=r"--window \S+: of s3://shelf/caches/one one shard needs 0\.00, give more"):
+        sweep_over(reader, Samples.of_all(reader, None))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(SettingsError, match=r"takes 0\.0 GiB more in .*, where 0\.0 are free: give a smaller --window"):
+        Reader(RemoteCache(URL, tmp_path), window=1)
+
+
+def test_an_order_with_a_window_is_a_permutation_that_opens_few_shards_at_a_time(shaped: Path) -> None:
+    """Of the samples of each epoch; a batch is of the shards at hand alone, and another epoch goes another way."""
+    reader = Reader(Cache.open(shaped), window=room(shaped, 0.5))
+    samples = Samples.of_all(reader, None)
+    sweep = sweep_over(reader, samples)
+    assert sweep is not None
+    (width,) = sweep.width.tolist()
+    assert 2 < width < 10
+    order = make_order(train_config("model", "c"), samples, SEED, 0, sweep)
+    epochs = []
+    for epoch in (0, 1):
+        shards = Counter[int]()
+        for one, members in zip(order.orders, order.members, strict=True):
+            numbers, _ = one(epoch * one.samples, one.samples)
+            assert sorted(numbers.tolist()) == list(range(one.samples))
+            epochs.append(numbers.tolist())
+            rows = samples.rows[members[numbers]] // 4
+            places = np.arange(len(rows)) / len(rows)
+            for shard in np.unique(rows).tolist():
+                shards[shard] += 1
+                at = np.sort(places[rows == shard])
+                gaps = np.append(np.diff(at), 1 - at[-1] + at[0])  # on the circle; all but the longest it is at hand
+                assert 1 - gaps.max() <= width / 15 + 0.4  # as a shape has about twelve samples
+        assert len(shards) == 15
+    assert epochs[:5] != epochs[5:]
