@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from ..encode.base.console import say
@@ -31,7 +30,7 @@ from .save.resume import SETTINGS, Progress, find, go_on, resume
 from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
 from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
-from .unet.make import make_update
+from .unet.make import make_schedule, make_update
 from .unet.norm import choose_norms
 from .unet.weights import Precision
 from .watch.interrupt import Interrupt
@@ -87,8 +86,8 @@ class Run:
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)
         self.objective = Objective(scheduler, null, self.base.scaling_factor, config.objective, precision.dtype)
         self.texts, picture = Texts.of(caches, self.base, device), open_picture(config.watching)
-        seen = held_out, picture, self.texts
-        self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, *seen)
+        parts = self.base, self.reader, self.objective, held_out, picture, self.texts
+        self.validation = Validation(config, accelerator, *parts)
 
         # What it trains.
         seed = agreed_seed(config)
@@ -102,28 +101,22 @@ class Run:
         self.update = make_update(config, unet, precision, accelerator.num_processes)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
-        batch = config.steps.train_batch_size * accelerator.num_processes
+        batch = self.per_step // config.steps.gradient_accumulation_steps
         say(*remarks(self.samples, batch, self.base.vae_scale_factor))
         self.total = config.steps.max_train_steps or math.ceil(config.steps.num_train_epochs * self.per_epoch)
         self.unet: Any = accelerator.prepare(unet)
 
         # How far it has come.
-        manifest = caches[0].manifest  # how all of them were encoded
         sweep = sweep_over(self.reader, self.samples)
         position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
-        encoded = manifest["identity"] | manifest["encoding"] | {"text": None}  # whose numbers are the same either way
+        first = caches[0].manifest  # alike in how all of them were encoded, and whether text was is the same
+        encoded = first["identity"] | first["encoding"] | {"text": None}
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
         self.origin = resume(config, accelerator, self.state)
         self.update.seed = self.progress.seed
         self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
-        # The learning rate is a function of flags and step, whatever it was in a run that is gone on with.
-        flags, step = config.optimizer, self.progress.step
-        for group in self.update.optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        self.lr_scheduler: Any = get_scheduler(
-            flags.lr_scheduler, self.update.optimizer, None, flags.lr_warmup_steps, self.total, last_epoch=step - 1
-        )
+        self.lr_scheduler = make_schedule(config.optimizer, self.update.optimizer, self.progress.step, self.total)
 
     @property
     def state(self) -> Parts:

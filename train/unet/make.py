@@ -1,10 +1,14 @@
 """What a run's flags ask an optimizer step to be, in one pass where a kernel does what PyTorch's functions do."""
 
+from typing import Any
+
 import torch
+from diffusers.optimization import get_scheduler
 
 from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
 from ..config import TrainConfig
+from ..learning import Optimizer
 from .optimizers import make_optimizer, optimizer_over
 from .scale import LossScale
 from .update import Update
@@ -89,3 +93,10 @@ def disagreement(
     if (name != "adamw" or rounded) and flips.float().mean() < FLIPS:
         apart = apart.where(~flips, 0)
     return apart.max().item()  # which is no number where one of them is none
+
+
+def make_schedule(flags: Optimizer, optimizer: Any, step: int, total: int) -> Any:
+    """The learning rate as a function of flags and step, whatever it was in a run that is gone on with."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return get_scheduler(flags.lr_scheduler, optimizer, None, flags.lr_warmup_steps, total, last_epoch=step - 1)
