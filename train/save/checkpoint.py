@@ -132,7 +132,8 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
 
 def checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints of the branch that is trained, oldest first, as (step, folder)."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
+    folders = (path for path in output_dir.glob("checkpoint-*") if path.is_dir())
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders)
     return sorted((int(match[1]), output_dir / match[0]) for match in found if match)
 
 

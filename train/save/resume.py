@@ -45,16 +45,17 @@ class Progress:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; Misfit: something is missing, CacheMismatch: it was on another cache; SettingsError: it has
-        trained other weights."""
-        fit(state, {"cache": {}, "seed": 0, "step": 0, "samples": 0})
+        """Go on from there; Misfit: something is missing; CacheMismatch and SettingsError: it is another run's."""
+        position = {"seen": None, "selection": None, "lap": 0}  # older ones knew a single shape
+        fit(state, {"cache": {}, "seed": 0, "step": 0, "samples": 0} | (position if position.keys() & state else {}))
         if lines := differences(state, vars(self), ["cache"], ("in the checkpoint", "in --cache")):
             raise CacheMismatch("the checkpoint was trained on another cache: give that one\n" + "\n".join(lines))
         if (found := state.get("trains", Lora().described)) != self.trains:  # older checkpoints did not say
             raise SettingsError(f"the checkpoint has trained {found}, and this run {self.trains}: go on with its flags")
         self.seed, self.step, self.samples = state["seed"], state["step"], state["samples"]
-        seen, self.lap = state.get("seen", [self.samples]), state.get("lap", 0)  # older ones knew a single shape
-        if state.get("selection", self.selection) == self.selection and len(seen) == len(self.seen):
+        seen, self.lap = state.get("seen", [self.samples]), state.get("lap", 0)
+        if state.get("selection", self.selection) == self.selection:
+            fit({"seen": seen}, {"seen": self.seen})
             self.seen = seen
         else:  # counts of other samples would let those that are new catch up alone
             self.lap += 1
@@ -69,8 +70,7 @@ def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> Path 
     folder = agreed_checkpoint(config, accelerator)
     if folder:
         load(folder, parts)
-        seed = parts[PROGRESS].seed
-        if config.steps.seed not in (None, seed):
+        if config.steps.seed not in (None, seed := parts[PROGRESS].seed):
             raise SettingsError(f"--seed {config.steps.seed}: {folder} was trained with seed {seed}, leave it out")
     return folder
 
