@@ -94,7 +94,7 @@ class Visit:
         """The history, once it holds `count` pictures."""
         from playwright.sync_api import expect
 
-        expect(self.shelf).to_have_count(count, timeout=30_000)
+        expect(self.shelf).to_have_count(count)
         return [self.fetch(image) for image in self.shelf.all()]
 
     def fetch(self, image: "Locator") -> Image.Image:
