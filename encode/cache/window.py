@@ -98,7 +98,7 @@ class Window:
             self._ask_waiting()
 
     def forget(self) -> None:
-        """Expect nothing any more."""
+        """Expect nothing any more; what is on its way has arrived when this returns."""
         with self._lock:
             self._expected.clear()
             self._uses.clear()
@@ -107,6 +107,7 @@ class Window:
                 if future and future.cancel():
                     self._used -= self.sizes[unit]
                     del self._here[unit]
+            wait(future for future in self._here.values() if future)
 
     @contextlib.contextmanager
     def hold(self, units: set[Unit]) -> Iterator[None]:
