@@ -31,11 +31,13 @@ def records(draw: st.DrawFn, views: int) -> former.Records:
     units = [Unit("images", shard, view) for shard in range(4) for view in range(views)]
     for unit in draw(st.sets(st.sampled_from([*units, *(Unit("text", shard) for shard in range(4))]))):
         rows, images = ROWS[unit.kind], unit.kind == "images"
-        contents = st.sampled_from(PAIRS) if images else st.sampled_from(["", *TEXTS]).map(text_key)
+        contents = st.sampled_from(PAIRS) if images else st.sampled_from(TEXTS).map(text_key)
         keys = draw(st.lists(st.none() | contents, min_size=rows, max_size=rows))
         if unit.view and draw(st.booleans()) and (first := found.get(Unit("images", unit.shard))):
             keys = first["keys"]
-        at = [row for row, key in enumerate(keys) if key]
+        null = int(unit == Unit("text", 0))  # the empty instruction, always there and nowhere else
+        keys = [*[text_key("")] * null, *keys[null:]]
+        at = [row for row, key in enumerate(keys) if key and row >= null]
         bad = draw(st.sets(st.sampled_from(at), max_size=2)) if at else set()
         size = st.lists(st.integers(0, 99), min_size=6, max_size=6)
         sizes = [draw(size) if key and n not in bad else None for n, key in enumerate(keys)] if images else None
@@ -51,7 +53,8 @@ def tables(draw: st.DrawFn) -> pa.Table:
         row: dict[str, Any] = {"pair": draw(st.sampled_from(PAIRS)), "instruction": draw(WORDS), "position": position}
         old = draw(st.booleans())
         row |= {"row": draw(st.integers(-1, 15)) if old else -1}
-        row |= {"text_row": -1 if row["row"] < 0 else draw(st.integers(0, 11)), "key": f"{position:032x}"}
+        # Text row 0 is that of the empty instruction, which is no sample's own.
+        row |= {"text_row": -1 if row["row"] < 0 else draw(st.integers(1, 11)), "key": f"{position:032x}"}
         status = draw(st.sampled_from(["ok", "pending", "quarantined"])) if row["row"] >= 0 else "pending"
         reason = draw(st.sampled_from([None, "no image"])) if row["row"] < 0 else None
         row |= {"status": "quarantined" if reason else status, "reason": reason, "original_width": 7 if old else None}
