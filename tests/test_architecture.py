@@ -32,7 +32,7 @@ FLOORS = """
     infer.__main__
     train.demands  train.learning
     train.config
-    train.objective
+    train.objective  train.agree
     train.data  train.unet
     train.memory  train.save
     train.watch

@@ -20,6 +20,7 @@ from ip2p.encode.cache.writer import write_state
 from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.keeper.__main__ import main as keeper
 from ip2p.encode.keeper.verify import repair, verify
+from ip2p.train import agree
 from ip2p.train.__main__ import main
 from ip2p.train.data import keep
 from ip2p.train.data.samples import Samples
@@ -228,19 +229,19 @@ def test_only_the_columns_that_are_named_are_loaded(kept: Path, monkeypatch: pyt
 def test_one_process_evaluates_and_tells_the_others(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take its word, and its error: none of them asks SQLite, whose versions may differ."""
     told: list[object] = []
-    monkeypatch.setattr(keep, "broadcast_object_list", told.extend)
+    monkeypatch.setattr(agree, "broadcast_object_list", told.extend)
     caches = [Cache.open(kept)]
     (expected,) = keep.choose(caches, "score > 7") or []
     with pytest.raises(SettingsError, match="true of none"):
         keep.choose(caches, "score > 100")
     assert len(told) == 2
     monkeypatch.setattr(keep, "kept", lambda *_: pytest.fail("asked by a process that is not the main one"))
-    monkeypatch.setattr(keep.PartialState, "is_main_process", property(lambda _: False))
+    monkeypatch.setattr(agree.PartialState, "is_main_process", property(lambda _: False))
 
     def receive(objects: list[object]) -> None:
         objects[0] = told.pop(0)
 
-    monkeypatch.setattr(keep, "broadcast_object_list", receive)
+    monkeypatch.setattr(agree, "broadcast_object_list", receive)
     (found,) = keep.choose(caches, "score > 7") or []
     assert np.array_equal(found, expected)
     with pytest.raises(SettingsError, match="true of none"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,11 +22,11 @@ from diffusers import DiffusionPipeline
 
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError, TrainError
-from ip2p.train import setup
+from ip2p.train import agree, setup
 from ip2p.train.__main__ import main
+from ip2p.train.agree import agreed
 from ip2p.train.config import TrainConfig, Watching
-from ip2p.train.save import resume
-from ip2p.train.save.resume import agreed_checkpoint
+from ip2p.train.save.resume import find
 from ip2p.train.setup import advise, alone, make_accelerator
 from ip2p.train.unet.weights import Precision, choose_precision
 from ip2p.train.watch.metrics import Metrics
@@ -343,20 +344,21 @@ def test_the_main_process_alone_looks_for_the_checkpoint(
             found[:] = sent
         sent[:] = found
 
-    monkeypatch.setattr(resume, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(agree, "broadcast_object_list", broadcast)
     given = config(resume_from_checkpoint="latest")
+    look = partial(find, given.saving.output_dir, "latest")
     for steps, expected in (((), SettingsError), ((3, 7), given.saving.output_dir / "checkpoint-7")):
         sent.clear()
         for step in steps:
             (given.saving.output_dir / f"checkpoint-{step}").mkdir(parents=True)
         for main_process in (True, False):
-            rank: Any = SimpleNamespace(is_main_process=main_process)
+            monkeypatch.setattr(agree.PartialState, "is_main_process", property(lambda _, main=main_process: main))
             if not main_process:
                 unseen = given.saving.output_dir / "checkpoint-9"  # by the main one
                 unseen.mkdir(parents=True, exist_ok=True)
             if isinstance(expected, Path):
-                assert agreed_checkpoint(given, rank) == expected
+                assert agreed(look) == expected
             else:
                 with pytest.raises(expected, match="holds no checkpoint"):
-                    agreed_checkpoint(given, rank)
+                    agreed(look)
         (given.saving.output_dir / "checkpoint-9").rmdir()

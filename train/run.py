@@ -109,11 +109,11 @@ class Run:
         # How far it has come.
         sweep = sweep_over(self.reader, self.samples)
         position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
-        first = caches[0].manifest  # alike in how all of them were encoded, and whether text was is the same
+        first = caches[0].manifest  # all of them were encoded alike; and text, cached or not, has the same numbers
         encoded = first["identity"] | first["encoding"] | {"text": None}
         self.progress = Progress(encoded, seed, trains=config.lora.described, **position)
         self.progress.files = [name for name, part in self.state.items() if part]
-        self.origin = resume(config, accelerator, self.state)
+        self.origin = resume(config, self.state)
         self.update.seed = self.progress.seed
         self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         self.lr_scheduler = make_schedule(config.optimizer, self.update.optimizer, self.progress.step, self.total)

@@ -22,7 +22,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
-    broadcast_object_list,
     parse_flag_from_env,
 )
 
@@ -35,6 +34,7 @@ from ..encode.cache.writer import locked
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from ..infer.lora import ADAPTERS, CONV_IN
+from .agree import agreed
 from .config import TrainConfig
 from .save.resume import SETTINGS
 from .unet.weights import Precision, choose_precision
@@ -173,9 +173,7 @@ def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator 
 
 def agreed_seed(config: TrainConfig) -> int:
     """The seed of the flags, or a drawn one that all processes agree on."""
-    seed = [secrets.randbits(32) if config.steps.seed is None else config.steps.seed]
-    broadcast_object_list(seed)
-    return seed[0]
+    return agreed(lambda: secrets.randbits(32) if config.steps.seed is None else config.steps.seed)
 
 
 def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) -> None:

@@ -39,7 +39,7 @@ def kept(cache: Cache, text: str) -> np.ndarray:
     try:
         condition = parse(text, kinds(pq.read_schema(file)))
     except SettingsError as error:
-        raise SettingsError(f"{cache.folder}: {error}") from None
+        raise SettingsError(f"{cache.name}: {error}") from None
     return matching(pq.read_table(file, columns=condition.columns), condition)
 
 

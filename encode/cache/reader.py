@@ -63,8 +63,9 @@ class Reader:
             self.first_rows[kind], self.rows[kind] = [*accumulate(rows[:-1], initial=0)], sum(rows)
             slots = np.repeat([cache.shard_rows[kind] for cache in caches], np.array(last) + 1)
             views = max(len(cache.views) for cache in caches) if kind == "images" else 1
-            for name in [name for name in names if name in self._zarrs[0] and (masks or name != "mask")]:
-                array = self._zarrs[0][name]
+            for name, array in self._zarrs[0].items():
+                if name not in names or (name == "mask" and not masks):
+                    continue
                 self.arrays[name] = MappedArray(array.shape[2 if kind == "images" else 1 :], np.tile(slots, views))
         self.windows: dict[int, Window] = {}
         for number, cache in enumerate(caches):

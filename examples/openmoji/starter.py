@@ -40,6 +40,9 @@ None of its parts has seen an emoji of a held-out character (`is_held_out` in `o
 | `CLIPTextModel`, `CLIPTokenizer` of {words} tokens | {text_size:.1f} M | {text} |
 | `UNet2DConditionModel`, 4 channels, velocity | {unet_size:.1f} M | {unet} |
 
+The UNet's training includes edits of other kinds than the demo's, whose original it saw through input channels that
+were taken away afterwards (`text_to_image.py`).
+
 The autoencoder gives back held-out emoji (mode, decoded from these float16 files) at **{psnr:.1f} dB** PSNR,
 mean over {pictures} pictures. Settings, losses and times: `training.json`. Every number was measured on a CPU.
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
 from ...encode.cache.shapes import shaped
 from ..objective import Batch, Null
@@ -137,7 +138,7 @@ class Slot:
 
     def __init__(self, reader: Reader, batch_size: int, device: torch.device, texts: Texts | None = None):
         self.reader, self.device, self.texts = reader, device, texts
-        images = [name for name in ("original", "edited", "mask") if name in reader.arrays]
+        images = reader.arrays.keys() & set(ARRAYS["images"])
         self.flat = [name for name in images if len(reader.arrays[name].row_shape) == 2]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied = torch.cuda.Event() if self.stream else None

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow.parquet as pq
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from ...encode.base.console import say
-from ...encode.base.errors import Ip2pError, SettingsError
+from ...encode.base.errors import SettingsError
+from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache
 from ...encode.cache.keep import kept
+from ..agree import agreed
 
 
 def choose(caches: Sequence[Cache], condition: str | None) -> list[np.ndarray] | None:
@@ -21,24 +20,14 @@ def choose(caches: Sequence[Cache], condition: str | None) -> list[np.ndarray] |
     """
     if condition is None:
         return None
-    told: list[list[np.ndarray] | Ip2pError] = [[]]
-    if PartialState().is_main_process:
-        try:
-            told = [[_of(cache, condition) for cache in caches]]
-        except Ip2pError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], Ip2pError):
-        raise told[0]
-    return told[0]
+    return agreed(lambda: [_of(cache, condition) for cache in caches])
 
 
 def _of(cache: Cache, condition: str) -> np.ndarray:
     mask = kept(cache, condition)
-    table = pq.read_table(cache.folder / "samples.parquet", columns=["status"])
-    usable = table["status"].to_numpy(zero_copy_only=False) == "ok"
+    usable = pc.equal(cache.samples("status")["status"], "ok").to_numpy()
     left, there = int((mask & usable).sum()), int(usable.sum())
     if there and not left:
-        raise SettingsError(f"--keep {condition}: that is true of none of the {there:,} samples of {cache.folder}")
-    say(f"--keep {condition}: {left:,} of {there:,} samples of {cache.folder}")
+        raise SettingsError(f"--keep {condition}: that is true of none of the {there:,} samples of {cache.name}")
+    say(f"--keep {condition}: {left:,} of {there:,} samples of {cache.name}")
     return mask

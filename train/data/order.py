@@ -153,8 +153,8 @@ def identity(config: TrainConfig, samples: Samples, sweep: Sweep | None = None) 
 
 def remarks(samples: Samples, batch: int, factor: int) -> Iterator[str]:
     """What is said of shapes that have fewer samples than all processes take in a batch; pixels by the VAE's factor."""
-    for (height, width), members in samples.by_shape().items() if len(samples.by_shape()) > 1 else ():
-        if len(members) < batch:
+    for (height, width), members in (shapes := samples.by_shape()).items():
+        if len(members) < batch and len(shapes) > 1:
             yield (
                 f"{len(members):,} samples have {factor * width} x {factor * height} px, fewer than the {batch:,} of a "
                 "batch: it holds them several times, and comes the more seldom"

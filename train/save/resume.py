@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 
 from ...encode.base.console import say
 from ...encode.base.errors import CacheMismatch, SettingsError, TrainError, explained
 from ...encode.base.files import whole
 from ...encode.cache.format import differences
+from ..agree import agreed
 from ..config import TrainConfig
 from ..learning import Lora
 from ..unet.fit import Misfit, fit
@@ -62,31 +61,17 @@ class Progress:
             say("the samples are others than the checkpoint's: they are gone through anew, in an order of their own")
 
 
-def resume(config: TrainConfig, accelerator: Accelerator, parts: Parts) -> Path | None:
+def resume(config: TrainConfig, parts: Parts) -> Path | None:
     """Go on from the checkpoint that the flags ask for, if they do, and return its folder.
 
     Raises SettingsError if there is none, or it is damaged or of another run, CacheMismatch if it is of another cache.
     """
-    folder = agreed_checkpoint(config, accelerator)
+    folder = agreed(lambda: find(config.saving.output_dir, config.saving.resume_from_checkpoint))
     if folder:
         load(folder, parts)
         if config.steps.seed not in (None, seed := parts[PROGRESS].seed):
             raise SettingsError(f"--seed {config.steps.seed}: {folder} was trained with seed {seed}, leave it out")
     return folder
-
-
-def agreed_checkpoint(config: TrainConfig, accelerator: Accelerator) -> Path | None:
-    """What the main process finds, its error included: others may see a shared disk later than it."""
-    found: list[Any] = [None]
-    try:
-        if accelerator.is_main_process:
-            found = [find(config.saving.output_dir, config.saving.resume_from_checkpoint)]
-    except SettingsError as error:
-        found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], SettingsError):
-        raise found[0]
-    return found[0]
 
 
 def find(output_dir: Path, wanted: str | None) -> Path | None:
