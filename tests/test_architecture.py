@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,6 +242,12 @@ def test_the_ground_floor_is_light() -> None:
         for name in imports(path.read_text(), module)
     }
     assert names & {"torch", "numpy", "accelerate", "datasets", "diffusers", "transformers", "zarr"} == set()
+
+
+def test_scripts_are_called_differently() -> None:
+    """They import each other by their bare names, and one process may see several folders of them."""
+    names = [path.name for folder in ("bench", "examples/openmoji", "tests") for path in (ROOT / folder).glob("*.py")]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

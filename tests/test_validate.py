@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -91,6 +91,22 @@ def test_pictures_are_drawn_once_at_each_validation_and_on_the_main_process_alon
     main(flags(sd, cache, tmp_path / "other", **changed))
     assert len(loaded) == 2
     assert not (tmp_path / "other" / "validation").exists()
+
+
+def test_the_vae_takes_one_picture_at_a_time(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are drawn: what a validation needs of a GPU is predicted for one (`simulate_picture`)."""
+    sizes: list[int] = []
+
+    def spy(vae: AutoencoderKL, latents: torch.Tensor, original: Any = AutoencoderKL._decode, **kwargs: Any) -> Any:
+        sizes.append(len(latents))
+        return original(vae, latents, **kwargs)
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", spy)
+    main(flags(sd, cache, tmp_path, **WATCHED | {"max_train_steps": 1, "num_validation_samples": 2}))
+    assert sizes == [1] * len(sizes)
+    assert len(sizes) > 2
 
 
 @pytest.mark.parametrize("place", ["the cached pictures", "the edits"])

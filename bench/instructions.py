@@ -43,7 +43,7 @@ def main() -> None:
         Row("embedded / cached", ratio(rates, "embedded", "cached"), "times"),
         Row("weights of the text encoder", encoders / 2**20, "MiB"),
     ]
-    report("text", args, rows)
+    report("instructions", args, rows)
 
 
 if __name__ == "__main__":
