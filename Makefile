@@ -27,10 +27,10 @@ $(INSTALLED): $(DEMO)
 demo: $(DEMO)  ## encode, train and edit real pictures, and end with a contact sheet
 	@$(BIN)/python examples/openmoji/demo.py
 
-test: install  ## the tests that take less than a minute each
+test: install  ## all tests but the slow ones
 	$(BIN)/pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile
 
-slow: install  ## the tests that take longer; none at all (pytest's status 5) is no failure
+slow: install  ## the slow tests; none at all (pytest's status 5) is no failure
 	$(BIN)/pytest -m slow || test $$? -eq 5
 
 gpu: install  ## on a machine with one: the tests that need it, and bench/gpu.py

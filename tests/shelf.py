@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -82,6 +83,8 @@ def serving() -> Iterator[Shelf]:
         for name, value in settings.items():
             patch.setenv(name, value)
         patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        # All servers of a process keep their objects in the same place.
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         client = boto3.client("s3")
         client.create_bucket(Bucket="shelf")
         shelf, running = Shelf(client), server._server

@@ -71,6 +71,7 @@ def run(command: list[str], folder: Path, standin: hub.Hub) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+@pytest.mark.slow
 def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path: Path) -> None:
     """With an empty home, against a Hub that stumbles, nothing is shown that is not ours but the download's progress.
 

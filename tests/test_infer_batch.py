@@ -177,6 +177,7 @@ def test_a_second_run_keeps_what_is_there_and_redoes_what_has_changed(
     assert run("--seed", "1") == "3 edited"
 
 
+@pytest.mark.slow
 def test_an_interrupted_batch_is_finished_by_the_same_command(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

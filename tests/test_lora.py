@@ -114,6 +114,7 @@ np.savez("pictures.npz", *pictures)
 """
 
 
+@pytest.mark.slow
 def test_fused_weights_and_adapters_on_the_base_give_the_same_pictures_by_diffusers_alone(trained: Trained) -> None:
     """By the lines of the model card; and the pictures are not those of the base."""
     folder = trained.output.parent

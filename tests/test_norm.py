@@ -94,6 +94,7 @@ def test_the_kernels_do_what_pytorch_does() -> None:
     assert max(errors) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_unet_with_them_gives_the_same() -> None:
     """Prediction and gradients of SD and, with checkpointing, of SDXL; the names of its weights stay."""
     errors = interpreted(UNET)

@@ -15,6 +15,7 @@ import dataset
 import edits
 import evaluate
 import openmoji
+from ip2p.infer.score.metrics import EQUAL
 
 FEW = {"skin tone": 12, "gender": 6, "hair": 8, "direction": 6, "mirror": 6, "color": 12}
 
@@ -240,3 +241,17 @@ def test_a_perfect_edit_scores_one_and_an_untouched_one_nothing() -> None:
     assert perfect["distance"] == pytest.approx(0)
     assert untouched["accuracy"] == 0
     assert untouched["psnr"] == untouched["psnr_original"] < perfect["psnr"]
+    assert untouched["inside"] < untouched["psnr"] < 40 < untouched["outside"]
+    assert perfect["inside"] == perfect["outside"] == EQUAL
+
+
+def test_inside_and_outside_are_told_apart_by_what_the_true_edit_changes() -> None:
+    """An error inside costs nothing outside, and a region without pixels has no number."""
+    before, target = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 3), np.uint8)
+    target[:2] = 200
+    edited = target.copy()
+    edited[0] -= 128
+    pictures = [Image.fromarray(pixels) for pixels in (before, target, edited)]
+    error = (128 / 255) ** 2 / 2
+    assert evaluate.apart(*pictures) == {"inside": pytest.approx(-10 * np.log10(error)), "outside": EQUAL}
+    assert evaluate.apart(pictures[0], pictures[0], pictures[2]).keys() == {"outside"}

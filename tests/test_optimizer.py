@@ -176,6 +176,7 @@ print(max((one.float() - other.float()).abs().max().item() for one, other in zip
 """
 
 
+@pytest.mark.slow
 def test_the_kernel_does_what_pytorch_does() -> None:
     """Interpreted on the CPU: tensors of all sizes, channels_last, a skipped step, steps with and without the average.
 

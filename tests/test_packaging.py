@@ -82,6 +82,7 @@ def test_an_installed_command_answers_help(environment: Path, script: str) -> No
     assert f"usage: {script}" in run(scripts / script, "--help", cwd=environment)
 
 
+@pytest.mark.slow
 def test_every_installed_module_imports_without_the_sources(environment: Path) -> None:
     """Each module imports from the wheel alone, so none reaches for a file or a name of the checkout."""
     modules = sorted(f"ip2p.{source.removesuffix('.py').replace('/', '.')}" for source in SOURCES)

@@ -2,10 +2,11 @@
 
     python examples/openmoji/compare.py --train="--snr_gamma 5"
 
-trains with and without, and says what each reached on characters that neither has seen: accuracy and PSNR of edits, and
-the loss with noise that is the same for all. A difference counts where it is larger than the range of either's seeds.
-`--train` may be given again for further settings, each of which is compared with the recipe as it is.
-What was measured before is kept: whoever repeats the command goes on where it was stopped, or adds seeds.
+trains with and without, and says what each reached on characters that neither has seen: accuracy and PSNR of edits,
+where they change a picture and where not, and the loss with noise that is the same for all. A difference counts where
+it is larger than the range of either's seeds. `--train` may be given again for further settings, each of which is
+compared with the recipe as it is. What was measured before is kept: whoever repeats the command goes on where it was
+stopped, or adds seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import shlex
 import statistics
 from pathlib import Path
@@ -33,7 +35,9 @@ from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective, noise_scheduler
 from recipe import DEMO, STARTER, Recipe, edit, encode, make_pairs, score, train
 
-MEASURES = {"accuracy": 3, "psnr": 2, "loss": 4}  # with the digits that are shown
+# With the digits that are shown. PSNR also `inside` and `outside` of what the true edit changes, and of what was asked
+# to stay `unchanged`: how much of a picture is kept.
+MEASURES = {"accuracy": 3, "psnr": 2, "inside": 2, "outside": 2, "unchanged": 2, "loss": 4}
 BANDS = 4  # of timesteps: each held-out pair is looked at in each
 BATCH = 32
 
@@ -80,7 +84,7 @@ def measure(setting: Setting, recipe: Recipe, seed: int, output: Path) -> dict[s
         train(recipe, cache, folder / "model", seed, *shlex.split(setting.train))
         edit(folder / "model", data, folder / "edits", seed, *shlex.split(setting.infer))
         scores = score(data, folder / "edits", folder)["all"]
-        values = {name: scores[name] for name in ("accuracy", "psnr")} | {"loss": loss(folder / "model", held_out)}
+        values = {name: scores.get(name, math.nan) for name in MEASURES} | {"loss": loss(folder / "model", held_out)}
         record.write_text(json.dumps({"setting": setting._asdict(), "seed": seed} | values, indent=2) + "\n")
     return json.loads(record.read_text())
 

@@ -17,6 +17,8 @@ from ip2p.encode.data.sheet import contact_sheet
 from ip2p.infer.score.metrics import psnr
 from openmoji import render
 
+SEEN = 8  # of 255: by how much one of its colors differs where a pixel is changed
+
 
 def ssim_distance(picture: Image.Image, target: Image.Image) -> float:
     """One minus the structural similarity of the gray pictures, over windows of 8 pixels: 0 for equal ones."""
@@ -38,6 +40,18 @@ def nearest(picture: Image.Image, candidates: Iterable[str]) -> str:
     return min(candidates, key=lambda key: float(np.square(np.asarray(render(key, picture.width)) - pixels).mean()))
 
 
+def apart(before: Image.Image, target: Image.Image, edited: Image.Image) -> dict[str, float]:
+    """PSNR of an edited picture `inside` what the true edit changes, and `outside` it, over pixels of each."""
+    pictures = np.stack([np.asarray(picture, np.int16) for picture in (before, target, edited)])
+    changed = np.abs(pictures[0] - pictures[1]).max(2) > SEEN
+    regions = {name: pictures[1:, where] for name, where in (("inside", changed), ("outside", ~changed))}
+    return {
+        name: psnr(*(Image.fromarray(pixels[None].astype(np.uint8)) for pixels in both))
+        for name, both in regions.items()
+        if both.size
+    }
+
+
 def measure(row: dict, edited: Image.Image) -> dict[str, float]:
     """What one edited picture scores; an instruction that asks for what is there is scored as `unchanged`."""
     before, target = row["input_image"].convert("RGB"), row["edited_image"].convert("RGB")
@@ -46,6 +60,7 @@ def measure(row: dict, edited: Image.Image) -> dict[str, float]:
     return {
         "psnr": psnr(edited, target),
         "psnr_original": psnr(before, target),
+        **apart(before, target, edited),
         "distance": ssim_distance(edited, target),
         "distance_original": ssim_distance(before, target),
         "accuracy": float(nearest(edited, row["candidates"]) == row["target"]),
