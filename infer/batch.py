@@ -135,7 +135,7 @@ def load_editor(config: InferConfig) -> "Editor":
     from .edit import Editor  # here, since torch takes seconds to import
 
     editor = Editor(config.model, **vars(config.loading))
-    editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False)
+    editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False, delay=5)  # seconds
     return editor
 
 

@@ -87,6 +87,7 @@ SEEN: dict[str, Callable[[np.ndarray], bytes]] = {
     "white, opaque": lambda area: png(white(area).convert("RGBA")),
     "white, 1 bit": lambda area: png(white(area).convert("1")),
     "white, colors": lambda area: png(white(area).convert("P")),
+    "0 and 1": lambda area: png(Image.fromarray(area.astype(np.uint8))),
     "white, 16 bits": lambda area: png(Image.fromarray(np.where(area, 65535, 0).astype(np.uint16))),
     "one color is transparent": lambda area: png(white(area), transparency=255),
     "on its side": lambda area: png(white(area).transpose(Image.Transpose.ROTATE_90), exif=sideways()),

@@ -66,7 +66,8 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
 def open_mask(file: bytes) -> np.ndarray:
     """Decode a mask as it is meant to be seen, float32 (height, width): the share of each pixel that is edited.
 
-    If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is.
+    If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is. Where nothing
+    is brighter than 1 of 255, as segmentation tools write masks, 1 is white.
 
     Raises:
         ImageError: the file cannot be decoded, as in `open_picture`.
@@ -78,8 +79,9 @@ def open_mask(file: bytes) -> np.ndarray:
             gray = np.asarray(image.convert("L"))
     except ImageError as error:
         raise ImageError(f"mask: {error}") from None
-    share = gray if alpha is None or alpha.min() == 255 else 255 - alpha
-    return share.astype(np.float32) / 255
+    if alpha is not None and alpha.min() < 255:
+        return (255 - alpha).astype(np.float32) / 255
+    return gray.astype(np.float32) / (1 if gray.max() == 1 else 255)
 
 
 def pooled(shares: np.ndarray, cells: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

@@ -41,7 +41,8 @@ def run(title: str, *command: str | Path) -> None:
     shown = [os.path.relpath(word) if word.startswith(str(HERE)) else word for word in words]
     print(f"\n== {title}\n$ python {shlex.join(shown)}", flush=True)
     started = time.monotonic()
-    status = subprocess.run([sys.executable, *words], check=False).returncode
+    quiet = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # which show how a few small files are read
+    status = subprocess.run([sys.executable, *words], env=quiet, check=False).returncode
     if status:
         raise SystemExit(status)
     print(f"-- {time.monotonic() - started:.0f} s", flush=True)
