@@ -66,8 +66,8 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
 def open_mask(file: bytes) -> np.ndarray:
     """Decode a mask as it is meant to be seen, float32 (height, width): the share of each pixel that is edited.
 
-    If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is. Where nothing
-    is brighter than 1 of 255, as segmentation tools write masks, 1 is white.
+    If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is. Where
+    nothing is brighter than 1 of 255, as segmentation tools write masks, 1 is white.
 
     Raises:
         ImageError: the file cannot be decoded, as in `open_picture`.
