@@ -48,7 +48,7 @@ class Draft:
         """Whether the very same encode was here before and left nothing to do."""
         if not (self.old and self.known):
             return False
-        state = {name: self.old.manifest[name] for name in ("counts", "files")}
+        state = {name: self.old.manifest[name] for name in ("counts", "files", "kept") if name in self.old.manifest}
         again = config.run.retry_quarantined or config.run.on_error == "fail"
         left = {"pending", "quarantined"} if again else {"pending"}
         if self.old.manifest != self.manifest | state or left & state["counts"].keys():

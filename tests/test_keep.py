@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +16,12 @@ import pytest
 import tiny
 from forms import PAIRS, Flags, Kind, csv_file, metadata_jsonl, opened, parquet, seeds, shards, stream
 from ip2p.encode.base.errors import SettingsError, SourceError
+from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.cache import writer
 from ip2p.encode.cache.format import SAMPLES, Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.samples import with_columns
+from ip2p.encode.cache.tables import write_samples
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.keeper.__main__ import main as keeper
@@ -98,6 +104,97 @@ def test_columns_grow_with_the_dataset_and_outlast_a_repair(sd: Path, tmp_path: 
     assert columns_of(tmp_path / "cache") == {"source": [*SOURCES[4:], "a", "b", "c", "d"]}
     encode(sd, grown, tmp_path / "cache", keep_columns=["source"])
     assert verify(tmp_path / "cache") == []
+
+
+def lose(cache: Path, path: str) -> None:
+    """A file is gone."""
+    (cache / path).unlink()
+
+
+def lose_and_repair(cache: Path, path: str) -> None:
+    """A file is gone, and `ip2p-cache verify --repair` has seen to what is left."""
+    lose(cache, path)
+    repair(cache, verify(cache))
+
+
+def be_killed(cache: Path, path: str) -> None:
+    """The table is of an encode that was killed before it could write the manifest, and then repaired."""
+    opened = Cache.open(cache)
+    write_samples(cache / path, with_columns(opened.samples(), reason=["later"] * 10))
+    repair(cache, verify(cache))
+
+
+@pytest.mark.parametrize(
+    ("happens", "path"),
+    [
+        (lose, "units.parquet"),
+        (lose_and_repair, "units.parquet"),
+        (lose, "data.zarr/zarr.json"),
+        (be_killed, "samples.parquet"),
+    ],
+)
+def test_columns_stay_whatever_small_file_differs_while_their_table_is_whole(
+    happens: Callable[[Path, str], None],
+    path: str,
+    sd: Path,
+    kept: Path,
+    tmp_path: Path,
+    encode: Encode,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The next encode need not name them; it mends the cache, and says of no sample that it is new."""
+    cache = Path(shutil.copytree(kept, tmp_path / "cache"))
+    happens(cache, path)
+    encode(sd, kept.parent / "data", cache)
+    assert str(columns_of(cache)) == str(columns_of(kept))  # since NaN equals nothing
+    assert verify(cache) == []
+    assert "nothing in" not in capsys.readouterr().out
+
+
+def test_columns_outlast_an_encode_that_dies_while_the_cache_grows(
+    sd: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the table and the manifest; neither that encode nor the next one named them."""
+    encode(sd, scored(tmp_path / "data", 4), tmp_path / "cache", keep_columns=["source"])
+    grown = scored(tmp_path / "grown")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encode(sd, grown, tmp_path / "cache")
+    encode(sd, grown, tmp_path / "cache")
+    assert columns_of(tmp_path / "cache") == {"source": [*SOURCES[:4], *[None] * 6]}
+    assert verify(tmp_path / "cache") == []
+    assert "new samples have nothing in source: --keep_columns gives it to them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "of an earlier version"])
+def test_columns_that_a_damaged_table_takes_along_are_said_with_what_gives_them_back(
+    damage: str, sd: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them, whichever encode kept them; names with spaces come in quotes."""
+    data, cache = scored(tmp_path / "data", **{"a score": SCORES}), tmp_path / "cache"
+    names = ["source"] if damage == "of an earlier version" else ["source", "a score"]
+    encode(sd, data, cache, keep_columns=names)
+    before = columns_of(cache)
+    if damage == "of an earlier version":  # its manifest names them in the settings alone
+        manifest = read_record(cache / "manifest.json")
+        del manifest["kept"]
+        write_record(cache / "manifest.json", manifest)
+    else:
+        encode(sd, data, cache)  # whose settings name none
+    content = bytearray((cache / "samples.parquet").read_bytes())
+    content[content.rindex(b"source")] ^= 1  # in the footer, where only a name changes
+    (cache / "samples.parquet").unlink() if damage == "delete" else (cache / "samples.parquet").write_bytes(content)
+    capsys.readouterr()
+    encode(sd, data, cache)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "samples.parquet" in line)
+    assert said.startswith(f"{cache / 'samples.parquet'} is missing or damaged, and so is what it kept in ")
+    command = said.partition("--keep_columns ")[2].removesuffix(" takes it from the dataset again")
+    assert shlex.split(command) == names
+    assert columns_of(cache) == {}
+    encode(sd, data, cache, keep_columns=shlex.split(command))
+    assert str(columns_of(cache)) == str(before)
+    assert verify(cache) == []
 
 
 @pytest.mark.parametrize(

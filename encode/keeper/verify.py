@@ -17,6 +17,7 @@ from ..base.files import UNFINISHED, file_record, read_record
 from ..cache.commits import Commit, Unit, unit_of
 from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
+from ..cache.tables import is_sealed
 from ..cache.writer import write_state
 from ..index import FOLDER
 
@@ -50,7 +51,8 @@ def verify(folder: Path) -> list[Finding]:
     if cache:
         described = cache.manifest["files"].items()
         problems = ((path, _difference(folder / path, expected)) for path, expected in described)
-        findings = [Finding(path, problem, drop=True) for path, problem in problems if problem]
+        # A table that is whole by its own seal was written last, before the manifest could be: it holds what is kept.
+        findings = [Finding(path, why, drop=not is_sealed(folder / path)) for path, why in problems if why]
     else:
         findings = [Finding("manifest.json", "is missing or damaged: delete it and pull a copy, or encode anew")]
     sound = cache if not findings else None
