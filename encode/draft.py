@@ -131,7 +131,7 @@ def open_existing(folder: Path) -> Cache | None:
     """The cache as it is, None where none is yet; a `CacheError` if its manifest is gone or it is something else."""
     if (folder / "manifest.json").is_file():
         return Cache.open(folder)
-    if any((folder / "commits").glob("*.json")):
+    if Cache(folder, {}).units():
         raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
     own = (
         "commits",

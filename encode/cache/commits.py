@@ -44,7 +44,8 @@ def unit_of(path: str) -> Unit | None:
     match path.split("/"):
         case ["commits", name] if record := RECORD.fullmatch(name):
             view, shard = record.groups()
-            return Unit("text" if view is None else "images", int(shard), int(view or 0))
+            unit = Unit("text" if view is None else "images", int(shard), int(view or 0))
+            return unit if name == f"{unit.name}.json" else None
         case ["data.zarr", "original" | "edited" | "mask", "c", shard, view, *_] if (
             shard.isdecimal() and view.isdecimal()
         ):

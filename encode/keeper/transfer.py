@@ -10,7 +10,7 @@ from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch
 from ..base.files import unseal
 from ..base.store import Place
-from ..cache.commits import inside
+from ..cache.commits import inside, unit_of
 from ..cache.format import differences
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def _check_target(source: Place, target: Place, found: Files, commits: Files, ex
 
 
 def _is_commit(path: str) -> bool:
-    return path.startswith("commits/") and path.endswith(".json")
+    return path.startswith("commits/") and unit_of(path) is not None
 
 
 def _checksum(content: bytes) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class Finding(NamedTuple):
     problem: str
     unit: Unit | None = None  # to be dropped as a whole
     drop: bool = False  # this file alone
+    by_hand: bool = False  # the problem says what mends it, and nothing else does
 
 
 def verify(folder: Path) -> list[Finding]:
@@ -49,8 +50,7 @@ def verify(folder: Path) -> list[Finding]:
         whole = False
     cache = Cache.open(folder) if whole or not any(map(unit_of, files)) else None  # `open` says where there is none
     if cache:
-        described = cache.manifest["files"].items()
-        problems = ((path, _difference(folder / path, expected)) for path, expected in described)
+        problems = ((path, _difference(folder / path, file)) for path, file in cache.manifest["files"].items())
         # A table that is whole by its own seal was written last, before the manifest could be: it holds what is kept.
         findings = [Finding(path, why, drop=not is_sealed(folder / path)) for path, why in problems if why]
     else:
@@ -215,6 +215,6 @@ def _strays(files: Iterable[str], cache: Cache | None, records: Records, known: 
         if UNFINISHED.fullmatch(path.rpartition("/")[2]):
             yield Finding(path, "was left by a process that was killed", drop=True)
         elif unit is None or unit in records:
-            yield Finding(path, "is no part of the cache: move it away")
+            yield Finding(path, "is no part of the cache: move it away", by_hand=True)
         elif unit not in known:
             yield Finding(path, f"has no commit record (commits/{unit.name}.json)", unit)
