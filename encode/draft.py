@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .base.errors import CacheError, CacheMismatch
+from .base.files import IRREPLACEABLE
 from .base.flags import dump
 from .cache.commits import unit_of
 from .cache.format import CONVENTION, FORMAT, Cache, differences, joined_views, shard_rows, view_names
@@ -132,7 +133,7 @@ def open_existing(folder: Path) -> Cache | None:
     if (folder / "manifest.json").is_file():
         return Cache.open(folder)
     if Cache(folder, {}).units():
-        raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
+        raise CacheError(f"{folder}/manifest.json is missing: {IRREPLACEABLE}")
     own = (
         "commits",
         "data.zarr",

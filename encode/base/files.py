@@ -14,6 +14,11 @@ import google_crc32c
 
 from .errors import CacheError, SettingsError
 
+IRREPLACEABLE = (
+    "no other file says how the cache was encoded: `ip2p-cache pull` (or push) a copy over it, or delete the cache "
+    "and encode anew"
+)
+"""What is said of a manifest that is lost."""
 UNFINISHED = re.compile(r"\..+\.\d+|.+\.partial")
 """Names of files that were being written when their process was killed: by `whole`, or by zarr-python."""
 
@@ -148,7 +153,10 @@ def read_record(path: Path) -> dict[str, Any]:
 def unseal(content: bytes, name: str) -> dict[str, Any]:
     """The record in the bytes of a file called `name`; a CacheError where its checksum is wrong."""
     if content != sealed(content, len(content) - 11):
-        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
+        mend = "`ip2p-cache verify` says what is affected and mends it"
+        if name.endswith("manifest.json"):
+            mend = IRREPLACEABLE
+        raise CacheError(f"{name} is damaged (wrong checksum): {mend}")
     record = json.loads(content)
     del record["crc32c"]
     return record

@@ -13,7 +13,7 @@ import zarr
 
 from ..base.console import bar
 from ..base.errors import CacheError
-from ..base.files import UNFINISHED, file_record, read_record
+from ..base.files import IRREPLACEABLE, UNFINISHED, file_record, read_record
 from ..cache.commits import Commit, Unit, unit_of
 from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
@@ -54,7 +54,7 @@ def verify(folder: Path) -> list[Finding]:
         # A table that is whole by its own seal was written last, before the manifest could be: it holds what is kept.
         findings = [Finding(path, why, drop=not is_sealed(folder / path)) for path, why in problems if why]
     else:
-        findings = [Finding("manifest.json", "is missing or damaged: delete it and pull a copy, or encode anew")]
+        findings = [Finding("manifest.json", f"is missing or damaged: {IRREPLACEABLE}", by_hand=True)]
     sound = cache if not findings else None
     records, damaged = _read_records(folder, files)
     known = {finding.unit for finding in damaged}
