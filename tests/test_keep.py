@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import datasets
@@ -13,12 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import fakes
 import tiny
 from forms import PAIRS, Flags, Kind, csv_file, metadata_jsonl, opened, parquet, seeds, shards, stream
+from ip2p.encode import run
 from ip2p.encode.base.errors import SettingsError, SourceError
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.cache import writer
 from ip2p.encode.cache.format import SAMPLES, Cache
+from ip2p.encode.cache.keep import kinds as keep_kinds
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.samples import with_columns
 from ip2p.encode.cache.tables import write_samples
@@ -206,7 +210,7 @@ def test_every_kind_of_dataset_gives_its_columns(kind: Kind, tmp_path: Path) -> 
     source = opened(form)
     name = source.columns[2]
     keeping = opened(form, keep_columns=(name,))
-    samples = keeping.with_kept(pa.table({"position": [5, 0, 8]}))
+    samples = keeping.with_kept(pa.table({"position": [5, 0, 8]}), keeping.kept())
     assert samples[name].to_pylist() == [PAIRS[n].instruction for n in (5, 0, 8)]
     assert (keeping.columns, keeping[3]) == (source.columns, source[3])
     assert keeping.fingerprint() == source.fingerprint() or kind is stream
@@ -223,7 +227,7 @@ def test_each_sample_of_a_row_has_the_values_of_the_row(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "pairs.parquet")
     every: Flags = {"dataset_name": tmp_path / "pairs.parquet", "prompt_choice": "all"}
     source = opened(every, keep_columns=("score",))
-    samples = source.with_kept(pa.table({"position": [0, 1, 2, 3, 4]}))
+    samples = source.with_kept(pa.table({"position": [0, 1, 2, 3, 4]}), source.kept())
     assert samples["score"].to_pylist() == [1.0, 1.0, 2.0, 3.0, 3.0]
     assert [source[n].instruction for n in range(5)] == list("abcde")
 
@@ -231,22 +235,39 @@ def test_each_sample_of_a_row_has_the_values_of_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([[1.0]] * 9, "column c of .* holds list<.*: double>; expected numbers, booleans or text"),
-        ([{"a": 1}] * 9, "holds struct<.*; expected numbers, booleans or text"),
-        ([1, "a"] + [1] * 7, "expected numbers, booleans or text"),
-        ([None] * 9, "holds null"),
+        ([None, [1.0]] + [[2.0]] * 7, r"row 1 of .* \(the first is 0\) holds \[1\.0\]"),
+        ([{"a": "\ud800"}] * 9, r"row 0 of .* holds \{'a': '\\ud800'\}"),
+        ([1, 1, "a"] + [1] * 6, "row 2 of .* holds 'a'"),
+        ([True, 2] + [True] * 7, "row 1 of .* holds 2"),
+        ([1] * 8 + [2**63], "row 8 of .* holds 9223372036854775808"),
+        ([10**400] * 9, "row 0 of .* holds 10+"),
+        ([datetime(2024, 1, 1)] * 9, "row 0 of .* holds datetime.*"),
     ],
-    ids=["lists", "objects", "mixed", "nothing"],
+    ids=["lists", "objects", "mixed", "truth and numbers", "large", "huge", "dates"],
 )
-def test_a_column_that_cannot_be_kept_is_refused(values: list, said: str, tmp_path: Path) -> None:
-    """Before any picture is read, by its name and with what it holds."""
-    form = metadata_jsonl(tmp_path / "data", PAIRS[:9])
-    file = next((tmp_path / "data").glob("metadata.jsonl"))
-    rows = map(json.loads, file.read_text().splitlines())
-    file.write_text("\n".join(json.dumps(row | {"c": value}) for row, value in zip(rows, values, strict=True)))
-    with pytest.raises(SourceError, match=said) as caught:
-        opened(form, keep_columns=("c",)).with_kept(pa.table({"position": [0]}))
+def test_a_column_that_cannot_be_kept_is_refused(
+    values: list, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any picture is read, by its name, with the first row that cannot be, and what mends it."""
+    fakes.install(monkeypatch, fakes.Pairs(), 4)
+    source = opened(parquet(tmp_path / "data", PAIRS[:9]), keep_columns=("edit_prompt",))
+    monkeypatch.setattr(source._rows, "texts", lambda role: values)
+    monkeypatch.setattr(run, "open_pairs", lambda *_: source)
+    monkeypatch.setattr(Pairs, "__getitem__", lambda *_: pytest.fail("a picture was read"))
+    with pytest.raises(
+        SourceError, match=f"--keep_columns .*: {said}; expected numbers, booleans or text.*: leave it out"
+    ) as caught:
+        fakes.encode(tmp_path / "cache", keep_columns=("edit_prompt",))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_column_without_any_value_is_kept(tmp_path: Path) -> None:
+    """It might be given some later; until then no condition on it is true."""
+    source = opened({"dataset_name": scored(tmp_path / "data", score=[None] * 10)}, keep_columns=("score",))
+    samples = source.with_kept(pa.table({"position": [0, 3]}), source.kept())
+    assert samples["score"].to_pylist() == [None, None]
+    assert keep_kinds(samples.schema)["score"] == "number"
 
 
 @pytest.mark.parametrize(
