@@ -378,3 +378,14 @@ def test_a_run_trains_on_what_is_kept_and_its_card_says_so(
         main(flags(sd, kept, tmp_path / "other", keep="scor > 7", max_train_steps=1))
     assert stopped.value.code == 2
     assert "no column scor, but" in capsys.readouterr().err
+
+
+def test_info_tells_truth_from_numbers(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As whoever writes a condition wants to know; conditions take it for a number."""
+    cache = Cache.open(Path(shutil.copytree(kept, tmp_path / "cache")))
+    samples = cache.samples().append_column("good", [[True, False, None, True, *[False] * 6]])
+    write_state(cache.folder, cache.manifest, samples, cache.commits())
+    keeper(["info", str(cache.folder), "--keep", "good = 1"])
+    told = capsys.readouterr().out
+    assert "columns   score (number), source (text), good (boolean)\n" in told
+    assert "--keep    2 of 10 samples: good = 1\n" in told
