@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -176,7 +177,8 @@ def test_columns_that_a_damaged_table_takes_along_are_said_with_what_gives_them_
     damage: str, sd: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of them, whichever encode kept them; names with spaces come in quotes."""
-    data, cache = scored(tmp_path / "data", **{"a score": SCORES}), tmp_path / "cache"
+    columns: Any = {"a score": SCORES}
+    data, cache = scored(tmp_path / "data", **columns), tmp_path / "cache"
     names = ["source"] if damage == "of an earlier version" else ["source", "a score"]
     encode(sd, data, cache, keep_columns=names)
     before = columns_of(cache)

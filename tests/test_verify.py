@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, Unit
+from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.draft import open_existing
 from ip2p.encode.keeper.__main__ import main
@@ -286,6 +288,33 @@ def test_what_repair_drops_the_next_encode_makes_again(
     assert was.keys() == now.keys()
     assert all(np.array_equal(was[name], now[name], equal_nan=True) for name in was)
     assert Cache.open(copied).samples() == Cache.open(finished).samples()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shard_rows": {"images": 4, "text": 0}},
+        {"shard_rows": {"images": 7, "text": 4}},
+        {"vae_scale_factor": 8},
+        {"views": ["plain", "flip", "crop9"]},
+        {"masks": True},
+        {"files": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_the_arrays_is_told(
+    wrong: dict[str, object], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though its seal is right: before rows are read at wrong places, or latents taken for others."""
+    write_record(copied / "manifest.json", read_record(copied / "manifest.json") | wrong)
+    expected = "lists no files" if "files" in wrong else f"of {next(iter(wrong))}.*, and the arrays say .*: encode anew"
+    with pytest.raises(CacheError, match=f"manifest.json.* {expected}"):
+        Reader(Cache.open(copied))
+    with pytest.raises(SystemExit):
+        main(["verify", str(copied)])
+    out, err = capsys.readouterr()
+    assert re.search(f"manifest.json.* {expected}", out + err)
+    assert "--repair" not in out + err
 
 
 HOLD = (

@@ -17,6 +17,7 @@ from ..base.files import IRREPLACEABLE, UNFINISHED, file_record, read_record
 from ..cache.commits import Commit, Unit, unit_of
 from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
+from ..cache.shapes import misfit
 from ..cache.tables import is_sealed
 from ..cache.writer import write_state
 from ..index import FOLDER
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
     path: str  # inside the cache folder
     problem: str
     unit: Unit | None = None  # to be dropped as a whole
-    drop: bool = False  # this file alone
+    drop: bool = False  # this file alone; never a table that is whole by its own seal: it has the columns that are kept
     by_hand: bool = False  # the problem says what mends it, and nothing else does
 
 
@@ -51,10 +52,11 @@ def verify(folder: Path) -> list[Finding]:
     cache = Cache.open(folder) if whole or not any(map(unit_of, files)) else None  # `open` says where there is none
     if cache:
         problems = ((path, _difference(folder / path, file)) for path, file in cache.manifest["files"].items())
-        # A table that is whole by its own seal was written last, before the manifest could be: it holds what is kept.
         findings = [Finding(path, why, drop=not is_sealed(folder / path)) for path, why in problems if why]
     else:
         findings = [Finding("manifest.json", f"is missing or damaged: {IRREPLACEABLE}", by_hand=True)]
+    if cache and not findings and (why := misfit(cache)):
+        findings = [Finding("manifest.json", why, by_hand=True)]
     sound = cache if not findings else None
     records, damaged = _read_records(folder, files)
     known = {finding.unit for finding in damaged}
@@ -90,9 +92,7 @@ def repair(folder: Path, findings: Sequence[Finding]) -> list[str]:
 
 def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
     """How a file differs from the size and checksum that were recorded for it."""
-    if problem := wrong_size(file, expected):
-        return problem
-    return None if file_record(file) == expected else DAMAGED
+    return wrong_size(file, expected) or (None if file_record(file) == expected else DAMAGED)
 
 
 def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, Commit], list[Finding]]:
