@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import ImageColor
 
 from .base.errors import SettingsError
-from .base.flags import Count, Whole, idle
+from .base.flags import Count, Name, Whole, idle
 
 TRAIN_ONLY = """
     output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps
@@ -75,12 +75,12 @@ class Columns:
     """Revision of the dataset on the Hub."""
     split: str | None = None
     """Split of the dataset, such as test or "test[:64]". Default: the only one there is; ip2p-encode takes train."""
-    original_image_column: str | None = None
+    original_image_column: Name | None = None
     """Column of the original images; in tar files, how their names end. Default: that of a known dataset, else
     input_image, else the only one with a name that says so."""
-    edited_image_column: str | None = None
+    edited_image_column: Name | None = None
     """Column of the edited images. Default: likewise, edited_image."""
-    edit_prompt_column: str | None = None
+    edit_prompt_column: Name | None = None
     """Column of the edit instructions. Default: likewise, edit_prompt."""
 
     def idle(self, dataset: str) -> Iterator[str]:
@@ -108,13 +108,13 @@ class Dataset(Columns):
     """Which instruction of a list is taken; with `all`, each makes a sample of its own."""
     reverse_pairs: bool = False
     """Add each pair reversed, with the instruction that leads back."""
-    mask_column: str | None = None
+    mask_column: Name | None = None
     """Column of masks, which are cached beside the pictures: white or transparent where the edit is, and ip2p-train
     --edit_weight goes by them. auto takes that of a known dataset, else the only one with a name that says so. Default:
     no masks."""
-    inverse_prompt_column: str | None = None
+    inverse_prompt_column: Name | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
-    keep_columns: tuple[str, ...] = ()
+    keep_columns: tuple[Name, ...] = ()
     """Columns of numbers, booleans or text that the table of samples keeps, for `ip2p-train --keep`. No picture is read
     for them, so they can be added to a finished cache."""
     max_train_samples: Count | None = None

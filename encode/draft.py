@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .base.errors import CacheError, CacheMismatch
+from .base.files import IRREPLACEABLE
 from .base.flags import dump
 from .cache.commits import unit_of
 from .cache.format import CONVENTION, FORMAT, Cache, differences, joined_views, shard_rows, view_names
@@ -48,7 +49,7 @@ class Draft:
         """Whether the very same encode was here before and left nothing to do."""
         if not (self.old and self.known):
             return False
-        state = {name: self.old.manifest[name] for name in ("counts", "files")}
+        state = {name: self.old.manifest[name] for name in ("counts", "files", "kept") if name in self.old.manifest}
         again = config.run.retry_quarantined or config.run.on_error == "fail"
         left = {"pending", "quarantined"} if again else {"pending"}
         if self.old.manifest != self.manifest | state or left & state["counts"].keys():
@@ -131,8 +132,8 @@ def open_existing(folder: Path) -> Cache | None:
     """The cache as it is, None where none is yet; a `CacheError` if its manifest is gone or it is something else."""
     if (folder / "manifest.json").is_file():
         return Cache.open(folder)
-    if any((folder / "commits").glob("*.json")):
-        raise CacheError(f"{folder}/manifest.json is missing: restore it, or delete {folder} to encode anew")
+    if Cache(folder, {}).units():
+        raise CacheError(f"{folder}/manifest.json is missing: {IRREPLACEABLE}")
     own = (
         "commits",
         "data.zarr",

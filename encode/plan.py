@@ -4,7 +4,9 @@ import dataclasses
 import math
 import os
 import re
+import shlex
 import shutil
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,12 @@ import pyarrow as pa
 
 from .base.console import say
 from .base.errors import CacheError, SourceError
+from .base.files import file_record
 from .cache.commits import pc
-from .cache.format import SAMPLES, chunk_rows
+from .cache.format import SAMPLES, Cache, chunk_rows
 from .cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
 from .cache.shapes import RowShapes
+from .cache.tables import SAMPLES_FILE, is_sealed
 from .config import NO_FLIP, EncodeConfig
 from .draft import Draft
 from .index import Index
@@ -74,11 +78,12 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
     """
     old, manifest = draft.old, draft.manifest
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
-    before: Any = old.samples() if old and old.is_sound() else None
+    before: Any = known_samples(old, config.dataset.keep_columns) if old else None
     samples = index.read() if index else before
     if index and before:
         samples = carry(before, samples)
-        if lacks := set(samples.column_names) - {*SAMPLES.names, *config.dataset.keep_columns}:
+        lacks = set(samples.column_names) - {*SAMPLES.names, *config.dataset.keep_columns}
+        if lacks and not pc.all(pc.is_in(samples["key"], before["key"].combine_chunks())).as_py():
             say(f"new samples have nothing in {', '.join(sorted(lacks))}: --keep_columns gives it to them")
     null = pa.repeat(text_key(NULL_PROMPT), len(samples))  # which stands for all where instructions are kept alone
     texts = text_keys(samples) if config.run.cache_text else null
@@ -90,6 +95,22 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
         why = f"{aside[0]['reason']} (--on_error quarantine would go on without it)"
         raise SourceError(f"sample {aside[0]['key']}: {why}")
     return Plan(manifest, draft.shapes, samples, ledger)
+
+
+def known_samples(old: Cache, given: Collection[str]) -> pa.Table | None:
+    """The table of a cache as its last encode wrote it, even if that was killed before it wrote the manifest.
+
+    None where it is damaged; which columns are lost with it, beyond those that are `given` anew, is said.
+    """
+    file, manifest = old.folder / SAMPLES_FILE, old.manifest
+    if is_sealed(file) or (file.is_file() and file_record(file) == manifest["files"].get(SAMPLES_FILE)):
+        return old.samples()
+    flag = manifest["settings"].get("keep_columns", [])  # what is known where the manifest is of an earlier version
+    kept = manifest.get("kept", [flag] if isinstance(flag, str) else flag)
+    if lost := [name for name in kept if name not in given]:
+        mend = f"--keep_columns {shlex.join([*lost, *given])} takes it from the dataset again"
+        say(f"{file} is missing or damaged, and so is what it kept in {', '.join(lost)}: {mend}")
+    return None
 
 
 def carry(old: pa.Table, new: pa.Table) -> pa.Table:

@@ -49,15 +49,17 @@ def encode(config: EncodeConfig) -> None:
     say(*of_shapes(geometry, checkpoint.vae_scale_factor, halvings=2 if checkpoint.is_sdxl else 3))
     with exclusive(config.cache) if main else nullcontext() as lock:
         draft = begin(config, source, checkpoint, state.num_processes) if main else None
+        left = bool(draft) and not draft.is_finished(config)
+        kept = source.kept() if left and config.dataset.keep_columns else {}  # before hours of reading pictures
         (index,) = broadcast_object_list([draft and draft.index(config)])  # what the first process finds
         if index:
             index.make(source, workers(config), state.process_index, state.num_processes)
             state.wait_for_everyone()
         if draft and lock:
-            if not draft.is_finished(config):
+            if left:
                 plan = make_plan(config, draft, index)
                 plan.announce(config)
-                samples = source.with_kept(plan.samples) if config.dataset.keep_columns else plan.samples
+                samples = source.with_kept(plan.samples, kept) if kept else plan.samples
                 prepare(config.cache, plan.shapes, samples, plan.ledger)
                 write_state(config.cache, plan.manifest, samples, plan.ledger.commits)
             shutil.rmtree(config.cache / FOLDER, ignore_errors=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..encode.base.errors import SettingsError
-from ..encode.base.flags import Count, idle
+from ..encode.base.flags import Count, Name, idle
 from ..encode.config import Columns
 from .editing import Editing, Loading
 
@@ -127,9 +127,9 @@ class Scoring:
     curve: bool = False
     """Score at image guidance 1.0, 1.2 … 2.2 instead of one scale, and draw the paper's curve, all models in
     one plot: what keeps to the input picture against what follows the edit."""
-    original_caption_column: str | None = None
+    original_caption_column: Name | None = None
     """Column with captions of the originals; default: original_prompt, or like it, if there is any."""
-    edited_caption_column: str | None = None
+    edited_caption_column: Name | None = None
     """Column with captions of the edited pictures; default: edited_prompt, or like it, if there is any."""
     clip_model: str = "openai/clip-vit-base-patch32"
     """CLIP's folder or Hub id. This is MagicBrush's; the paper's curve is of openai/clip-vit-large-patch14."""

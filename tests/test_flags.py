@@ -11,6 +11,7 @@ import yaml
 from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import build, dump, flags_of, parse
 from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
+from ip2p.infer.config import EvaluateConfig, InferConfig
 from ip2p.train.config import TrainConfig, refused
 
 BOTH, ENCODE, TRAIN = ("encode", "train"), ("encode",), ("train",)
@@ -200,3 +201,21 @@ def test_a_wrong_switch_is_answered_as_any_other_flag(flag: str, answer: str) ->
     """With the right one, or with the command that takes it; what is no switch cannot be switched off."""
     with pytest.raises(SettingsError, match=f"^{re.escape(answer)}$"):
         read("train", flag.strip("-"), None)
+
+
+@pytest.mark.parametrize(
+    ("config", "flag"),
+    [
+        (config, flag)
+        for config in (EncodeConfig, InferConfig, EvaluateConfig)
+        for flag in flags_of(config)
+        if flag.endswith(("_column", "_columns"))
+    ],
+)
+def test_a_column_without_a_name_is_refused(config: type, flag: str) -> None:
+    """As an unset variable of a shell gives it; among others, too."""
+    values = ["a", ""] if flag.endswith("s") else [""]
+    with pytest.raises(SettingsError, match=f"^--{flag} '': expected a name"):
+        parse(config, [f"--{flag}", *values], "ip2p-x")
+    with pytest.raises(SettingsError, match=r"^give "):  # what is missing beside it
+        parse(config, [f"--{flag}", "a"], "ip2p-x")

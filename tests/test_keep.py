@@ -2,8 +2,12 @@
 
 import json
 import re
+import shlex
+import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -11,11 +15,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import fakes
 import tiny
 from forms import PAIRS, Flags, Kind, csv_file, metadata_jsonl, opened, parquet, seeds, shards, stream
+from ip2p.encode import run
 from ip2p.encode.base.errors import SettingsError, SourceError
+from ip2p.encode.base.files import read_record, write_record
+from ip2p.encode.cache import writer
 from ip2p.encode.cache.format import SAMPLES, Cache
+from ip2p.encode.cache.keep import kinds as keep_kinds
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cache.samples import with_columns
+from ip2p.encode.cache.tables import write_samples
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.keeper.__main__ import main as keeper
@@ -100,6 +111,98 @@ def test_columns_grow_with_the_dataset_and_outlast_a_repair(sd: Path, tmp_path: 
     assert verify(tmp_path / "cache") == []
 
 
+def lose(cache: Path, path: str) -> None:
+    """A file is gone."""
+    (cache / path).unlink()
+
+
+def lose_and_repair(cache: Path, path: str) -> None:
+    """A file is gone, and `ip2p-cache verify --repair` has seen to what is left."""
+    lose(cache, path)
+    repair(cache, verify(cache))
+
+
+def be_killed(cache: Path, path: str) -> None:
+    """The table is of an encode that was killed before it could write the manifest, and then repaired."""
+    opened = Cache.open(cache)
+    write_samples(cache / path, with_columns(opened.samples(), reason=["later"] * 10))
+    repair(cache, verify(cache))
+
+
+@pytest.mark.parametrize(
+    ("happens", "path"),
+    [
+        (lose, "units.parquet"),
+        (lose_and_repair, "units.parquet"),
+        (lose, "data.zarr/zarr.json"),
+        (be_killed, "samples.parquet"),
+    ],
+)
+def test_columns_stay_whatever_small_file_differs_while_their_table_is_whole(
+    happens: Callable[[Path, str], None],
+    path: str,
+    sd: Path,
+    kept: Path,
+    tmp_path: Path,
+    encode: Encode,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The next encode need not name them; it mends the cache, and says of no sample that it is new."""
+    cache = Path(shutil.copytree(kept, tmp_path / "cache"))
+    happens(cache, path)
+    encode(sd, kept.parent / "data", cache)
+    assert str(columns_of(cache)) == str(columns_of(kept))  # since NaN equals nothing
+    assert verify(cache) == []
+    assert "nothing in" not in capsys.readouterr().out
+
+
+def test_columns_outlast_an_encode_that_dies_while_the_cache_grows(
+    sd: Path, tmp_path: Path, encode: Encode, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the table and the manifest; neither that encode nor the next one named them."""
+    encode(sd, scored(tmp_path / "data", 4), tmp_path / "cache", keep_columns=["source"])
+    grown = scored(tmp_path / "grown")
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_record", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encode(sd, grown, tmp_path / "cache")
+    encode(sd, grown, tmp_path / "cache")
+    assert columns_of(tmp_path / "cache") == {"source": [*SOURCES[:4], *[None] * 6]}
+    assert verify(tmp_path / "cache") == []
+    assert "new samples have nothing in source: --keep_columns gives it to them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "of an earlier version"])
+def test_columns_that_a_damaged_table_takes_along_are_said_with_what_gives_them_back(
+    damage: str, sd: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them, whichever encode kept them; names with spaces come in quotes."""
+    columns: Any = {"a score": SCORES}
+    data, cache = scored(tmp_path / "data", **columns), tmp_path / "cache"
+    names = ["source"] if damage == "of an earlier version" else ["source", "a score"]
+    encode(sd, data, cache, keep_columns=names)
+    before = columns_of(cache)
+    if damage == "of an earlier version":  # its manifest names them in the settings alone
+        manifest = read_record(cache / "manifest.json")
+        del manifest["kept"]
+        write_record(cache / "manifest.json", manifest)
+    else:
+        encode(sd, data, cache)  # whose settings name none
+    content = bytearray((cache / "samples.parquet").read_bytes())
+    content[content.rindex(b"source")] ^= 1  # in the footer, where only a name changes
+    (cache / "samples.parquet").unlink() if damage == "delete" else (cache / "samples.parquet").write_bytes(content)
+    capsys.readouterr()
+    encode(sd, data, cache)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "samples.parquet" in line)
+    assert said.startswith(f"{cache / 'samples.parquet'} is missing or damaged, and so is what it kept in ")
+    command = said.partition("--keep_columns ")[2].removesuffix(" takes it from the dataset again")
+    assert shlex.split(command) == names
+    assert columns_of(cache) == {}
+    encode(sd, data, cache, keep_columns=shlex.split(command))
+    assert str(columns_of(cache)) == str(before)
+    assert verify(cache) == []
+
+
 @pytest.mark.parametrize(
     "kind", [parquet, stream, csv_file, metadata_jsonl, shards, seeds], ids=lambda kind: kind.__name__
 )
@@ -109,7 +212,7 @@ def test_every_kind_of_dataset_gives_its_columns(kind: Kind, tmp_path: Path) -> 
     source = opened(form)
     name = source.columns[2]
     keeping = opened(form, keep_columns=(name,))
-    samples = keeping.with_kept(pa.table({"position": [5, 0, 8]}))
+    samples = keeping.with_kept(pa.table({"position": [5, 0, 8]}), keeping.kept())
     assert samples[name].to_pylist() == [PAIRS[n].instruction for n in (5, 0, 8)]
     assert (keeping.columns, keeping[3]) == (source.columns, source[3])
     assert keeping.fingerprint() == source.fingerprint() or kind is stream
@@ -126,7 +229,7 @@ def test_each_sample_of_a_row_has_the_values_of_the_row(tmp_path: Path) -> None:
     datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "pairs.parquet")
     every: Flags = {"dataset_name": tmp_path / "pairs.parquet", "prompt_choice": "all"}
     source = opened(every, keep_columns=("score",))
-    samples = source.with_kept(pa.table({"position": [0, 1, 2, 3, 4]}))
+    samples = source.with_kept(pa.table({"position": [0, 1, 2, 3, 4]}), source.kept())
     assert samples["score"].to_pylist() == [1.0, 1.0, 2.0, 3.0, 3.0]
     assert [source[n].instruction for n in range(5)] == list("abcde")
 
@@ -134,22 +237,39 @@ def test_each_sample_of_a_row_has_the_values_of_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([[1.0]] * 9, "column c of .* holds list<.*: double>; expected numbers, booleans or text"),
-        ([{"a": 1}] * 9, "holds struct<.*; expected numbers, booleans or text"),
-        ([1, "a"] + [1] * 7, "expected numbers, booleans or text"),
-        ([None] * 9, "holds null"),
+        ([None, [1.0]] + [[2.0]] * 7, r"row 1 of .* \(the first is 0\) holds \[1\.0\]"),
+        ([{"a": "\ud800"}] * 9, r"row 0 of .* holds \{'a': '\\ud800'\}"),
+        ([1, 1, "a"] + [1] * 6, "row 2 of .* holds 'a'"),
+        ([True, 2] + [True] * 7, "row 1 of .* holds 2"),
+        ([1] * 8 + [2**63], "row 8 of .* holds 9223372036854775808"),
+        ([10**400] * 9, "row 0 of .* holds 10+"),
+        ([datetime(2024, 1, 1)] * 9, "row 0 of .* holds datetime.*"),
     ],
-    ids=["lists", "objects", "mixed", "nothing"],
+    ids=["lists", "objects", "mixed", "truth and numbers", "large", "huge", "dates"],
 )
-def test_a_column_that_cannot_be_kept_is_refused(values: list, said: str, tmp_path: Path) -> None:
-    """Before any picture is read, by its name and with what it holds."""
-    form = metadata_jsonl(tmp_path / "data", PAIRS[:9])
-    file = next((tmp_path / "data").glob("metadata.jsonl"))
-    rows = map(json.loads, file.read_text().splitlines())
-    file.write_text("\n".join(json.dumps(row | {"c": value}) for row, value in zip(rows, values, strict=True)))
-    with pytest.raises(SourceError, match=said) as caught:
-        opened(form, keep_columns=("c",)).with_kept(pa.table({"position": [0]}))
+def test_a_column_that_cannot_be_kept_is_refused(
+    values: list, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any picture is read, by its name, with the first row that cannot be, and what mends it."""
+    fakes.install(monkeypatch, fakes.Pairs(), 4)
+    source = opened(parquet(tmp_path / "data", PAIRS[:9]), keep_columns=("edit_prompt",))
+    monkeypatch.setattr(source._rows, "texts", lambda role: values)
+    monkeypatch.setattr(run, "open_pairs", lambda *_: source)
+    monkeypatch.setattr(Pairs, "__getitem__", lambda *_: pytest.fail("a picture was read"))
+    with pytest.raises(
+        SourceError, match=f"--keep_columns .*: {said}; expected numbers, booleans or text.*: leave it out"
+    ) as caught:
+        fakes.encode(tmp_path / "cache", keep_columns=("edit_prompt",))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_column_without_any_value_is_kept(tmp_path: Path) -> None:
+    """It might be given some later; until then no condition on it is true."""
+    source = opened({"dataset_name": scored(tmp_path / "data", score=[None] * 10)}, keep_columns=("score",))
+    samples = source.with_kept(pa.table({"position": [0, 3]}), source.kept())
+    assert samples["score"].to_pylist() == [None, None]
+    assert keep_kinds(samples.schema)["score"] == "number"
 
 
 @pytest.mark.parametrize(
@@ -260,3 +380,14 @@ def test_a_run_trains_on_what_is_kept_and_its_card_says_so(
         main(flags(sd, kept, tmp_path / "other", keep="scor > 7", max_train_steps=1))
     assert stopped.value.code == 2
     assert "no column scor, but" in capsys.readouterr().err
+
+
+def test_info_tells_truth_from_numbers(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As whoever writes a condition wants to know; conditions take it for a number."""
+    cache = Cache.open(Path(shutil.copytree(kept, tmp_path / "cache")))
+    samples = cache.samples().append_column("good", [[True, False, None, True, *[False] * 6]])
+    write_state(cache.folder, cache.manifest, samples, cache.commits())
+    keeper(["info", str(cache.folder), "--keep", "good = 1"])
+    told = capsys.readouterr().out
+    assert "columns   score (number), source (text), good (boolean)\n" in told
+    assert "--keep    2 of 10 samples: good = 1\n" in told

@@ -172,6 +172,17 @@ def test_weights_that_make_no_sense_are_refused(weights: tuple[float, ...]) -> N
         config(2, *weights)
 
 
+@pytest.mark.parametrize("again", ["a", "a/", "b/../a", "link", "s3://bucket/a/"])
+def test_a_cache_that_is_named_twice_is_refused(again: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever name: each of its samples would be trained on twice in an epoch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(SettingsError, match=f"--cache names {again} a second time: .*--cache_weights"):
+        train_config(cache=("a", "b", "s3://bucket/a", again))
+    train_config(cache=("a", "b", "s3://bucket/a", "s3://bucket/b"))
+
+
 RECORDED = {  # of 1,000 positions at commit 005a64b, by seed 7 and by one of more than 32 bits
     "one cache": ("74d2b6a8078f44a6", "ddf8303667c5adce"),
     "two caches": ("fcc19f90c6a29ceb", "359398037da69678"),

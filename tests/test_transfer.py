@@ -1,5 +1,6 @@
 """Tests of push and pull: a copy is whole or is no cache, over folders, memory and the S3 protocol."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,10 +135,28 @@ def test_a_copy_whose_bits_turned_is_mended_by_copying_again(cache: Path, tmp_pa
     assert contents(target) == contents(cache)
 
 
-def test_a_lost_manifest_comes_back_with_a_copy(cache: Path, tmp_path: Path) -> None:
-    """A cache that lost its manifest is completed from its copy; nothing else is transferred."""
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_lost_manifest_comes_back_with_a_copy(
+    how: str, sd: Path, data: Path, cache: Path, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As each command advises that meets such a cache, and nothing else does; nothing else is transferred."""
     headless = Path(shutil.copytree(cache, tmp_path / "cache"))
-    (headless / "manifest.json").unlink()
+    manifest = headless / "manifest.json"
+    content = manifest.read_text()
+    manifest.unlink() if how == "missing" else manifest.write_text(
+        content.replace('"resolution": 16', '"resolution": 17')
+    )
+    capsys.readouterr()
+    for command in (
+        lambda: encode(sd, data, headless, random_flip=True),
+        lambda: main(["verify", str(headless)]),
+        lambda: main(["verify", str(headless), "--repair"]),
+    ):
+        with pytest.raises(SystemExit):
+            command()
+        out, err = capsys.readouterr()
+        assert "`ip2p-cache pull` (or push) a copy over it, or delete the cache and encode anew" in out + err
+        assert not re.search("`ip2p-cache verify|run the same ip2p-encode", out + err)
     assert copy(Place(str(cache)), Place(str(headless))).files == 1
     assert contents(headless) == contents(cache)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from ip2p.encode.base.errors import CacheError
 from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, Unit
+from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
+from ip2p.encode.draft import open_existing
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.verify import repair, verify
 
@@ -141,6 +144,38 @@ def test_files_that_do_not_belong_are_named_and_never_deleted(name: str, copied:
     assert {path: (copied / path).stat().st_mtime_ns for path in files(copied) if path.count("/") > 1} == before
 
 
+STRAYS = "._images-v0-000000.json", "images-v0-000000 (copy).json", "text-0000000.json", "images-v00-000000.json"
+
+
+def test_strays_among_the_records_are_no_records(
+    copied: Path,
+    finished: Path,
+    tmp_path: Path,
+    encode_pairs: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whether they are broken or whole: each command passes over them, and no advice is given but to move them away."""
+    record = (copied / "commits" / "images-v0-000000.json").read_bytes()
+    for name, content in zip(STRAYS, [b"\0\5\x16\7", record, record, b"{}"], strict=True):
+        (copied / "commits" / name).write_bytes(content)
+    encode_pairs(copied)
+    assert Cache.open(copied).commits().keys() == Cache.open(finished).commits().keys()
+    main(["info", str(copied)])
+    main(["push", str(copied), f"file://{tmp_path / 'pushed'}"])
+    assert files(tmp_path / "pushed") == files(finished)
+    for flag in [], ["--repair"]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            main(["verify", str(copied), *flag])
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert lines == [f"{copied}/commits/{n}: is no part of the cache: move it away" for n in sorted(STRAYS)]
+        assert last == "4 findings"
+    (copied / "manifest.json").unlink()
+    for path in (copied / "commits").iterdir():
+        path.unlink() if path.name not in STRAYS else None
+    assert open_existing(copied) is None
+
+
 def test_a_shard_without_record_and_a_leftover_are_dropped(copied: Path) -> None:
     """What a killed process leaves is named and goes: temporary files, and shards that were never committed."""
     leftovers = ["commits/.text-000000.json.77", "data.zarr/text/c/0/0/0.ab12.partial", "data.zarr/text/c/9/0/0"]
@@ -253,6 +288,33 @@ def test_what_repair_drops_the_next_encode_makes_again(
     assert was.keys() == now.keys()
     assert all(np.array_equal(was[name], now[name], equal_nan=True) for name in was)
     assert Cache.open(copied).samples() == Cache.open(finished).samples()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shard_rows": {"images": 4, "text": 0}},
+        {"shard_rows": {"images": 7, "text": 4}},
+        {"vae_scale_factor": 8},
+        {"views": ["plain", "flip", "crop9"]},
+        {"masks": True},
+        {"files": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_contradicts_the_arrays_is_told(
+    wrong: dict[str, object], copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though its seal is right: before rows are read at wrong places, or latents taken for others."""
+    write_record(copied / "manifest.json", read_record(copied / "manifest.json") | wrong)
+    expected = "lists no files" if "files" in wrong else f"of {next(iter(wrong))}.*, and the arrays say .*: encode anew"
+    with pytest.raises(CacheError, match=f"manifest.json.* {expected}"):
+        Reader(Cache.open(copied))
+    with pytest.raises(SystemExit):
+        main(["verify", str(copied)])
+    out, err = capsys.readouterr()
+    assert re.search(f"manifest.json.* {expected}", out + err)
+    assert "--repair" not in out + err
 
 
 HOLD = (

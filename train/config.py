@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +56,10 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.cache:
             raise SettingsError("--cache: expected at least one cache folder")
+        places = [place.rstrip("/") if is_url(place) else os.path.realpath(place) for place in self.cache]
+        if twice := [place for n, place in enumerate(self.cache) if places[n] in places[:n]]:
+            mend = "leave it out; --cache_weights says which share of an epoch each cache has"
+            raise SettingsError(f"--cache names {twice[0]} a second time: {mend}")
         if self.window == 0:
             raise SettingsError("--window 0 leaves nothing to train on: expected GiB above 0")
         weights = self.cache_weights

@@ -14,6 +14,11 @@ import google_crc32c
 
 from .errors import CacheError, SettingsError
 
+IRREPLACEABLE = (
+    "no other file says how the cache was encoded: `ip2p-cache pull` (or push) a copy over it, or delete the cache "
+    "and encode anew"
+)
+"""What is said of a manifest that is lost."""
 UNFINISHED = re.compile(r"\..+\.\d+|.+\.partial")
 """Names of files that were being written when their process was killed: by `whole`, or by zarr-python."""
 
@@ -132,7 +137,8 @@ def write_record(path: Path, record: dict[str, Any], indent: int | None = 1) -> 
     """Write a JSON file that ends in its own checksum: the crc32c of its bytes with eight zeros in that place."""
     text = json.dumps(record | {"crc32c": "0" * 8}, indent=indent)
     with whole(path) as unfinished:
-        unfinished.write_bytes(_sealed(f"{text[:-1].rstrip()}\n}}".encode()))
+        content = f"{text[:-1].rstrip()}\n}}".encode()
+        unfinished.write_bytes(sealed(content, len(content) - 11))
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -146,13 +152,17 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def unseal(content: bytes, name: str) -> dict[str, Any]:
     """The record in the bytes of a file called `name`; a CacheError where its checksum is wrong."""
-    if content != _sealed(content):
-        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
+    if content != sealed(content, len(content) - 11):
+        mend = "`ip2p-cache verify` says what is affected and mends it"
+        if name.endswith("manifest.json"):
+            mend = IRREPLACEABLE
+        raise CacheError(f"{name} is damaged (wrong checksum): {mend}")
     record = json.loads(content)
     del record["crc32c"]
     return record
 
 
-def _sealed(content: bytes) -> bytes:
-    head, tail = content[:-11], b'"\n}'
+def sealed(content: bytes, at: int) -> bytes:
+    """Content whose eight digits from `at` on are the crc32c of all of it with zeros in their place."""
+    head, tail = content[:at], content[at + 8 :]
     return head + b"%08x" % google_crc32c.value(head + b"0" * 8 + tail) + tail

@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 
 
 class AtLeast(NamedTuple):
-    """Metadata of a number's type: the smallest that makes sense."""
+    """Metadata of a type: the smallest number that makes sense, or the fewest letters of a text."""
 
     least: int
 
@@ -26,6 +26,7 @@ class AtLeast(NamedTuple):
 Count = Annotated[int, AtLeast(1)]
 Whole = Annotated[int, AtLeast(0)]
 Amount = Annotated[float, AtLeast(0)]
+Name = Annotated[str, AtLeast(1)]
 NUMBERS = {int: "a whole number", float: "a number"}
 SECRET = {"secret": True}
 """Metadata of a field that is written nowhere."""
@@ -188,7 +189,7 @@ def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[st
 
 
 def _check_values(name: str, hint: Any, values: list[str]) -> None:
-    """Look at how many there are, at choices and at numbers; paths and text can be anything here."""
+    """Look at how many there are, at choices, numbers and names; paths and other text can be anything."""
     if get_origin(hint) is not tuple and len(values) != 1:
         found = f" {' '.join(values)}" if values else ""
         raise SettingsError(f"--{name}{found}: expected one value" + (", in quotes if it has spaces" if found else ""))
@@ -199,11 +200,13 @@ def _check_values(name: str, hint: Any, values: list[str]) -> None:
             near = did_you_mean(value, choices)
             raise SettingsError(f"--{name} {value}: expected one of {', '.join(choices)}{near}")
         for kind in kinds:
-            _check_number(name, kind, value)
+            _check_limit(name, kind, value)
 
 
-def _check_number(name: str, kind: Any, value: str) -> None:
+def _check_limit(name: str, kind: Any, value: str) -> None:
     number, limit = get_args(kind) if get_origin(kind) is Annotated else (kind, None)
+    if number is str and limit and not value:
+        raise SettingsError(f"--{name} '': expected a name; leave the flag out if there is none")
     if number not in NUMBERS:
         return
     try:

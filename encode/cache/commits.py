@@ -6,7 +6,7 @@ images of one view (`original`, `edited`, maybe `mask`) and the texts (`text`, `
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,8 @@ def unit_of(path: str) -> Unit | None:
     match path.split("/"):
         case ["commits", name] if record := RECORD.fullmatch(name):
             view, shard = record.groups()
-            return Unit("text" if view is None else "images", int(shard), int(view or 0))
+            unit = Unit("text" if view is None else "images", int(shard), int(view or 0))
+            return unit if name == f"{unit.name}.json" else None
         case ["data.zarr", "original" | "edited" | "mask", "c", shard, view, *_] if (
             shard.isdecimal() and view.isdecimal()
         ):
@@ -54,8 +55,10 @@ def unit_of(path: str) -> Unit | None:
     return None
 
 
-def inside(files: Collection[str], name: object) -> None:
+def inside(files: Mapping[str, Any], name: object) -> None:
     """Make sure that all `files` that something called `name` lists are such as a cache has; else a `CacheError`."""
+    if not isinstance(files, Mapping):  # whatever JSON can hold
+        raise CacheError(f"{name} lists no files: do not trust what wrote it")
     if strange := next((path for path in files if not LISTED.fullmatch(path)), None):
         raise CacheError(f"{name} names {strange!r}, which is no file of a cache: do not trust what wrote it")
 

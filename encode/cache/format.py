@@ -165,14 +165,14 @@ class Cache:
     def commits(self) -> dict[Unit, Commit]:
         """All commit records, each checked against its own checksum; a `CacheError` where that differs."""
         found = {}
-        for path in sorted((self.folder / "commits").glob("*.json")):
-            record = read_record(path)
+        for unit in sorted(self.units()):
+            record = read_record(path := self.folder / "commits" / f"{unit.name}.json")
             found[Unit(record["kind"], record["shard"], record["view"])] = Commit.of(record, path)
         return found
 
     def units(self) -> list[Unit]:
-        """The units that have a record, by its name alone."""
-        return [unit for path in (self.folder / "commits").iterdir() if (unit := unit_of(f"commits/{path.name}"))]
+        """The units that have a record, by its name alone; whatever else lies there is none."""
+        return [unit for path in (self.folder / "commits").glob("*") if (unit := unit_of(f"commits/{path.name}"))]
 
     def shards(self) -> dict[str, Record]:
         """Size and checksum of each finished shard by its path: from `units.parquet`, in format 1 from the records."""

@@ -19,6 +19,7 @@ from .commits import Unit, unit_of
 from .format import ARRAYS, Cache, Record, wrong_size
 from .mapped import MappedArray, Shard
 from .remote import RemoteCache
+from .shapes import misfit
 from .window import GIB, Window
 
 VIEWS = 2**16  # more than there are of a pair
@@ -36,11 +37,14 @@ class Reader:
             what a run reads at once of any. Without it, all of it.
 
     Raises:
-        CacheError: a shard file is missing or has another size than its record says.
+        CacheError: a shard file is missing or has another size than its record says; a manifest contradicts the arrays.
         CacheMismatch: masks are asked for, and one cache has some, another none.
     """
 
     def __init__(self, *caches: Cache, masks: bool = False, window: float | None = None):
+        for cache, why in zip(caches, map(misfit, caches), strict=True):
+            if why:
+                raise CacheError(f"{cache.name}/manifest.json: {why}")
         have = {bool(cache.manifest.get("masks")): cache.folder for cache in caches}
         if masks and len(have) > 1:
             mend = "leave out --edit_weight, or encode both alike, each into a new --cache"

@@ -1,11 +1,12 @@
 """What a row of each array holds, and latents of several shapes in rows of one."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .format import Cache, Record
+from .format import ARRAYS, Cache, Record
 
 Cells = TypeVar("Cells", bound=Any)  # an array of numpy or a tensor
 RowShapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -23,6 +24,21 @@ def row_shapes(
         {"mask": (1, *cells)} if masks else {}
     )
     return {"images": images, "text": {"text": (tokens, width)} | ({"pooled": (pooled,)} if pooled else {})}
+
+
+def misfit(cache: Cache) -> str | None:
+    """What the manifest of a cache says otherwise than its arrays, as no encode writes it; None where they agree."""
+    arrays, manifest = {kind: cache.arrays(kind) for kind in ARRAYS}, cache.manifest
+    views, _, *cells = arrays["images"]["original"].shape[1:]
+    said = {"views": len(cache.views), "masks": bool(manifest.get("masks")), "vae_scale_factor": cache.factor}
+    side = math.isqrt(math.prod(cells))  # of the square, which has the most cells of several shapes
+    found = {"views": views, "masks": "mask" in arrays["images"]}
+    found |= {"vae_scale_factor": manifest["encoding"]["resolution"] // side}
+    for kind, those in arrays.items():
+        said |= {f"shard_rows of {name}": cache.shard_rows[kind] for name in those}
+        found |= {f"shard_rows of {name}": (array.shards or array.chunks)[0] for name, array in those.items()}
+    other = next((name for name in said if said[name] != found[name]), None)
+    return other and f"says {said[other]} of {other}, and the arrays say {found[other]}: encode anew"
 
 
 def shaped(cells: Cells, height: int, width: int) -> Cells:

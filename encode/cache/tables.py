@@ -7,18 +7,31 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..base.files import whole
+from ..base.files import sealed, whole
 from .commits import DIGITS, Commit, inside
 
 SAMPLES_FILE, SHARDS_FILE = "samples.parquet", "units.parquet"
 KEYS = ("key", "pair")  # 16 bytes each on the disk
+SEAL = b"ip2p.crc32c"  # in the metadata of each file
 SHARDS = pa.schema([("path", pa.string()), ("bytes", pa.int64()), ("crc32c", pa.string())])
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file, complete or not at all; equal tables give equal bytes."""
+    """Write a Parquet file, complete or not at all, with a seal; equal tables give equal bytes."""
+    table = table.combine_chunks().replace_schema_metadata({SEAL: b"0" * 8})
     with whole(path) as unfinished:
-        pq.write_table(table.combine_chunks(), unfinished, compression="zstd")
+        pq.write_table(table, unfinished, compression="zstd")
+        unfinished.write_bytes(_sealed(unfinished.read_bytes()))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a Parquet file is there and, by its own seal, what was written."""
+    return path.is_file() and (content := path.read_bytes()) == _sealed(content)
+
+
+def _sealed(content: bytes) -> bytes:
+    mark = SEAL + b"\x18\x08"  # the next field of the footer: text of 8 bytes
+    return sealed(content, content.rfind(mark) + len(mark))
 
 
 def packed_keys(keys: pa.ChunkedArray) -> bytes:

@@ -1,20 +1,22 @@
 """The pairs of a dataset: what its rows give, and which of it cannot be used."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.types as types
 
-from ..base.errors import SourceError, explained
+from ..base.errors import SourceError
 from ..base.files import content_key, storable
 from .columns import EDITED, MASK, ORIGINAL, TEXT, VALUES, Rows
 
 KEPT = {types.is_boolean: pa.bool_(), types.is_integer: pa.int64(), types.is_floating: pa.float64()}
-KEPT |= {types.is_decimal: pa.float64(), types.is_string: pa.string()}
-"""What a column may be that is kept, and as what."""
+KEPT |= {types.is_decimal: pa.float64(), types.is_string: pa.string(), types.is_null: pa.float64()}
+"""What a column may be that is kept, and as what; one without any value might as well hold numbers."""
 
 
 class Pair(NamedTuple):
@@ -55,6 +57,15 @@ def texts_of(value: Any, *, every: bool = False) -> list[Any]:
     An empty list counts as one text that is missing, so that nothing vanishes.
     """
     return ((value if every else value[:1]) or [None]) if isinstance(value, list) else [value]
+
+
+def keepable(values: list[Any]) -> pa.Array | None:
+    """Values as they are kept; None where they cannot be."""
+    with contextlib.suppress(pa.ArrowException, OverflowError, UnicodeError):
+        found = pa.array(values)
+        kind = next((to for is_, to in KEPT.items() if is_(found.type)), None)
+        return found.cast(kind) if kind else None
+    return None
 
 
 class Pairs:
@@ -106,30 +117,31 @@ class Pairs:
         """The prompt that a sample belongs to, if that is not its instruction."""
         return self._rows.group(int(self._locate(index)[0]))
 
-    def with_kept(self, samples: pa.Table) -> pa.Table:
-        """A table of samples with the columns that are kept of their rows.
+    def kept(self) -> dict[str, pa.Array]:
+        """What all rows hold in the columns that are kept, by name; no image is read for it.
 
         Raises:
             SourceError: a column holds something else than numbers, booleans or text, or several of these.
         """
+        found = {}
+        for role, column in self._rows.columns.items():
+            if role.holds == VALUES:
+                values = [storable(value) if isinstance(value, str) else value for value in self._rows.texts(role)]
+                found[column] = keepable(values)
+                if found[column] is None:
+                    row = bisect_left(range(len(values)), True, key=lambda n: keepable(values[: n + 1]) is None)
+                    holds = f"row {row} of {self.name} (the first is 0) holds {values[row]!r:.60}"
+                    expected = f"expected {VALUES}, one of these in all rows, whole numbers of 64 bits"
+                    raise SourceError(f"--keep_columns {column}: {holds}; {expected}: leave it out, or mend the column")
+        return found
+
+    def with_kept(self, samples: pa.Table, kept: Mapping[str, pa.Array]) -> pa.Table:
+        """A table of samples with what `kept` has of their rows."""
         rows = self._locate(samples["position"].to_numpy())[0]
-        for name, values in self._kept():
+        for name, values in kept.items():
             samples = samples.drop_columns(name) if name in samples.column_names else samples
             samples = samples.append_column(name, values.take(pa.array(rows)))
         return samples
-
-    def _kept(self) -> Iterator[tuple[str, pa.Array]]:
-        """The columns that are kept, with what all rows hold there."""
-        for role, column in self._rows.columns.items():
-            if role.holds == VALUES:
-                what, expected = f"column {column} of {self.name}", f"; expected {VALUES}"
-                texts = [storable(text) if isinstance(text, str) else text for text in self._rows.texts(role)]
-                with explained(SourceError, what, pa.ArrowException, OverflowError, hint=expected):
-                    values = pa.array(texts)
-                    kind = next((to for is_, to in KEPT.items() if is_(values.type)), None)
-                    if kind is None:
-                        raise SourceError(f"{what} holds {values.type}{expected}")
-                    yield column, values.cast(kind)
 
     def fingerprint(self) -> str:
         """Changes whenever the data may have changed; found without reading the images."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pyarrow.types import is_boolean
+
 from ..base.files import folder_bytes
 from ..cache.format import SAMPLES, Cache
 from ..cache.keep import kept, kinds
@@ -26,7 +28,11 @@ def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, 
     groups = table.filter(table["status"].to_numpy() == "ok").group_by(["width", "height"])
     shapes = sorted(groups.aggregate([([], "count_all")]).to_pylist(), key=lambda shape: shape["width"])
     found["shapes"] = {"{width} x {height}".format_map(shape): shape["count_all"] for shape in shapes}
-    found["columns"] = {name: kind for name, kind in kinds(table.schema).items() if name not in SAMPLES.names}
+    beside = {name: kind for name, kind in kinds(table.schema).items() if name not in SAMPLES.names}
+    # A condition takes truth for a number, but whoever reads this wants to know which it is.
+    found["columns"] = {
+        name: "boolean" if is_boolean(table.field(name).type) else kind for name, kind in beside.items()
+    }
     found |= {part: cache.manifest[part] for part in PARTS}
     if keep is not None:
         found["kept"] = int((kept(cache, keep) & (table["status"].to_numpy() == "ok")).sum())

@@ -1,5 +1,6 @@
 """Copies a cache between any places that fsspec knows, file by file with its checksum, the manifest last."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
@@ -10,7 +11,7 @@ from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch
 from ..base.files import unseal
 from ..base.store import Place
-from ..cache.commits import inside
+from ..cache.commits import inside, unit_of
 from ..cache.format import differences
 
 T = TypeVar("T")
@@ -46,7 +47,9 @@ def copy(source: Place, target: Place) -> Copied:
         expected |= unseal(content, f"{source.url}/{path}")["files"]
     inside(expected, source.url)
     if "manifest.json" in found:
-        other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
+        content, other = target.read("manifest.json"), manifest
+        with contextlib.suppress(CacheError):  # damaged: it is replaced, as records are
+            other = unseal(content, "")
         if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
             raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
     _check_target(source, target, found, commits, expected)
@@ -95,7 +98,7 @@ def _check_target(source: Place, target: Place, found: Files, commits: Files, ex
 
 
 def _is_commit(path: str) -> bool:
-    return path.startswith("commits/") and path.endswith(".json")
+    return path.startswith("commits/") and unit_of(path) is not None
 
 
 def _checksum(content: bytes) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def verify(
     print("\n".join([*lines, *(f"dropped {name}" for name in dropped)] or [f"{cache} is sound"]))
     if findings:
         drops = f"`ip2p-cache verify {cache} --repair` drops what is torn"
-        print(f"{len(findings):,} findings: {'run the same ip2p-encode again' if repair else drops}")
+        mend = f": {'run the same ip2p-encode again' if repair else drops}"
+        print(f"{len(findings):,} findings{'' if findings[0].by_hand else mend}")  # those of strays stand last
     return int(bool(lines))
 
 

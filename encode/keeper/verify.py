@@ -13,10 +13,12 @@ import zarr
 
 from ..base.console import bar
 from ..base.errors import CacheError
-from ..base.files import UNFINISHED, file_record, read_record
+from ..base.files import IRREPLACEABLE, UNFINISHED, file_record, read_record
 from ..cache.commits import Commit, Unit, unit_of
 from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
+from ..cache.shapes import misfit
+from ..cache.tables import is_sealed
 from ..cache.writer import write_state
 from ..index import FOLDER
 
@@ -31,7 +33,8 @@ class Finding(NamedTuple):
     path: str  # inside the cache folder
     problem: str
     unit: Unit | None = None  # to be dropped as a whole
-    drop: bool = False  # this file alone
+    drop: bool = False  # this file alone; never a table that is whole by its own seal: it has the columns that are kept
+    by_hand: bool = False  # the problem says what mends it, and nothing else does
 
 
 def verify(folder: Path) -> list[Finding]:
@@ -48,11 +51,12 @@ def verify(folder: Path) -> list[Finding]:
         whole = False
     cache = Cache.open(folder) if whole or not any(map(unit_of, files)) else None  # `open` says where there is none
     if cache:
-        described = cache.manifest["files"].items()
-        problems = ((path, _difference(folder / path, expected)) for path, expected in described)
-        findings = [Finding(path, problem, drop=True) for path, problem in problems if problem]
+        problems = ((path, _difference(folder / path, file)) for path, file in cache.manifest["files"].items())
+        findings = [Finding(path, why, drop=not is_sealed(folder / path)) for path, why in problems if why]
     else:
-        findings = [Finding("manifest.json", "is missing or damaged: delete it and pull a copy, or encode anew")]
+        findings = [Finding("manifest.json", f"is missing or damaged: {IRREPLACEABLE}", by_hand=True)]
+    if cache and not findings and (why := misfit(cache)):
+        findings = [Finding("manifest.json", why, by_hand=True)]
     sound = cache if not findings else None
     records, damaged = _read_records(folder, files)
     known = {finding.unit for finding in damaged}
@@ -88,9 +92,7 @@ def repair(folder: Path, findings: Sequence[Finding]) -> list[str]:
 
 def _difference(file: Path, expected: Mapping[str, Any]) -> str | None:
     """How a file differs from the size and checksum that were recorded for it."""
-    if problem := wrong_size(file, expected):
-        return problem
-    return None if file_record(file) == expected else DAMAGED
+    return wrong_size(file, expected) or (None if file_record(file) == expected else DAMAGED)
 
 
 def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, Commit], list[Finding]]:
@@ -213,6 +215,6 @@ def _strays(files: Iterable[str], cache: Cache | None, records: Records, known: 
         if UNFINISHED.fullmatch(path.rpartition("/")[2]):
             yield Finding(path, "was left by a process that was killed", drop=True)
         elif unit is None or unit in records:
-            yield Finding(path, "is no part of the cache: move it away")
+            yield Finding(path, "is no part of the cache: move it away", by_hand=True)
         elif unit not in known:
             yield Finding(path, f"has no commit record (commits/{unit.name}.json)", unit)
