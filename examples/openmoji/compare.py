@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--encode", default="", help="flags to add to ip2p-encode's, in quotes")
     parser.add_argument("--train", action="append", help="flags to add to ip2p-train's; again for a further setting")
     parser.add_argument("--infer", default="", help="flags to add to ip2p-infer's")
-    parser.add_argument("--steps", type=int, default=500, help="of training, each time (default 500)")
+    parser.add_argument("--steps", type=int, default=300, help="of training, each time (default 300)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="two or more (default 0 1)")
     parser.add_argument("--output", type=Path, default=Path("build/compare"), help="folder for everything")
     args = parser.parse_args()
