@@ -203,6 +203,18 @@ def test_another_cache_is_never_overwritten(
     assert "holds otherwise" in refused(["pull", cache, grown], capsys)
 
 
+def test_a_damaged_manifest_is_replaced_by_a_push(cache: Path, tmp_path: Path) -> None:
+    """As whoever cannot read it is told to."""
+    place = tmp_path / "copy"
+    copy(Place(str(cache)), Place(str(place)))
+    manifest = place / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format"', b'"former"'))
+    with pytest.raises(CacheError, match=f"file://{manifest} is damaged .*: push it again from a whole copy"):
+        copy(Place(f"file://{place}"), Place(str(tmp_path / "back")))
+    assert copy(Place(str(cache)), Place(str(place))).files == 1
+    assert contents(place) == contents(cache)
+
+
 def test_a_folder_of_other_files_is_no_target(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """pull into a folder of something else would mix the two: it is refused."""
     (tmp_path / "letters").mkdir()

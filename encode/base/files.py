@@ -120,6 +120,12 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place) or (isinstance(place, Path) and bool(URL.match(str(place))))
 
 
+def whole_again(place: str) -> str:
+    """What to do about damage in a cache, by the name of one of its files."""
+    here = "`ip2p-cache verify` says what is affected and mends it"
+    return "push it again from a whole copy" if is_url(place) else here
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -157,7 +163,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def unseal(content: bytes, name: str) -> dict[str, Any]:
     """The record in the bytes of a file called `name`; a CacheError where its checksum is wrong."""
     if content != _sealed(content):
-        raise CacheError(f"{name} is damaged (wrong checksum): `ip2p-cache verify` says what is affected and mends it")
+        raise CacheError(f"{name} is damaged (wrong checksum): {whole_again(name)}")
     record = json.loads(content)
     del record["crc32c"]
     return record

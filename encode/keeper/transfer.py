@@ -8,7 +8,7 @@ import google_crc32c
 
 from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch
-from ..base.files import unseal
+from ..base.files import unseal, whole_again
 from ..base.store import Place
 from ..cache.commits import inside
 from ..cache.format import differences
@@ -45,10 +45,10 @@ def copy(source: Place, target: Place) -> Copied:
     for path, content in commits.items():
         expected |= unseal(content, f"{source.url}/{path}")["files"]
     inside(expected, source.url)
-    if "manifest.json" in found:
-        other = unseal(target.read("manifest.json"), f"{target.url}/manifest.json")
-        if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
-            raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
+    other = "manifest.json" in found and _unsealed(target.read("manifest.json"))
+    names = "at the target", "at the source"
+    if other and (lines := differences(other, manifest, ("identity", "encoding"), names)):
+        raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
     _check_target(source, target, found, commits, expected)
     expected |= {path: _checksum(content) for path, content in commits.items()}
 
@@ -58,7 +58,7 @@ def copy(source: Place, target: Place) -> Copied:
     def transfer(path: str) -> None:
         content = source.read(path)
         if _checksum(content) != expected[path]:
-            raise CacheError(f"{source.url}/{path} is damaged, or being written: look with `ip2p-cache verify`")
+            raise CacheError(f"{source.url}/{path} is damaged, or being written: {whole_again(source.url)}")
         target.write(path, content)
         if not is_there(path):
             raise CacheError(f"{target.url}/{path} arrived damaged: run the same command again")
@@ -82,16 +82,20 @@ def _check_target(source: Place, target: Place, found: Files, commits: Files, ex
     if not is_cache and (others := sorted(set(found) - set(expected) - {".lock", ""})):
         raise CacheError(f"{target.url} holds other files ({others[0]}, …): name an empty place")
     for path, content in _each(target.read, filter(_is_commit, found), "compare records").items():
-        if content == commits.get(path):
-            continue
-        try:
-            unseal(content, "")
-        except CacheError:  # damaged: it is replaced
+        if content == commits.get(path) or not _unsealed(content):
             continue
         raise CacheError(
             f"{target.url} holds {path}, which {source.url} {'holds otherwise' if path in commits else 'lacks'}: "
             "name an empty place, or copy the other way"
         )
+
+
+def _unsealed(content: bytes) -> Files | None:
+    """A record at the target; None where it is damaged, and is replaced."""
+    try:
+        return unseal(content, "")
+    except CacheError:
+        return None
 
 
 def _is_commit(path: str) -> bool:
