@@ -229,6 +229,14 @@ def test_a_folder_of_other_files_is_no_target(cache: Path, tmp_path: Path, capsy
         (["push", "nowhere", "memory://x"], "nowhere is not a cache"),
         (["pull", "memory://nowhere", "OUT"], "memory://nowhere is not a cache"),
         (["push", "CACHE"], "expected `ip2p-cache push CACHE URL`"),
+        (["pull", "CACHE", "memory://x"], "CACHE memory://x is a url, expected a folder of this machine"),
+        (
+            ["info", "s3://b/c"],
+            "CACHE s3://b/c is a url, expected a folder of this machine: `ip2p-cache pull` makes one",
+        ),
+        (["verify", "s3://b/c"], "CACHE s3://b/c is a url"),
+        (["preview", "s3://b/c"], "CACHE s3://b/c is a url"),
+        (["diff", "CACHE", "s3://b/c"], "B s3://b/c is a url"),
     ],
 )
 def test_wrong_places_are_answered_in_a_line(
