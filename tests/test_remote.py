@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import shelf
 import tiny
@@ -25,7 +26,7 @@ from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.remote import RemoteCache, open_caches
 from ip2p.encode.cache.tables import SHARDS_FILE
-from ip2p.encode.cache.window import GIB
+from ip2p.encode.cache.window import GIB, at_least
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.keeper.transfer import copy
 from ip2p.train.__main__ import main
@@ -225,6 +226,25 @@ def test_training_from_a_store_ends_with_the_same_weights_and_goes_on(
     assert_same(states(tmp_path / "local/checkpoint-7"), states(tmp_path / "far/checkpoint-7"))
 
 
+def test_a_window_that_is_too_small_is_told_what_is_enough(
+    store: shelf.Shelf, sd: Path, shaped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a model is loaded: two shards with their texts, of which half is for the next epoch. That does train."""
+    far: Any = URL
+    how: dict[str, Any] = {"max_train_steps": 4, "window_dir": tmp_path / "windows"}
+    with pytest.raises(SystemExit):
+        main(flags(sd, far, tmp_path / "out", window=1e-6, **how))
+    told = r"--window 1e-06: two shards of s3://shelf/caches/one must fit in, with their texts: give at least --window "
+    (least,) = re.findall(rf"{told}(\S+)$", capsys.readouterr().err, re.MULTILINE)
+    reader = Reader(Cache.open(shaped), window=0.99 * float(least))
+    with pytest.raises(SettingsError, match=f"at least --window {least}$"):
+        sweep_over(reader, Samples.of_all(reader, None))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(flags(sd, far, tmp_path / "out", window=least, **how))
+    assert "is gone through with 1 of 15 shards at a time" in capsys.readouterr().out
+    assert [at_least(GIB * size) for size in (1.001, 12.34, 0.010411, 999.5)] == ["1.01", "12.4", "0.0105", "1000"]
+
+
 @pytest.mark.parametrize("fault", ["error", "cut", "wrong"])
 def test_a_manifest_that_never_arrives_is_named(fault: str, store: shelf.Shelf, tmp_path: Path) -> None:
     """With what to do about it where the cache lies; no verb of this machine mends it."""
@@ -332,7 +352,7 @@ def test_no_path_of_a_store_leads_out_of_the_folder(
 def test_caches_that_cannot_be_read_from_a_store_are_told_in_a_sentence(
     store: shelf.Shelf, shaped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None there; no list of shards; no room on the disk; a window for less than a shard; one that others wrote."""
+    """None there; no list of shards; no room on the disk."""
     with pytest.raises(CacheError, match="s3://shelf/nowhere is not a cache"):
         RemoteCache("s3://shelf/nowhere", tmp_path)
     with pytest.raises(CacheError, match="s4://x: Protocol not known"):
@@ -342,9 +362,6 @@ def test_caches_that_cannot_be_read_from_a_store_are_told_in_a_sentence(
     store.put("first/manifest.json", (tmp_path / "first.json").read_bytes())
     with pytest.raises(CacheError, match=r"first has no units\.parquet, which caches of format 1 lack: pull it"):
         RemoteCache("s3://shelf/first", tmp_path)
-    reader = Reader(RemoteCache(URL, tmp_path), window=room(shaped, 0.01))
-    with pytest.raises(SettingsError, match=r"--window \S+: of s3://shelf/caches/one one shard needs 0\.00, give more"):
-        sweep_over(reader, Samples.of_all(reader, None))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
     with pytest.raises(SettingsError, match=r"takes 0\.0 GiB more in .*, where 0\.0 are free: give a smaller --window"):

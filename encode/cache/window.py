@@ -24,6 +24,13 @@ GIB = 2**30
 THREADS = 8  # files on their way
 
 
+def at_least(size: float) -> str:
+    """Bytes in GiB, rounded up in the third digit, so that they are enough."""
+    gib = size / GIB
+    step = 10.0 ** (math.floor(math.log10(gib)) - 2)
+    return f"{math.ceil(gib / step) * step:g}"
+
+
 class Window:
     """The units of a cache that are here, `budget` bytes at most.
 
@@ -117,8 +124,9 @@ class Window:
                 while not self._ask(unit, -1, units):
                     busy = {future for future in self._here.values() if future and not future.done()}
                     if not busy:
-                        needed = sum(map(self.sizes.__getitem__, units)) / GIB
-                        raise CacheError(f"{self.cache.name}: {needed:.2f} GiB are needed at once, give more --window")
+                        needed = at_least(sum(map(self.sizes.__getitem__, units)))
+                        there = f"its share of --window is {self.budget / GIB:.3g}: give more"
+                        raise CacheError(f"{self.cache.name}: {needed} GiB are needed at once, {there}")
                     wait(busy, return_when=FIRST_COMPLETED)
             for unit in units:
                 if future := self._here[unit]:
