@@ -1,5 +1,6 @@
 """Copies a cache between any places that fsspec knows, file by file with its checksum, the manifest last."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple, TypeVar
@@ -45,10 +46,12 @@ def copy(source: Place, target: Place) -> Copied:
     for path, content in commits.items():
         expected |= unseal(content, f"{source.url}/{path}")["files"]
     inside(expected, source.url)
-    other = "manifest.json" in found and _unsealed(target.read("manifest.json"))
-    names = "at the target", "at the source"
-    if other and (lines := differences(other, manifest, ("identity", "encoding"), names)):
-        raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
+    if "manifest.json" in found:
+        content, other = target.read("manifest.json"), manifest
+        with contextlib.suppress(CacheError):  # damaged: it is replaced, as records are
+            other = unseal(content, "")
+        if lines := differences(other, manifest, ("identity", "encoding"), ("at the target", "at the source")):
+            raise CacheMismatch("\n".join([f"{target.url} holds another cache: name an empty place", *lines]))
     _check_target(source, target, found, commits, expected)
     expected |= {path: _checksum(content) for path, content in commits.items()}
 
@@ -82,20 +85,16 @@ def _check_target(source: Place, target: Place, found: Files, commits: Files, ex
     if not is_cache and (others := sorted(set(found) - set(expected) - {".lock", ""})):
         raise CacheError(f"{target.url} holds other files ({others[0]}, …): name an empty place")
     for path, content in _each(target.read, filter(_is_commit, found), "compare records").items():
-        if content == commits.get(path) or not _unsealed(content):
+        if content == commits.get(path):
+            continue
+        try:
+            unseal(content, "")
+        except CacheError:  # damaged: it is replaced
             continue
         raise CacheError(
             f"{target.url} holds {path}, which {source.url} {'holds otherwise' if path in commits else 'lacks'}: "
             "name an empty place, or copy the other way"
         )
-
-
-def _unsealed(content: bytes) -> Files | None:
-    """A record at the target; None where it is damaged, and is replaced."""
-    try:
-        return unseal(content, "")
-    except CacheError:
-        return None
 
 
 def _is_commit(path: str) -> bool:
