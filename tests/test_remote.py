@@ -270,6 +270,11 @@ def test_what_a_store_lacks_is_named_at_once(store: shelf.Shelf, shaped: Path, t
     samples = Samples.of_all(reader, None)
     with pytest.raises(CacheError, match=r"units\.parquet does not list images-v1-000007: run .* and push it again$"):
         reader.require(samples.rows, samples.text_rows)
+    table = cache.samples()
+    pending = table.set_column(table.column_names.index("status"), "status", [["pending"] * len(table)])
+    write_state(lacking, cache.manifest, pending, cache.commits())
+    with pytest.raises(CacheError, match=r"is not finished, 60 of 60 samples are missing: run .* and push it again$"):
+        Samples.of(RemoteCache(url, tmp_path / "c"), None)
 
 
 def test_a_file_that_should_be_enormous_ends_where_it_ends(
@@ -364,7 +369,9 @@ def test_caches_that_cannot_be_read_from_a_store_are_told_in_a_sentence(
         RemoteCache("s3://shelf/first", tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(SettingsError, match=r"takes 0\.0 GiB more in .*, where 0\.0 are free: give a smaller --window"):
+    with pytest.raises(
+        SettingsError, match=r"takes 0\.0\d+ GiB more in .*, where 9\.31e-08 are free: give a smaller --window"
+    ):
         Reader(RemoteCache(URL, tmp_path), window=1)
 
 

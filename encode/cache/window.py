@@ -75,10 +75,10 @@ class Window:
         self._room(0, 0, set())
         lacking = min(self.budget, sum(self.sizes.values())) - self._used
         if lacking > (free := shutil.disk_usage(folder).free):
-            found = (
-                f"{self.cache.name} takes {lacking / 2**30:.1f} GiB more in {folder}, where {free / 2**30:.1f} are free"
+            found = f"{at_least(lacking)} GiB more in {folder}, where {free / GIB:.3g} are free"
+            raise SettingsError(
+                f"{self.cache.name} takes {found}: give a smaller --window, or a --window_dir with more room"
             )
-            raise SettingsError(f"{found}: give a smaller --window, or a --window_dir with more room")
 
     def expects(self, units: set[Unit]) -> bool:
         """Whether all of these are of batches that are expected, and have room together."""
