@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from accelerate.state import AcceleratorState
 import shelf
 import tiny
 from configs import train_config
-from drawn import SEED, contents, draw, one_rank
+from drawn import SEED, contents, draw, one_rank, one_run
 from ip2p.encode.base.errors import CacheError, SettingsError
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.base.store import Place
@@ -209,6 +210,27 @@ def test_processes_of_a_machine_share_the_window(store: shelf.Shelf, shaped: Pat
     assert found == [[batch for batch, _ in batches] for batches in expected]
     assert largest <= window * GIB
     assert sum(count for key, count in store.asked.items() if "/c/" in key) <= 1.2 * alone
+
+
+def test_runs_that_share_a_folder_do_not_disturb_each_other(shaped: Path, tmp_path: Path) -> None:
+    """Each deletes what its window has no room for, and fetches what another has deleted, or left half when killed."""
+    shares, count = (0.3, 0.5, 0.5), 2 * EPOCHS
+    windows = [room(shaped, share) for share in shares]
+    expected = [[batch for batch, _ in draw(Cache.open(shaped), window, count)] for window in windows[:2]]
+    pairs = [FORKS.Pipe() for _ in shares]
+    given = zip(windows, pairs, strict=True)
+    runs = [
+        FORKS.Process(target=one_run, args=(f"file://{shaped}", tmp_path, window, count, answer))
+        for window, (_, answer) in given
+    ]
+    for run in runs:
+        run.start()
+    while not held(tmp_path):
+        time.sleep(0.01)
+    runs[2].kill()
+    assert [answer.recv() for answer, _ in pairs[:2]] == expected
+    for run in runs:
+        run.join()
 
 
 def test_training_from_a_store_ends_with_the_same_weights_and_goes_on(
