@@ -71,7 +71,8 @@ def begin(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes
         return Draft(manifest, shapes, None, known=False)
     other = "name another folder with --cache"
     if lines := differences(old.manifest, manifest, ("identity", "encoding"), ("in the cache", "asked for")):
-        mend = f"{other}, or encode as it was made"
+        flag = f" (--{'' if old.holds_text else 'no_'}cache_text)" if old.holds_text != config.run.cache_text else ""
+        mend = f"{other}, or encode as it was made{flag}"
         raise CacheMismatch("\n".join([f"{old.folder} was encoded differently: {mend}", *lines]))
     if old.manifest.get("masks", False) != manifest["masks"]:
         has, mend = ("has none", "leave out") if manifest["masks"] else ("has some", "give")

@@ -35,7 +35,8 @@ EXAMPLE = 100  # letters of an instruction that is shown
 
 def encode(config: EncodeConfig) -> None:
     """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
-    check_folder(config.cache, "--cache")  # before anything is downloaded
+    push = ": encode into one, then `ip2p-cache push` copies it there"
+    check_folder(config.cache, "--cache", push)  # before anything is downloaded
     check_place(config.dataset, config.cache, "--cache", alone=True)
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()

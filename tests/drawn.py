@@ -50,6 +50,14 @@ def draw(
         batches.close()
 
 
+def one_run(url: str, folder: Path, window: float, count: int, answer: Connection) -> None:
+    """Sends the batches of a run of its own."""
+    try:
+        answer.send([batch for batch, _ in draw(RemoteCache(url, folder), window, count)])
+    except Exception as error:
+        answer.send(repr(error))
+
+
 def one_rank(url: str, rank: int, folder: Path, window: float, count: int, step: Any, answer: Connection) -> None:
     """Sends the batches of one of two processes that share a window, and step together, as gradients make them."""
     found = []

@@ -112,6 +112,8 @@ def test_a_condition_keeps_the_rows_for_which_it_is_true(text: str, expected: li
         ("score > :a", "cannot be read"),
         ("x'00' = 1", "no column x"),
         ("score > 1\0", "cannot be read"),
+        ("source = '\0'", "null character"),
+        ("source = '\udcff'", r"source = '\\udcff': expected text in UTF-8"),
         ("score > 1; drop table samples", "cannot be read from '; drop"),
         ("1) union select (2", r"found \)"),
         ("score > (select 1)", "no column select"),
@@ -143,7 +145,7 @@ def test_several_columns_of_a_name_are_told_apart_by_case() -> None:
     """SQL does not mind case, datasets do."""
     table = {"Score": "number", "score": "text"}
     assert parse("Score > 1", table).columns == ["Score"]
-    with pytest.raises(SettingsError, match="several columns SCORE"):
+    with pytest.raises(SettingsError, match="SCORE may be Score or score: write the column as it is called"):
         parse("SCORE > 1", table)
 
 

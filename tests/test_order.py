@@ -163,7 +163,9 @@ def test_a_cache_that_would_never_be_seen_is_named(sizes: tuple[int, ...], weigh
         make_order(config(2, *weights), columns(sizes), seed=1)
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, float("nan")), (1, float("inf"))])
+@pytest.mark.parametrize(
+    "weights", [(1.0,), (1, 2, 3), (1, 0), (1, -1), (1, float("nan")), (1, float("inf")), (1e308, 1e308)]
+)
 def test_weights_that_make_no_sense_are_refused(weights: tuple[float, ...]) -> None:
     """One number above 0 for each cache; the answer says so and repeats what was given."""
     with pytest.raises(

@@ -15,6 +15,7 @@ from ip2p.encode.base.files import check_file, check_folder, whole
 from ip2p.encode.keeper.__main__ import main as keep
 from ip2p.infer.__main__ import main as infer
 from ip2p.infer.outputs import output_place
+from ip2p.train.__main__ import main as train
 
 
 @pytest.fixture
@@ -50,6 +51,39 @@ def test_a_folder_that_may_not_be_written_in_is_refused(odd: Path, monkeypatch: 
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != odd)
     with pytest.raises(SettingsError, match=r"--output .*/new cannot be written: Permission denied"):
         check_folder(odd / "new", "--output")
+
+
+def test_a_file_system_that_takes_no_files_is_refused() -> None:
+    """Even root, who may write anywhere, makes nothing in /proc."""
+    with pytest.raises(SettingsError, match="--output /proc/new cannot be written: "):
+        check_folder(Path("/proc/new"), "--output")
+
+
+@pytest.mark.parametrize("url", ["s3://shelf/c", "simplecache::gs://shelf/c"])
+def test_a_url_is_no_folder(
+    url: str,
+    tmp_path: Path,
+    encode: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Results that are files go to a folder, which is said before a model is looked for; nothing is made.
+
+    A cache has another way there.
+    """
+    monkeypatch.chdir(tmp_path)
+    model, expected = ["--pretrained_model_name_or_path", "m"], f"{url} is a url, expected a folder of this machine"
+    runs: dict[str, Callable[[], object]] = {
+        f"--cache {expected}: encode into one, then `ip2p-cache push`": lambda: encode(Path("m"), Path("d"), Path(url)),
+        f"--output_dir {expected}": lambda: train([*model, "--cache", "c", "--output_dir", url]),
+        f"--output {expected}": lambda: infer(["--model", "m", "--image", "i", "--prompt", "x", "--output", url]),
+        f"--output {url}/new is a url": lambda: keep(["preview", "no/cache", "--output", f"{url}/new/s.png"]),
+    }
+    for answer, run in runs.items():
+        with pytest.raises(SystemExit, match="2"):
+            run()
+        assert answer in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

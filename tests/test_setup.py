@@ -201,9 +201,9 @@ def test_a_tracker_that_is_not_installed_stops_the_run(
 @pytest.mark.parametrize(
     ("taken", "what", "answer"),
     [
-        ("out", "file", "--output_dir {out} cannot be written: [Errno 17] File exists: '{out}'"),
-        ("", "file", "--output_dir {out} cannot be written: [Errno 20] Not a directory: '{out}'"),
-        ("out/logs", "file", "--logging_dir {out}/logs cannot be written: [Errno 17] File exists: '{out}/logs'"),
+        ("out", "file", "--output_dir {out} cannot be written: {out} is no folder"),
+        ("", "file", "--output_dir {out} cannot be written: {run} is no folder"),
+        ("out/logs", "file", "--logging_dir {out}/logs cannot be written: {out}/logs is no folder"),
         ("out/checkpoint-7", "file", "{out}/checkpoint-7 is a file where a folder goes: move it away, or name another"),
         ("out/unet", "file", "{out}/unet is a file where a folder goes: move it away, or name another --output_dir"),
         ("out/metrics.jsonl", "folder", "{out}/metrics.jsonl is a folder where a file goes: move it away, or name"),
@@ -212,7 +212,7 @@ def test_a_tracker_that_is_not_installed_stops_the_run(
             "folder",
             "{out}/.lock is a folder where a file goes: move it away, or name another --output_dir",
         ),
-        ("out", "read-only", "--output_dir {out} cannot be written: [Errno 30] Read-only file system"),
+        ("out", "read-only", "--output_dir {out} cannot be written: Read-only file system"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_found_before_any_work(
@@ -240,7 +240,7 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
     with pytest.raises(SystemExit, match="2"):
         main(flags(tmp_path / "model", tmp_path / "cache", tmp_path / "run" / "out", report_to="tensorboard"))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"ip2p-train: {answer.format(out=tmp_path / 'run' / 'out')}")
+    assert line.startswith(f"ip2p-train: {answer.format(out=tmp_path / 'run' / 'out', run=tmp_path / 'run')}")
 
 
 def test_what_cannot_be_written_any_more_is_a_line(

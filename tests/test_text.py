@@ -135,7 +135,9 @@ def test_a_cache_stays_as_it_was_made(
     keeper(["verify", str(folder)])
     with pytest.raises(SystemExit):
         encode(sd, grown, folder, random_flip=True)
-    assert "text: instructions alone in the cache, None asked for" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "or encode as it was made (--no_cache_text)\n" in said
+    assert "text: instructions alone in the cache, None asked for" in said
 
 
 def test_caches_of_both_kinds_are_not_mixed(

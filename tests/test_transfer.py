@@ -222,6 +222,18 @@ def test_another_cache_is_never_overwritten(
     assert "holds otherwise" in refused(["pull", cache, grown], capsys)
 
 
+def test_a_damaged_manifest_is_replaced_by_a_push(cache: Path, tmp_path: Path) -> None:
+    """As whoever cannot read it is told to."""
+    place = tmp_path / "copy"
+    copy(Place(str(cache)), Place(str(place)))
+    manifest = place / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"format"', b'"former"'))
+    with pytest.raises(CacheError, match=f"file://{manifest} is damaged .*: push it again from a whole copy"):
+        copy(Place(f"file://{place}"), Place(str(tmp_path / "back")))
+    assert copy(Place(str(cache)), Place(str(place))).files == 1
+    assert contents(place) == contents(cache)
+
+
 def test_a_folder_of_other_files_is_no_target(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """pull into a folder of something else would mix the two: it is refused."""
     (tmp_path / "letters").mkdir()
@@ -236,6 +248,14 @@ def test_a_folder_of_other_files_is_no_target(cache: Path, tmp_path: Path, capsy
         (["push", "nowhere", "memory://x"], "nowhere is not a cache"),
         (["pull", "memory://nowhere", "OUT"], "memory://nowhere is not a cache"),
         (["push", "CACHE"], "expected `ip2p-cache push CACHE URL`"),
+        (["pull", "CACHE", "memory://x"], "CACHE memory://x is a url, expected a folder of this machine"),
+        (
+            ["info", "s3://b/c"],
+            "CACHE s3://b/c is a url, expected a folder of this machine: `ip2p-cache pull` makes one",
+        ),
+        (["verify", "s3://b/c"], "CACHE s3://b/c is a url"),
+        (["preview", "s3://b/c"], "CACHE s3://b/c is a url"),
+        (["diff", "CACHE", "s3://b/c"], "B s3://b/c is a url"),
     ],
 )
 def test_wrong_places_are_answered_in_a_line(

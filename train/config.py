@@ -63,10 +63,12 @@ class Samples:
         if self.window == 0:
             raise SettingsError("--window 0 leaves nothing to train on: expected GiB above 0")
         weights = self.cache_weights
-        if weights and (len(weights) != len(self.cache) or not all(0 < weight < math.inf for weight in weights)):
+        if weights and (
+            len(weights) != len(self.cache) or not (all(weight > 0 for weight in weights) and sum(weights) < math.inf)
+        ):
             raise SettingsError(
                 f"--cache_weights {' '.join(map(str, weights))}: expected one number above 0 for each --cache "
-                f"({' '.join(map(str, self.cache))})"
+                f"({' '.join(map(str, self.cache))}), with a finite sum"
             )
 
 

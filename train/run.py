@@ -83,6 +83,7 @@ class Run:
         samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)
+        sweep = sweep_over(self.reader, self.samples)
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)
         self.objective = Objective(scheduler, null, self.base.scaling_factor, config.objective, precision.dtype)
         self.texts, picture = Texts.of(caches, self.base, device), open_picture(config.watching)
@@ -107,7 +108,6 @@ class Run:
         self.unet: Any = accelerator.prepare(unet)
 
         # How far it has come.
-        sweep = sweep_over(self.reader, self.samples)
         position = {"seen": [0] * len(self.samples.by_shape()), "selection": identity(config, self.samples, sweep)}
         first = caches[0].manifest  # all of them were encoded alike; and text, cached or not, has the same numbers
         encoded = first["identity"] | first["encoding"] | {"text": None}

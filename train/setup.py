@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +26,7 @@ from accelerate.utils import (
 
 from ..encode.base.console import say
 from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError, explained
+from ..encode.base.files import check_folder
 from ..encode.base.flags import dump
 from ..encode.cache.format import Cache, differences
 from ..encode.cache.remote import open_caches as open_all
@@ -96,9 +96,8 @@ def prepare_folders(config: TrainConfig) -> ProjectConfiguration:
     logs = output_dir / config.watching.logging_dir
     places = {"output_dir": output_dir} | ({"logging_dir": logs} if config.watching.report_to != "none" else {})
     for flag, folder in places.items():
-        with explained(SettingsError, f"--{flag} {folder} cannot be written", OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+        check_folder(folder, f"--{flag}")
+        folder.mkdir(parents=True, exist_ok=True)
     for path in output_dir.iterdir():
         wrong = "a folder where a file goes" if path.name in FILES and path.is_dir() else ""
         wrong = "a file where a folder goes" if re.fullmatch(FOLDERS, path.name) and not path.is_dir() else wrong

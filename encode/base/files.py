@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,8 @@ IRREPLACEABLE = (
 """What is said of a manifest that is lost."""
 UNFINISHED = re.compile(r"\..+\.\d+|.+\.partial")
 """Names of files that were being written when their process was killed: by `whole`, or by zarr-python."""
+URL = re.compile(r"[a-z][\w.+:-]+:/")
+"""How a `Path` begins that was made of a url."""
 
 
 @contextlib.contextmanager
@@ -44,12 +47,18 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def check_folder(folder: Path, flag: str) -> None:
+def check_folder(folder: Path, flag: str, instead: str = "") -> None:
     """Refuse a place where no folder can be, or none that can be written in, before any work; nothing is made.
 
+    Args:
+        instead: what is said to whoever names a url, as a colon and a sentence.
+
     Raises:
-        SettingsError: a file is there, or above it; permission is lacking; no such name can be.
+        SettingsError: it is a url; a file is there, or above it; permission is lacking; no such name can be.
     """
+    if is_url(folder):
+        url = str(folder).replace(":/", "://", 1)  # of which a `Path` keeps one slash
+        raise SettingsError(f"{flag} {url} is a url, expected a folder of this machine{instead}")
     try:
         there = next(path for path in (folder, *folder.parents) if _is_there(path))
         if not there.is_dir():
@@ -57,6 +66,7 @@ def check_folder(folder: Path, flag: str) -> None:
         if not os.access(there, os.W_OK | os.X_OK):
             why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
             raise OSError(why, os.strerror(why))
+        tempfile.TemporaryFile(dir=there).close()  # which root may do anywhere but in /proc and its like
     except (OSError, ValueError) as error:  # also a name that is too long, a loop of links, a zero byte
         why = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(f"{flag} {folder} cannot be written: {why}") from None
@@ -112,7 +122,16 @@ def storable(text: str) -> str:
 
 def is_url(place: str | Path) -> bool:
     """Whether a name is one that fsspec knows a file system for, instead of a file or folder of this machine."""
-    return "://" in str(place)
+    return "://" in str(place) or (isinstance(place, Path) and bool(URL.match(str(place))))
+
+
+def whole_again(place: str) -> str:
+    """What to do about damage in a cache, by the name of one of its files."""
+    if is_url(place):
+        return "push it again from a whole copy"
+    return (
+        IRREPLACEABLE if place.endswith("manifest.json") else "`ip2p-cache verify` says what is affected and mends it"
+    )
 
 
 def folder_bytes(folder: Path) -> int:
@@ -153,10 +172,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def unseal(content: bytes, name: str) -> dict[str, Any]:
     """The record in the bytes of a file called `name`; a CacheError where its checksum is wrong."""
     if content != sealed(content, len(content) - 11):
-        mend = "`ip2p-cache verify` says what is affected and mends it"
-        if name.endswith("manifest.json"):
-            mend = IRREPLACEABLE
-        raise CacheError(f"{name} is damaged (wrong checksum): {mend}")
+        raise CacheError(f"{name} is damaged (wrong checksum): {whole_again(name)}")
     record = json.loads(content)
     del record["crc32c"]
     return record

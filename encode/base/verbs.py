@@ -5,9 +5,11 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import get_type_hints
 
 from .errors import SettingsError, did_you_mean
+from .files import is_url
 from .flags import check, expand
 
 
@@ -18,7 +20,8 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
     of each of its fields. Its docstring is the help. `--config` works as in `parse`.
 
     Raises:
-        SettingsError: no such verb, something is missing before the flags, an unknown flag, or a wrong value.
+        SettingsError: no such verb, something is missing before the flags, a url where a folder goes, an unknown flag,
+            or a wrong value.
     """
     name, *arguments = argv or ["--help"]
     if name in ("--help", "-h"):
@@ -36,6 +39,10 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
     given = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     if len(given) != len(places):
         raise SettingsError(f"expected `{expected}`, then flags")
+    for place, value in zip(places, given, strict=True):
+        if flags[place] is Path and is_url(value):
+            mend = f"`{prog} pull` makes one of it"
+            raise SettingsError(f"{place.upper()} {value} is a url, expected a folder of this machine: {mend}")
     first = [flags.pop(place)(value) for place, value in zip(places, given, strict=True)]
     del flags["return"]
     known = dataclasses.make_dataclass(name, [(flag, hint, None) for flag, hint in flags.items()])

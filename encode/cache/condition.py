@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ..base.errors import SettingsError, did_you_mean
+from ..base.files import storable
 
 NUMBER, TEXT = "number", "text"
 Kind = str | None
@@ -58,6 +59,8 @@ def parse(text: str, kinds: Mapping[str, Kind]) -> Condition:
     Raises:
         SettingsError: it is none, names another column or function than there is, or takes text for a number.
     """
+    if (readable := storable(text)) != text:
+        raise SettingsError(f"--keep {textwrap.shorten(readable, 200)}: expected text in UTF-8, which \\ud… is not")
     parser = _Parser(text, kinds)
     parser.alike(NUMBER, parser.expression())
     if parser.kind != "end":
@@ -187,11 +190,12 @@ class _Parser:
             name = name[1:-1].replace(name[-1] * 2, name[-1]) if name[0] != "[" else name[1:-1]
         found = [column for column in self.kinds if column == name]
         found = found or [column for column in self.kinds if column.lower() == name.lower()]
-        if len(found) != 1:
-            lack = f"several columns {name}" if found else f"no column {name}"
+        if len(found) > 1:
+            raise self.error(f"{name} may be {' or '.join(found)}: write the column as it is called")
+        if not found:
             mend = "text stands in 'single' quotes" if quoted else "`ip2p-encode --keep_columns` adds the dataset's"
             near = did_you_mean(name, self.kinds) or f"; {mend}"
-            raise self.error(f"there is {lack}, but {', '.join(self.kinds)}{near}")
+            raise self.error(f"there is no column {name}, but {', '.join(self.kinds)}{near}")
         if found[0] not in self.columns:
             self.columns.append(found[0])
         self.sql[-1] = f"c{self.columns.index(found[0])}"

@@ -18,8 +18,9 @@ from ..base.errors import CacheError, CacheMismatch
 from .commits import Unit, unit_of
 from .format import ARRAYS, Cache, Record, wrong_size
 from .mapped import MappedArray, Shard
-from .remote import RemoteCache
+from .remote import RemoteCache, completed
 from .shapes import misfit
+from .tables import SHARDS_FILE
 from .window import GIB, Window
 
 VIEWS = 2**16  # more than there are of a pair
@@ -120,9 +121,12 @@ class Reader:
             for view in range(len(cache.views)):
                 needed |= self._owned(number, "images", rows, np.full_like(rows, view))
             if absent := sorted(needed - self._units[number]):
+                name, again = absent[0].name, completed(cache)
+                if isinstance(cache, RemoteCache):
+                    raise CacheError(f"{cache.name}/{SHARDS_FILE} does not list {name}: {again}")
+                shown = f"`ip2p-cache verify {cache.name}` shows the extent"
                 raise CacheError(
-                    f"{cache.name}/commits/{absent[0].name}.json is missing: run the same ip2p-encode again, it "
-                    f"encodes what is gone (`ip2p-cache verify {cache.name}` shows the extent)"
+                    f"{cache.name}/commits/{name}.json is missing: {again}, it encodes what is gone ({shown})"
                 )
 
     def _owned(self, number: int, kind: str, rows: np.ndarray, views: np.ndarray) -> set[Unit]:

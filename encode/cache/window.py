@@ -24,6 +24,13 @@ GIB = 2**30
 THREADS = 8  # files on their way
 
 
+def at_least(size: float) -> str:
+    """Bytes in GiB, rounded up in the third digit, so that they are enough."""
+    gib = size / GIB
+    step = 10.0 ** (math.floor(math.log10(gib)) - 2)
+    return f"{math.ceil(gib / step) * step:g}"
+
+
 class Window:
     """The units of a cache that are here, `budget` bytes at most.
 
@@ -68,10 +75,10 @@ class Window:
         self._room(0, 0, set())
         lacking = min(self.budget, sum(self.sizes.values())) - self._used
         if lacking > (free := shutil.disk_usage(folder).free):
-            found = (
-                f"{self.cache.name} takes {lacking / 2**30:.1f} GiB more in {folder}, where {free / 2**30:.1f} are free"
+            found = f"{at_least(lacking)} GiB more in {folder}, where {free / GIB:.3g} are free"
+            raise SettingsError(
+                f"{self.cache.name} takes {found}: give a smaller --window, or a --window_dir with more room"
             )
-            raise SettingsError(f"{found}: give a smaller --window, or a --window_dir with more room")
 
     def expects(self, units: set[Unit]) -> bool:
         """Whether all of these are of batches that are expected, and have room together."""
@@ -117,8 +124,9 @@ class Window:
                 while not self._ask(unit, -1, units):
                     busy = {future for future in self._here.values() if future and not future.done()}
                     if not busy:
-                        needed = sum(map(self.sizes.__getitem__, units)) / GIB
-                        raise CacheError(f"{self.cache.name}: {needed:.2f} GiB are needed at once, give more --window")
+                        needed = at_least(sum(map(self.sizes.__getitem__, units)))
+                        there = f"its share of --window is {self.budget / GIB:.3g}: give more"
+                        raise CacheError(f"{self.cache.name}: {needed} GiB are needed at once, {there}")
                     wait(busy, return_when=FIRST_COMPLETED)
             for unit in units:
                 if future := self._here[unit]:

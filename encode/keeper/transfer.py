@@ -9,7 +9,7 @@ import google_crc32c
 
 from ..base.console import bar
 from ..base.errors import CacheError, CacheMismatch
-from ..base.files import unseal
+from ..base.files import unseal, whole_again
 from ..base.store import Place
 from ..cache.commits import inside, unit_of
 from ..cache.format import differences
@@ -61,7 +61,7 @@ def copy(source: Place, target: Place) -> Copied:
     def transfer(path: str) -> None:
         content = source.read(path)
         if _checksum(content) != expected[path]:
-            raise CacheError(f"{source.url}/{path} is damaged, or being written: look with `ip2p-cache verify`")
+            raise CacheError(f"{source.url}/{path} is damaged, or being written: {whole_again(source.url)}")
         target.write(path, content)
         if not is_there(path):
             raise CacheError(f"{target.url}/{path} arrived damaged: run the same command again")

@@ -11,6 +11,7 @@ from ...encode.base.errors import CacheError, SettingsError
 from ...encode.cache.commits import pc
 from ...encode.cache.format import Cache, View
 from ...encode.cache.reader import Reader
+from ...encode.cache.remote import completed
 from ...encode.cache.samples import counts, with_columns
 from ...encode.cache.tables import packed_keys
 
@@ -76,8 +77,7 @@ class Samples(NamedTuple):
             table = with_columns(table, text_row=pc.add(texts, 1))
         if pending := counts(table).get("pending", 0):
             raise CacheError(
-                f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: "
-                "run the same ip2p-encode again"
+                f"{cache.name} is not finished, {pending:,} of {len(table):,} samples are missing: {completed(cache)}"
             )
         numbers = np.flatnonzero(pc.equal(table["status"], "ok").to_numpy() & kept)[:limit]
         table = table.take(numbers) if len(numbers) < len(table) else table

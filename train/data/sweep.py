@@ -13,7 +13,7 @@ from ...encode.base.console import say
 from ...encode.base.errors import SettingsError
 from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
-from ...encode.cache.window import GIB
+from ...encode.cache.window import at_least
 from .samples import Samples
 
 CIRCLE = 7  # a number that tells these draws from those of an order with the same seed
@@ -61,7 +61,12 @@ def sweep_over(reader: Reader, samples: Samples) -> Sweep | None:
     rows = np.array([cache.shard_rows["images"] for cache in reader.caches])
     ends = np.append(firsts[1:], reader.rows["images"])
     shards = (ends - firsts) // rows
-    width = np.array([_width(reader, samples, number, count) for number, count in enumerate(shards.tolist())])
+    found = [_width(reader, samples, number, count) for number, count in enumerate(shards.tolist())]
+    width, least = (np.array(one) for one in zip(*found, strict=True))
+    if not width.all():
+        name, enough = reader.caches[least.argmax()].name, at_least(least.max())
+        less = f"--window {reader.window:g}: two shards of {name} must fit in, with their texts"
+        raise SettingsError(f"{less}: give at least --window {enough}")
     if (width == shards).all():
         return None
     for cache, count, there in zip(reader.caches, shards, width, strict=True):
@@ -69,11 +74,14 @@ def sweep_over(reader: Reader, samples: Samples) -> Sweep | None:
     return Sweep(firsts, rows, shards, width)
 
 
-def _width(reader: Reader, samples: Samples, number: int, shards: int) -> int:
-    """How many shards of a cache's pictures may be at hand at once, with the texts that go with them."""
+def _width(reader: Reader, samples: Samples, number: int, shards: int) -> tuple[int, float]:
+    """How many shards of a cache's pictures may be at hand at once, with the texts that go with them.
+
+    Beside that, the bytes of a window of all caches with which they were one at least.
+    """
     cache, room = reader.caches[number], reader.budgets[number] / 2
     if reader.sizes[number] <= reader.budgets[number]:
-        return shards
+        return shards, 0
     size = {kind: cache.shard_rows[kind] * reader.row_bytes(ARRAYS[kind]) for kind in ARRAYS}
     own = samples.select(samples.caches == number)
     images, texts = (
@@ -84,7 +92,7 @@ def _width(reader: Reader, samples: Samples, number: int, shards: int) -> int:
     picture, text = len(cache.views) * size["images"], pairs / shards * size["text"]
     # Each shard of pictures with shards of text of its own; or with few that most of them share.
     found = int(max(room / (picture + text), (room - there * size["text"]) / picture))
-    if found < 1:
-        least = 2 * min(picture + text, picture + there * size["text"]) * sum(reader.sizes) / reader.sizes[number] / GIB
-        raise SettingsError(f"--window {reader.window:g}: of {cache.name} one shard needs {least:.2f}, give more GiB")
-    return min(found, shards)
+    least = max(2 * min(picture + text, picture + there * size["text"]), size["images"] + size["text"])  # or one row's
+    least = min(least, reader.sizes[number])
+    found = found if least <= reader.budgets[number] else 0
+    return min(found, shards), least * sum(reader.sizes) / reader.sizes[number]
