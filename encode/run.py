@@ -30,6 +30,9 @@ from .index import FOLDER
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import make_plan, workers
 
+# Columns that something is said of in the end; the keys of a million samples take half a second to read.
+SAID = ("status", "reason", "instruction", "flip", "crop_top", "crop_left")
+SAID += ("original_width", "original_height", "edited_width", "edited_height")
 EXAMPLE = 100  # letters of an instruction that is shown
 
 
@@ -97,8 +100,8 @@ def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, 
 
 def finish(cache: Cache, checkpoint: Checkpoint) -> None:
     """Settle the samples table and say what the cache holds now."""
-    before, samples = cache.manifest["counts"], cache.samples()
-    found = before
+    found = before = cache.manifest["counts"]
+    samples = cache.samples(*(() if "pending" in before else SAID))
     if "pending" in before:  # otherwise planning has settled it a moment ago
         ledger = Ledger.of(cache)
         samples = ledger.settle(samples)
@@ -119,7 +122,8 @@ def finish(cache: Cache, checkpoint: Checkpoint) -> None:
 def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator[str]:
     """What the shapes and instructions of the samples mean for training."""
     views = [View.parse(name) for name in cache.views]
-    samples = samples.filter(pc.equal(samples["status"], "ok"))
+    whole = pc.equal(samples["status"], "ok")
+    samples = samples if pc.all(whole).as_py() else samples.filter(whole)  # which copies all of it
     # No token is shorter than a byte: most instructions need none of the seconds that it takes to import a tokenizer.
     room = checkpoint.text_shape()[0] - 2  # between the tokens that begin and end an instruction
     texts = samples["instruction"].unique()
@@ -137,7 +141,7 @@ def remarks(cache: Cache, samples: pa.Table, checkpoint: Checkpoint) -> Iterator
     if sum(seen := [view.crop is not None and not view.flip for view in views]) > 1:
         places = [samples[name].combine_chunks().flatten().to_numpy() for name in ("crop_top", "crop_left")]
         crops = np.stack(places).reshape(2, -1, len(views))[:, :, seen]  # (2, N, crops)
-        if whole := (crops == crops[:, :, :1]).all(axis=(0, 2)).sum():
-            yield f"{whole:,} originals have no more than is shown: all their crops are the same"
+        if same := (crops == crops[:, :, :1]).all(axis=(0, 2)).sum():
+            yield f"{same:,} originals have no more than is shown: all their crops are the same"
     if any(view.flip for view in views) and (kept := (~samples["flip"].to_numpy()).sum()):
         yield f"{kept:,} instructions match --no_flip_regex: training does not flip these samples"

@@ -65,16 +65,16 @@ Work = tuple[list[Unit], Rows]
 """Units that share rows, and those rows."""
 
 
-def text_key(instruction: str, row: int = -1) -> str:
-    """Identity of an instruction, or of the empty one, if that has its row: 0."""
-    return content_key((instruction if row else NULL_PROMPT).encode())
+def text_key(instruction: str) -> str:
+    """Identity of an instruction."""
+    return content_key(instruction.encode())
 
 
 def text_keys(samples: pa.Table) -> pa.Array:
     """Identities of the instructions of all samples, (N,); of the empty one where that stands for a sample's."""
-    batches = samples.select(["instruction", "text_row"]).to_batches(max_chunksize=2**16)
-    parts = [pa.array(map(text_key, *batch.to_pydict().values()), pa.string()) for batch in batches]
-    return pa.concat_arrays([pa.array([], pa.string()), *parts])
+    texts = pc.if_else(pc.equal(samples["text_row"], 0), NULL_PROMPT, samples["instruction"]).cast(pa.binary())
+    parts = [texts[start : start + 2**16].to_pylist() for start in range(0, len(texts), 2**16)]
+    return pa.concat_arrays([pa.array([], pa.string()), *(pa.array(map(content_key, part)) for part in parts)])
 
 
 def counts(samples: pa.Table) -> dict[str, int]:

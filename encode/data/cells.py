@@ -86,10 +86,10 @@ def outside(images: pa.Array) -> list[str]:
     """Paths of the images of a column that are not in the table itself."""
     while is_list(images.type):
         images = images.flatten()
+    if is_binary(images.type) or (is_struct(images.type) and not images.field("bytes").null_count):
+        return []
     if is_struct(images.type):
         images = images.filter(images.field("bytes").is_null())
-    if is_binary(images.type):
-        return []
     return [path for path in map(file_in, values_of(images)) if path and isinstance(path, str)]
 
 
