@@ -20,13 +20,13 @@ import ip2p.encode.run  # noqa: F401  what an encode has in memory when it plans
 from ip2p.encode.base.files import content_key
 from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import SAMPLES, Cache
-from ip2p.encode.cache.samples import Ledger, text_keys
+from ip2p.encode.cache.samples import Ledger
 from ip2p.encode.cache.shapes import row_shapes
 from ip2p.encode.config import NO_FLIP, EncodeConfig
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.index import Index
 from ip2p.encode.models.checkpoint import Checkpoint
-from ip2p.encode.plan import mark_flips
+from ip2p.encode.plan import placed
 from ip2p.train.data.samples import Samples
 
 PIXELS = 16
@@ -98,8 +98,7 @@ def plan(folder: Path, samples: int) -> float:
     """Seconds from the identities on the disk to rows for all samples, and what is to be done."""
     began, ledger = time.perf_counter(), Ledger({}, ROWS, 1)
     table = Index(folder, "bench", samples, SQUARES).read()
-    texts = text_keys(table)
-    table = ledger.settle(mark_flips(ledger.assign(table, texts), NO_FLIP), texts)
+    table = placed(table, ledger, NO_FLIP)
     work = list(ledger.missing(table))
     assert sum(len(rows) for _, rows in work) == 2 * samples + 1
     return time.perf_counter() - began
@@ -110,9 +109,7 @@ def plan_again(folder: Path) -> float:
     began = time.perf_counter()
     cache = Cache.open(folder / "cache")
     ledger, table = Ledger.of(cache), cache.samples()
-    texts = text_keys(table)
-    table = ledger.settle(mark_flips(ledger.assign(table, texts), NO_FLIP), texts)
-    assert not list(ledger.missing(table))
+    assert not list(ledger.missing(placed(table, ledger, NO_FLIP)))
     return time.perf_counter() - began
 
 

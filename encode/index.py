@@ -73,7 +73,7 @@ class Index:
         files = [self._file(number) for number in range(len(self.spans))]
         if None in files:
             raise CacheError(f"{self.folder} has lost what was read of the dataset: run the same ip2p-encode again")
-        return pq.read_table(files, schema=SAMPLES, partitioning=None).combine_chunks()  # several files at a time
+        return pa.concat_tables(pq.read_table(file, schema=SAMPLES) for file in files)
 
     def forget_failures(self) -> None:
         """Give up the blocks in which something could not be read, since that may have been mended."""

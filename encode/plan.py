@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -85,16 +86,29 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
         lacks = set(samples.column_names) - {*SAMPLES.names, *config.dataset.keep_columns}
         if lacks and not pc.all(pc.is_in(samples["key"], before["key"].combine_chunks())).as_py():
             say(f"new samples have nothing in {', '.join(sorted(lacks))}: --keep_columns gives it to them")
-    null = pa.repeat(text_key(NULL_PROMPT), len(samples))  # which stands for all where instructions are kept alone
-    texts = text_keys(samples) if config.run.cache_text else null
-    samples = ledger.assign(samples, texts, retry=config.run.retry_quarantined)
-    samples = ledger.settle(mark_flips(samples, config.pictures.no_flip_regex), texts)
+    flips = config.pictures.no_flip_regex
+    samples = placed(samples, ledger, flips, cache_text=config.run.cache_text, retry=config.run.retry_quarantined)
     if config.run.on_error == "fail" and (aside := samples.filter(samples["reason"].is_valid())[:1].to_pylist()):
         if index:
             index.forget_failures()  # whoever mends that begins with what is left
         why = f"{aside[0]['reason']} (--on_error quarantine would go on without it)"
         raise SourceError(f"sample {aside[0]['key']}: {why}")
     return Plan(manifest, draft.shapes, samples, ledger)
+
+
+def placed(
+    samples: pa.Table, ledger: Ledger, no_flip_regex: str, *, cache_text: bool = True, retry: bool = False
+) -> pa.Table:
+    """Samples with rows, flips and status, as a cache that the ledger knows has them or will have them."""
+
+    def texts() -> pa.Array:
+        # The empty instruction stands for all where instructions are kept alone.
+        return text_keys(samples) if cache_text else pa.repeat(text_key(NULL_PROMPT), len(samples))
+
+    with ThreadPoolExecutor(1) as beside:  # Arrow leaves Python's lock to the hashing of texts
+        keys = beside.submit(texts)
+        assigned = ledger.assign(samples, keys.result, retry=retry)
+    return ledger.settle(mark_flips(assigned, no_flip_regex), keys.result())
 
 
 def known_samples(old: Cache, given: Collection[str]) -> pa.Table | None:

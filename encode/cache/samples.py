@@ -6,7 +6,7 @@ killed, whatever shards it had finished and whatever number of processes goes on
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ..base.files import content_key
+from ..base.files import content_key, content_keys
 from .commits import Commit, Held, Unit, pc
 from .format import SAMPLES, Cache
 
@@ -46,9 +46,7 @@ class Rows(Mapping[int, Any]):
     def _content(self) -> dict[int, Any]:
         known = self._numbers >= 0  # the empty instruction is no sample's
         columns = self._samples.take(pa.array(self._numbers, mask=~known)).to_pydict().values()
-        made = (
-            map(Item, *columns) if len(columns) > 1 else (text or NULL_PROMPT for (text,) in zip(*columns, strict=True))
-        )
+        made = map(Item, *columns) if len(columns) > 1 else (text or NULL_PROMPT for text in next(iter(columns)))
         return dict(zip(self._rows.tolist(), made, strict=True))
 
     def __len__(self) -> int:
@@ -61,8 +59,8 @@ class Rows(Mapping[int, Any]):
         return self._content[row]
 
 
-Work = tuple[list[Unit], Rows]
-"""Units that share rows, and those rows."""
+Work = tuple[list[Unit], Rows]  # units that share rows, and those rows
+Keys = Callable[[], pa.Array]
 
 
 def text_key(instruction: str) -> str:
@@ -72,9 +70,11 @@ def text_key(instruction: str) -> str:
 
 def text_keys(samples: pa.Table) -> pa.Array:
     """Identities of the instructions of all samples, (N,); of the empty one where that stands for a sample's."""
-    texts = pc.if_else(pc.equal(samples["text_row"], 0), NULL_PROMPT, samples["instruction"]).cast(pa.binary())
-    parts = [texts[start : start + 2**16].to_pylist() for start in range(0, len(texts), 2**16)]
-    return pa.concat_arrays([pa.array([], pa.string()), *(pa.array(map(content_key, part)) for part in parts)])
+    parts = [pa.array([], pa.string())]
+    for batch in samples.select(["instruction", "text_row"]).to_batches(max_chunksize=2**16):
+        texts = pc.if_else(pc.equal(batch["text_row"], 0), NULL_PROMPT, batch["instruction"])
+        parts.append(pa.array(content_keys(texts.cast(pa.binary()).to_pylist())))
+    return pa.concat_arrays(parts)
 
 
 def counts(samples: pa.Table) -> dict[str, int]:
@@ -115,20 +115,20 @@ class Ledger:
         units = {unit.shard: commit for unit, commit in self.commits.items() if (unit.kind, unit.view) == (kind, view)}
         return Held(units, self.shard_rows[kind])
 
-    def assign(self, samples: pa.Table, texts: pa.Array | None = None, *, retry: bool = False) -> pa.Table:
+    def assign(self, samples: pa.Table, texts: Keys | None = None, *, retry: bool = False) -> pa.Table:
         """Give each sample its row and text row: those that hold its content already, or free ones.
 
         Args:
             samples: the dataset as it was read, or an earlier plan of it.
-            texts: `text_keys` of them, where they are known.
+            texts: gives `text_keys` of them where these are wanted elsewhere, too; called when pairs have their rows.
             retry: give new rows to content that was quarantined.
         """
         # A row that nobody tried (no image, no instruction) is -1 and stays so: another try needs other data.
         tried = pc.or_(pc.is_null(samples["reason"]), pc.greater_equal(samples["row"], 0)).combine_chunks()
         row = self._rows("images", pc.if_else(tried, samples["pair"].combine_chunks(), None), retry)
-        texts = text_keys(samples) if texts is None else texts
-        texts = pa.concat_arrays([pa.array([text_key(NULL_PROMPT)]), pc.if_else(tried, texts, None)])
-        return with_columns(samples, row=row, text_row=self._rows("text", texts, retry)[1:])
+        keys = pc.if_else(tried, texts() if texts else text_keys(samples), None)
+        keys = pa.concat_arrays([pa.array([text_key(NULL_PROMPT)]), keys])  # which has row 0
+        return with_columns(samples, row=row, text_row=self._rows("text", keys, retry)[1:])
 
     def _rows(self, kind: str, keys: pa.Array, retry: bool) -> pa.Array:
         """The row of each key, -1 where that is null."""
