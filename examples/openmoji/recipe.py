@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 # Smaller batches learn more from the same pairs than larger ones, and a step of fewer is no cheaper by the pair.
 BATCH = 16
 # What keeps its shape is learned within minutes; what turns around, or is another person, is not.
-DEMO = Recipe(("color", "hair", "skin tone"), 0.65, 0, 660, 1.8e-3)
+DEMO = Recipe(("color", "hair", "skin tone"), 0.65, 0, 700, 1.8e-3)
 LONGER = Recipe(("color", "direction", "gender", "hair", "mirror", "skin tone"), 3, 3, 16000, 1.5e-3)
 
 
@@ -66,7 +66,7 @@ def train(recipe: Recipe, cache: Path, model: Path, seed: int, *flags: str | Pat
     settings = (
         *("--train_batch_size", f"{BATCH}", "--max_train_steps", f"{recipe.steps}"),
         *("--learning_rate", f"{recipe.learning_rate:g}", "--lr_scheduler", "cosine", "--lr_warmup_steps", "50"),
-        *("--adam_beta2", "0.99", "--use_ema", "--seed", f"{seed}", "--report_to", "none"),
+        *("--adam_beta2", "0.99", "--use_ema", "--edit_weight", "4", "--seed", f"{seed}", "--report_to", "none"),
         *("--resume_from_checkpoint", "auto"),
         *(("--mixed_precision", "bf16") if AMX else ()),
     )
