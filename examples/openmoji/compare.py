@@ -76,7 +76,8 @@ def encoded(data: Path, flags: str) -> Path:
 
 def measure(setting: Setting, recipe: Recipe, seed: int, output: Path) -> dict[str, float]:
     """What one training with a setting reaches on held-out pairs; all of it is in `output`, and is done once."""
-    folder = output / key(setting, recipe, seed, (STARTER / "training.json").read_text())
+    made_by = [path.read_text() for path in (STARTER / "training.json", Path(__file__).with_name("recipe.py"))]
+    folder = output / key(setting, recipe, seed, *made_by)
     record = folder / "measured.json"
     if not record.is_file():
         data = prepare(recipe, output)
