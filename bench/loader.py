@@ -2,6 +2,7 @@
 main thread."""
 
 import argparse
+import mmap
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -54,6 +56,7 @@ def main() -> None:
         )
         warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
         shaped = take_turns(args.rounds, shaped_cases(cache, Path(folder), args))
+        paged = take_turns(args.rounds, paged_cases(cache, args))
         beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
     bars = args.size == "sd256"  # what the budgets are given for
     rows = [
@@ -68,6 +71,10 @@ def main() -> None:
         *(
             Row(f"warm, of {count} shapes, against one", ratio(shaped, count, "1"), "times", 0.9 if bars else None)
             for count in ("7", "27")
+        ),
+        *(
+            Row(f"warm, with pages of {page} KiB, against 4", ratio(paged, page, "4"), "times", 0.9 if bars else None)
+            for page in ("16", "64")
         ),
         *(Row(f"main thread beside {rate} samples/s", median(beside[rate]), "of its rate") for rate in beside),
     ]
@@ -96,6 +103,23 @@ def shaped_cases(squares: Cache, folder: Path, args: argparse.Namespace) -> dict
     for case in cases.values():
         case()  # brings all pages into memory
     return cases
+
+
+def paged_cases(cache: Cache, args: argparse.Namespace) -> dict[str, Callable[[], float]]:
+    """Batches from the thread as it maps shards where pages have 4, 16 or 64 KiB: each returns samples/s."""
+
+    def case(page: int) -> Callable[[], float]:
+        with patch.object(mmap, "PAGESIZE", page):
+            loader = batches(cache, Reader(cache), args.batch_size)
+
+        def measured() -> float:
+            with patch.object(mmap, "PAGESIZE", page):
+                return rate(loader, args.samples, args.batch_size)
+
+        measured()  # brings all pages into memory
+        return measured
+
+    return {f"{page}": case(page * 2**10) for page in (4, 16, 64)}
 
 
 def rate(loader: Batches, samples: int, batch_size: int) -> float:

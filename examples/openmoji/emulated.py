@@ -15,14 +15,20 @@ import torch
 import torch.nn.functional as F
 
 
+def wide(value: Any) -> Any:
+    """What a product in bfloat16 sees of a value, in float32."""
+    return value.bfloat16().float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def in_float32(product: Any) -> Any:
     """A function of torch.nn.functional that computes what is bfloat16 in float32, and rounds its result."""
 
     def rounded(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in args):
+        cast = torch.is_autocast_enabled("cpu")  # which would cast what is float32
+        if not cast and not any(isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 for value in args):
             return product(*args, **kwargs)
-        wide = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
-        return product(*wide, **kwargs).bfloat16()
+        with torch.autocast("cpu", enabled=False):
+            return product(*map(wide, args), **kwargs).bfloat16()
 
     return rounded
 
