@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import compare
 import dataset
+import emulated
 import recipe
 
 FEW = {"skin tone": 12, "hair": 8, "color": 12}
@@ -41,6 +44,44 @@ def test_a_difference_counts_where_seeds_differ_by_less(
     assert marked in lines[3]
     assert "+0.0000 " in lines[3]
     assert f"{one[0] / 2 + one[1] / 2:.3f} (range {one[1] - one[0]:.3f})" in lines[1]
+
+
+def test_what_another_recipe_reached_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement is kept as long as the scripts that set the recipe stay as they are."""
+    trained: list[int] = []
+    monkeypatch.setattr(compare, "train", lambda *given: trained.append(given[3]))
+    for name in ("prepare", "encoded", "edit"):
+        monkeypatch.setattr(compare, name, lambda *_: None)
+    monkeypatch.setattr(compare, "score", lambda _data, _edits, folder: folder.mkdir(parents=True) or {"all": {}})
+    monkeypatch.setattr(compare, "loss", lambda *_: 0.5)
+    script = tmp_path / "recipe.py"
+    monkeypatch.setattr(compare, "__file__", str(script.with_name("compare.py")))
+    for text in ("steps = 1", "steps = 1", "steps = 2"):
+        script.write_text(text)
+        assert compare.measure(compare.Setting(), recipe.DEMO, 7, tmp_path)["loss"] == 0.5
+    assert trained == [7, 7]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_emulated_as_a_processor_computes_it(autocast: bool) -> None:
+    """Factors and product are rounded, whether the model or autocast makes them bfloat16; what is float32 stays so."""
+    torch.manual_seed(0)
+    factors = torch.randn(4, 64), torch.randn(8, 64)
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def product(*given: torch.Tensor) -> torch.Tensor:
+        seen.append((given[0].dtype, torch.is_autocast_enabled("cpu")))
+        return F.linear(*given)
+
+    linear = emulated.in_float32(product)
+    assert torch.equal(linear(*factors), F.linear(*factors))
+    if not autocast:
+        factors = factors[0].bfloat16(), factors[1].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, expected = linear(*factors), F.linear(*factors)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    assert seen == [(torch.float32, False)] * 2
 
 
 def call(_: str, *command: str | Path) -> None:
