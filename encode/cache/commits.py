@@ -18,6 +18,8 @@ from ..base.errors import CacheError
 from ..base.files import write_record
 
 pc: Any = pyarrow.compute  # whose functions are made when it is imported: type checkers know none of them
+# Arrow's own allocator keeps what it frees: with it, a plan of a million samples takes 0.1 GiB more, and longer.
+pa.set_memory_pool(pa.system_memory_pool())
 NOTHING = "-"  # stands in a record for the key of a row that holds nothing
 DIGITS = 32  # of a key
 SIZES = "original width, height, edited width, height, crop top, left"  # and height, width where shapes are several
