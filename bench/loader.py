@@ -55,7 +55,7 @@ def main() -> None:
             },
         )
         warm = take_turns(args.rounds, warm_cases(cache, args.batch_size, args.samples // args.batch_size))
-        shaped = take_turns(args.rounds, shaped_cases(cache, Path(folder), args))
+        shaped = take_turns(3 * args.rounds, shaped_cases(cache, Path(folder), args))
         paged = take_turns(args.rounds, paged_cases(cache, args))
         beside = take_turns(args.rounds, {rate: lambda rate=rate: main_thread(cache, rate) for rate in ("640", "8000")})
     bars = args.size == "sd256"  # what the budgets are given for
