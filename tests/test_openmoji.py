@@ -88,8 +88,8 @@ def test_a_thing_of_one_shade_is_filled_as_openmoji_fills_hearts_circles_and_squ
 def test_another_skin_tone_leaves_the_hair_as_it_is() -> None:
     """OpenMoji gives the dark ones black hair and the fairer ones blond, for which no instruction asks."""
     for family in edits.skin_tones():
-        rest = {openmoji.SKIN_LAYER.sub("", openmoji.svg(key)) for key in (*family.members.values(), family.default)}
-        assert len(rest) == 1, family.base
+        keys = filter(None, (*family.members.values(), family.default))
+        assert len({openmoji.SKIN_LAYER.sub("", openmoji.svg(key)) for key in keys}) == 1, family.base
 
 
 @pytest.mark.usefixtures("few")

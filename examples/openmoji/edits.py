@@ -150,8 +150,8 @@ def _along(axis: str) -> Iterator[tuple[Variant, dict[str, str]]]:
 def skin_tones() -> Iterator[Family]:
     """Every sequence of one person, or hand, in the five tones.
 
-    OpenMoji draws people of another tone with hair of another color, which no instruction tells. So all tones are filled
-    into the drawing of one of them, in each family the next one: hands are as OpenMoji has them, and hair stays.
+    OpenMoji draws people of another tone with hair of another color, which no instruction tells. So all tones are
+    filled into the drawing of one of them, in each family the next one: hands are as OpenMoji has them, and hair stays.
     """
     turns = cycle(TONES.values())
     for _, codes in _along("tone"):

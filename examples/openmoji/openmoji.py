@@ -208,10 +208,10 @@ def _file(code: str) -> str:
 def svg(key: str) -> str:
     """The SVG of an emoji, `1F44B-1F3FD`, or of a variant of it that OpenMoji does not ship.
 
-    Variants: `1F393~hair:red` fills the hair layer, `1F393~skin:dark` those of skin, `1F6D1~fill:blue` all that is colored, with the blue of OpenMoji's
-    hearts, `1F697~red:blue` redraws what is red in blue (light and shaded), `1F697~red:blue+blue:red` swaps the two,
-    `1F40E~mirror` faces the other way, which is how OpenMoji makes its own right-facing characters. One after another
-    they are done in this order: `1F393~hair:red~blue:green`.
+    Variants: `1F393~hair:red` fills the hair layer, `1F393~skin:dark` those of skin, `1F6D1~fill:blue` all that is
+    colored, with the blue of OpenMoji's hearts; `1F697~red:blue` redraws what is red in blue (light and shaded),
+    `1F697~red:blue+blue:red` swaps the two, `1F40E~mirror` faces the other way, which is how OpenMoji makes its own
+    right-facing characters. One after another they are done in this order: `1F393~hair:red~blue:green`.
     """
     code, *variants = key.split("~")
     text = _file(code)
