@@ -90,10 +90,9 @@ class Scores:
                 say(f"no {prefix}validation scores at step {step}: out of memory")
         seconds += time.perf_counter() - began
         if not self.told:
-            say(
-                f"{len(edits) * self.count:,} edits and their scores took {seconds:.1f} s at step {step:,}, as they will at "
-                "all others: --score_samples says how many they are, --validation_steps how often"
-            )
+            made = f"{len(edits) * self.count:,} edits and their scores"
+            less = "fewer --score_samples, or more --validation_steps between them, cost less"
+            say(f"{made} took {seconds:.1f} s at step {step:,}, and will at each validation: {less}")
             self.told = True
         return values | {"scoring_seconds": seconds}
 
