@@ -227,10 +227,10 @@ def test_one_of_each(name: str) -> None:
 
 
 def test_files_are_put_in_place_by_one_function() -> None:
-    """Only what writes files whole, and two that write folders whole, rename."""
+    """Only what writes files whole, and three that write folders whole, rename."""
     renames = re.compile(r"\bos\.(replace|rename)\(|\.rename\(|\b(temporary|unfinished|partial)\w*\.replace\(")
     users = {module for module, path in MODULES.items() if renames.search(path.read_text())}
-    assert users == {"encode.base.files", "encode.models.single_file", "train.save.checkpoint"}
+    assert users == {"encode.base.files", "encode.models.single_file", "train.save.best", "train.save.checkpoint"}
 
 
 def test_the_ground_floor_is_light() -> None:

@@ -173,6 +173,15 @@ def test_a_run_needs_what_its_higher_peak_does(given: dict[str, Any], others: st
     assert needed(config(**given, train_batch_size=1), BIG).validation == 0 < found.validation
 
 
+def test_clip_comes_when_the_pictures_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the larger of both is what a validation needs; nothing is asked of a model where none sees the edits."""
+    scored = {"num_validation_samples": 1, "score_samples": 1}
+    drawn = needed(config(**scored), TINY).validation
+    for size in (GIB, 1):
+        monkeypatch.setattr(need, "clip_bytes", {"large": size}.__getitem__)
+        assert needed(config(**scored, clip_model="large"), TINY).validation == max(size, drawn)
+
+
 def test_a_validation_alone_that_does_not_fit_is_refused(
     sd: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

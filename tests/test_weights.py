@@ -94,13 +94,12 @@ def test_the_average_is_shown_for_a_while_and_everything_is_back_after_an_error(
 
 
 @pytest.mark.parametrize("averages", [False, True])
-def test_what_was_trained_is_left_in_float32(averages: bool) -> None:
+def test_what_was_trained_comes_out_in_float32(averages: bool) -> None:
     """The pipeline gets the masters, or the average, with all their digits."""
-    unet = tiny.unet(8)
-    weights = Weights(unet, torch.float16)
+    weights = Weights(tiny.unet(8), torch.float16)
     expected = [master.detach() + (0.1 if averages else 0) for master in weights.masters]
-    weights.finish(Average(expected, 0.9) if averages else None)
-    assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), expected, strict=True))
+    found = weights.trained(Average(expected, 0.9) if averages else None)
+    assert all(torch.equal(one, other) for one, other in zip(found.values(), expected, strict=True))
 
 
 def test_a_checkpoint_is_read_into_masters_and_copies_and_must_fit() -> None:

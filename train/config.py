@@ -107,6 +107,16 @@ class Watching:
     """Instruction for that picture."""
     num_validation_images: Count = 4
     """Edits of each validation picture, and the most held-out pairs that are drawn."""
+    score_samples: Whole = 0
+    """Held-out pairs, always the same ones, that each validation edits with the weights and with their average, and
+    scores as `ip2p-infer evaluate` does: by L1, L2 and PSNR. Takes the time of so many edits, which is said."""
+    clip_model: str | None = None
+    """CLIP's folder or Hub id, such as openai/clip-vit-base-patch32, for scores by it; those that need captions are
+    there where `ip2p-encode --keep_columns original_prompt edited_prompt` kept some."""
+    keep_best: Literal["loss", "l1", "l2", "psnr", "clip_i", "clip_t", "clip_direction"] | None = None
+    """Keep the pipeline of the validation with the best score, of the average where there is one, in OUTPUT_DIR/best.
+    Each checkpoint holds the best one until then as well, as links to the same files. (CLIP's likeness to the
+    original is no such score: who edits nothing has the most.)"""
     validation_steps: Count | None = None
     """Optimizer steps from one validation to the next. Default: those of --checkpointing_steps."""
     validation_epochs: Count | None = None

@@ -24,8 +24,23 @@ def check(config: Any) -> None:
     _fit_together(config)
     if config.objective.snr_gamma == 0:
         raise SettingsError("--snr_gamma 0 leaves nothing of the loss: expected a number above 0")
+    if watching.score_samples > watching.num_validation_samples:
+        raise SettingsError(
+            f"--score_samples {watching.score_samples} are chosen among those that are held out: give "
+            f"--num_validation_samples {watching.score_samples} or more"
+        )
+    if lacking := _best_lacks(watching):
+        raise SettingsError(f"--keep_best {watching.keep_best} needs {lacking}")
     if watching.image and not watching.validation_prompt:
         raise SettingsError(f"--val_image_url_or_path {watching.image} needs a --validation_prompt")
+
+
+def _best_lacks(watching: Any) -> str | None:
+    """The flag without which there is no score of the kind that the best pipeline is chosen by."""
+    needed = {"loss": ("num_validation_samples",), None: ()}.get(watching.keep_best, ("score_samples",))
+    if str(watching.keep_best).startswith("clip"):
+        needed = *needed, "clip_model"
+    return next((f"--{flag}" for flag in needed if not getattr(watching, flag)), None)
 
 
 def _fit_together(config: Any) -> None:
@@ -81,6 +96,9 @@ def idle(config: Any) -> Iterator[str]:
         what = "--num_validation_samples or --val_image_url_or_path with a --validation_prompt"
         why = f"does nothing without anything to look at: add {what}, or leave it out"
         yield from flags.idle(watching, why, *LOOKS)
+    if not watching.score_samples:
+        why = "does nothing without edits to score: add --score_samples, or leave it out"
+        yield from flags.idle(watching, why, "clip_model")
     if watching.val_image_url_or_path:
         why = "does nothing beside --val_image_url_or_path: leave one of them out"
         yield from flags.idle(watching, why, "val_image_url")

@@ -156,19 +156,17 @@ class Weights:
                 other.copy_(kept)
         self.refresh()
 
-    @torch.no_grad()
-    def finish(self, average: Average | None) -> None:
-        """Leave what was trained in the UNet, with all its digits and no more: the average if there is one.
+    def trained(self, average: Average | None) -> dict[str, Tensor]:
+        """What comes out by name, with all its digits and no more: the average if there is one.
 
-        That is float32 but for bfloat16 weights without an average. Each lies where it lay. Nothing trains after that.
+        That is float32 but for bfloat16 weights without an average. Nothing of it is a copy.
         """
-        trained = average.tensors if average else self.masters
-        for parameter, tensor in zip(self.parameters, trained, strict=True):
-            parameter.data = tensor.data
+        found = average.tensors if average else self.masters
+        return {name: tensor.detach() for name, tensor in zip(self.names, found, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masters by name: what a checkpoint keeps."""
-        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        return self.trained(None)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
