@@ -27,7 +27,7 @@ FLOORS = """
     infer.editing  infer.lora
     infer.config
     infer.guidance  infer.models  infer.jobs  infer.score.metrics
-    infer.edit  infer.outputs
+    infer.edit  infer.outputs  infer.export
     infer.batch
     infer.score  infer.ui
     infer.__main__
