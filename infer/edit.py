@@ -1,6 +1,5 @@
 """Edits pictures by instruction with the InstructPix2Pix pipelines of diffusers (SD and SDXL)."""
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
-from .guidance import Guidance
+from .denoise import Guidance, decode, denoise, encode
 from .models import SDXL, check_kind, load, scheduler_like
 
 
@@ -134,13 +133,13 @@ class Editor:
         sizes = [self.working_size(image.size, resolution) for image in inputs]
         edited: dict[tuple[int, int], Image.Image] = {}
         for batch in _batches(sizes, num_images, batch_size):
-            pictures = self._denoise(
-                image=[inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
-                prompt=[pairs[index][1] for index, _ in batch],
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
-                generator=[torch.Generator().manual_seed(seed + k) for _, k in batch],
-                num_inference_steps=num_inference_steps,
-                guidance=guidance,
+            pictures = self._edit(
+                [inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
+                [pairs[index][1] for index, _ in batch],
+                [seed + k for _, k in batch],
+                guidance,
+                negative_prompt,
+                num_inference_steps,
             )
             for (index, k), picture in zip(batch, pictures, strict=True):
                 edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
@@ -152,31 +151,31 @@ class Editor:
         tokens, most = tokenizer(prompt).input_ids, tokenizer.model_max_length
         return tokenizer.decode(tokens[most - 1 : -1]) if len(tokens) > most else ""  # without start and end
 
-    def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
-        """Run the pipeline once, on pictures of one size.
-
-        Each picture is passed once for each of its outputs: with `num_images_per_prompt` the pipelines repeat
-        prompts and pictures in different orders, and pair them wrongly.
-        """
-        pipeline: Any = self.pipeline
-        width, height = image[0].size
-        if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
-            arguments |= {"width": width, "height": height}
-            if arguments["negative_prompt"] is None and not pipeline.config.force_zeros_for_empty_prompt:
-                arguments["negative_prompt"] = [""] * len(image)  # else it pairs a list of prompts with a mere ""
-        # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
-        arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
+    @torch.no_grad()
+    def _edit(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        seeds: list[int],
+        guidance: Guidance,
+        negative: str | None,
+        steps: int,
+    ) -> list[Image.Image]:
+        """Edit pictures of one size at once, each by its own prompt and with its own seed."""
+        pipeline, vae, half = self.pipeline, self.pipeline.vae, self.pipeline.vae.dtype
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
-            with guidance.inside(pipeline.unet) if guidance.changes else contextlib.nullcontext():
-                made = pipeline(image=image, **arguments)
+            if half == torch.float16 and vae.config.force_upcast and type(pipeline).__name__ == SDXL:
+                torch.nn.Module.to(vae, torch.float32)  # it overflows; diffusers' own `to` warns of nothing
+            told = encode(pipeline, images, prompts, negative)
+            return decode(pipeline, denoise(pipeline, told, guidance, generators, steps))
         except torch.OutOfMemoryError:
-            found = f"out of memory with {len(image)} pictures of {width} x {height} at once"
+            width, height = images[0].size
+            found = f"out of memory with {len(images)} pictures of {width} x {height} at once"
             raise TooLarge(f"{found}: lower --batch_size or --resolution") from None
-        # Flagged pictures alone, not black ones: an edit may be black by itself. SDXL has no such checker.
-        flags = getattr(made, "nsfw_content_detected", None) or itertools.repeat(False)
-        for picture, flagged in zip(made.images, flags, strict=False):
-            picture.info |= {"blacked_out": True} if flagged else {}
-        return made.images
+        finally:
+            torch.nn.Module.to(vae, half)
+            pipeline.maybe_free_model_hooks()
 
     def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
         scheduler = self.pipeline.scheduler
