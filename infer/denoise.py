@@ -19,12 +19,13 @@ class Guidance:
     """Classifier-free guidance with two scales (InstructPix2Pix, arXiv 2211.09800, equation 3).
 
     Raises:
-        EditError: a scale is out of its range.
+        EditError: a number is out of its range.
     """
 
     text: float  # how closely to follow the prompt, >= 0
     image: float  # how closely to keep to the input picture, >= 0
     rescale: float = 0.0  # 0 to 1: pulls the spread of the noise back to the conditional one's (2305.08891, eq. 16)
+    interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which it guides (2404.07724)
 
     def __post_init__(self) -> None:
         for name, scale in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
@@ -32,6 +33,14 @@ class Guidance:
                 raise EditError(f"{name} is {scale}, expected a number from 0 up")
         if not 0 <= self.rescale <= 1:
             raise EditError(f"guidance_rescale is {self.rescale}, expected 0 to 1")
+        low, high = self.interval
+        if not 0 <= low < high <= 1:
+            raise EditError(f"guidance_interval is {low:g} {high:g}, expected two shares from 0 to 1, the lower first")
+
+    def at(self, step: int, steps: int) -> "Guidance":
+        """What guides one of the steps, counted from 0: outside the interval nothing does, and one pass is enough."""
+        low, high = (round(share * steps) for share in self.interval)
+        return self if low <= step < high else Guidance(1.0, 1.0)
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -86,9 +95,9 @@ def denoise(pipeline: Any, told: Told, guidance: Guidance, generators: list[torc
     random = pipeline.prepare_extra_step_kwargs(generators, 0.0)
     drawn = [torch.randn(1, *image.shape[1:], generator=generator, dtype=kind) for generator in generators]
     latents = torch.cat(drawn).to(image.device) * scheduler.init_noise_sigma
-    for timestep in pipeline.progress_bar(scheduler.timesteps):
+    for step, timestep in enumerate(pipeline.progress_bar(scheduler.timesteps)):
         noisy = scheduler.scale_model_input(latents, timestep)
-        found = guided(pipeline.unet, noisy, timestep, told, guidance).to(kind)
+        found = guided(pipeline.unet, noisy, timestep, told, guidance.at(step, len(scheduler.timesteps))).to(kind)
         latents = scheduler.step(found, timestep, latents, **random, return_dict=False)[0].to(kind)
     return latents
 

@@ -98,6 +98,7 @@ class Editor:
         image_guidance_scale: float = 1.5,
         guidance_scale: float = 10.0,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | None = None,
         resolution: int | None = None,
         batch_size: int = 4,
@@ -115,6 +116,7 @@ class Editor:
             image_guidance_scale: how closely to keep to the input picture, >= 0.
             guidance_scale: how closely to follow the prompt, >= 0.
             guidance_rescale: 0 to 1, pulls back the contrast that guidance adds (arXiv 2305.08891, 3.4).
+            guidance_interval: shares of the steps between which guidance acts (arXiv 2404.07724).
             negative_prompt: what to steer away from.
             resolution: long side in pixels while editing; default: `self.resolution`. See `working_size`.
             batch_size: pictures edited at once; those of one working size share a batch.
@@ -127,7 +129,7 @@ class Editor:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
         """
         pairs = _pair(images, prompts)
-        guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale)
+        guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale, guidance_interval)
         self._check(seed, num_images, num_inference_steps, batch_size)
         inputs = [open_picture(image) for image, _ in pairs]
         sizes = [self.working_size(image.size, resolution) for image in inputs]

@@ -235,6 +235,26 @@ def test_what_weighs_nothing_is_not_computed(text: float, image: float, rescale:
     assert computed == passes * len(both)
 
 
+def test_outside_the_interval_one_pass_is_enough(editor: Editor) -> None:
+    """There the prediction from text and picture is taken as it is: no interval is no guidance."""
+    rows: list[int] = []
+    editor.pipeline.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+
+    def edit(*interval: float, **scales: float) -> Image.Image:
+        rows.clear()
+        options = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
+        return editor.edit(picture(4), "make it red", **options | scales)[0]
+
+    part = edit(0.2, 0.7)
+    assert rows == [1] * 2 + [3] * 5 + [1] * 3
+    whole = edit(0, 1)
+    assert rows == [3] * 10
+    none = edit(0, 0.01)
+    assert rows == [1] * 10
+    assert apart(none, edit(0, 1, guidance_scale=1, image_guidance_scale=1)) == 0
+    assert min(apart(part, whole), apart(part, none), apart(whole, none)) > 0
+
+
 def test_half_precision_edits_nearly_as_float32(editor: Editor, kind: str) -> None:
     """SDXL's VAE, which overflows in it, is in float32 for the time of an edit; nothing is summed in halves."""
     (whole,) = editor.edit(picture(4), "make it red", num_inference_steps=STEPS)
@@ -314,6 +334,8 @@ def test_a_loaded_pipeline_is_taken_as_it_is(editor: Editor, bare: Any) -> None:
         ({"guidance_scale": -0.1}, "guidance_scale is -0.1, expected a number from 0 up"),
         ({"image_guidance_scale": float("nan")}, "image_guidance_scale is nan"),
         ({"guidance_rescale": 1.1}, "guidance_rescale is 1.1, expected 0 to 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is 0.8 0.2, expected two shares from 0 to 1, the lower"),
+        ({"guidance_interval": (0, float("nan"))}, "guidance_interval is 0 nan"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_in_one_line(editor: Editor, settings: dict[str, Any], message: str) -> None:
