@@ -1,6 +1,5 @@
 """Edits pictures by instruction with the InstructPix2Pix pipelines of diffusers (SD and SDXL)."""
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
-from .guidance import Guidance
+from .denoise import Guidance, decode, denoise, encode
 from .models import SDXL, check_kind, load, scheduler_like
 
 
@@ -99,6 +98,7 @@ class Editor:
         image_guidance_scale: float = 1.5,
         guidance_scale: float = 10.0,
         guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_prompt: str | None = None,
         resolution: int | None = None,
         batch_size: int = 4,
@@ -116,6 +116,7 @@ class Editor:
             image_guidance_scale: how closely to keep to the input picture, >= 0.
             guidance_scale: how closely to follow the prompt, >= 0.
             guidance_rescale: 0 to 1, pulls back the contrast that guidance adds (arXiv 2305.08891, 3.4).
+            guidance_interval: shares of the steps between which guidance acts (arXiv 2404.07724).
             negative_prompt: what to steer away from.
             resolution: long side in pixels while editing; default: `self.resolution`. See `working_size`.
             batch_size: pictures edited at once; those of one working size share a batch.
@@ -128,19 +129,19 @@ class Editor:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
         """
         pairs = _pair(images, prompts)
-        guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale)
+        guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale, guidance_interval)
         self._check(seed, num_images, num_inference_steps, batch_size)
         inputs = [open_picture(image) for image, _ in pairs]
         sizes = [self.working_size(image.size, resolution) for image in inputs]
         edited: dict[tuple[int, int], Image.Image] = {}
         for batch in _batches(sizes, num_images, batch_size):
-            pictures = self._denoise(
-                image=[inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
-                prompt=[pairs[index][1] for index, _ in batch],
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
-                generator=[torch.Generator().manual_seed(seed + k) for _, k in batch],
-                num_inference_steps=num_inference_steps,
-                guidance=guidance,
+            pictures = self._edit(
+                [inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
+                [pairs[index][1] for index, _ in batch],
+                [seed + k for _, k in batch],
+                guidance,
+                negative_prompt,
+                num_inference_steps,
             )
             for (index, k), picture in zip(batch, pictures, strict=True):
                 edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
@@ -152,31 +153,31 @@ class Editor:
         tokens, most = tokenizer(prompt).input_ids, tokenizer.model_max_length
         return tokenizer.decode(tokens[most - 1 : -1]) if len(tokens) > most else ""  # without start and end
 
-    def _denoise(self, image: list[Image.Image], guidance: Guidance, **arguments: Any) -> list[Image.Image]:
-        """Run the pipeline once, on pictures of one size.
-
-        Each picture is passed once for each of its outputs: with `num_images_per_prompt` the pipelines repeat
-        prompts and pictures in different orders, and pair them wrongly.
-        """
-        pipeline: Any = self.pipeline
-        width, height = image[0].size
-        if type(pipeline).__name__ == SDXL:  # which squashes its input to a square unless told the size
-            arguments |= {"width": width, "height": height}
-            if arguments["negative_prompt"] is None and not pipeline.config.force_zeros_for_empty_prompt:
-                arguments["negative_prompt"] = [""] * len(image)  # else it pairs a list of prompts with a mere ""
-        # These scales only switch the pipeline's three passes on or off: `Guidance` does the arithmetic.
-        arguments |= {"guidance_scale": 2.0 if guidance.changes else 1.0, "image_guidance_scale": 1.0}
+    @torch.no_grad()
+    def _edit(
+        self,
+        images: list[Image.Image],
+        prompts: list[str],
+        seeds: list[int],
+        guidance: Guidance,
+        negative: str | None,
+        steps: int,
+    ) -> list[Image.Image]:
+        """Edit pictures of one size at once, each by its own prompt and with its own seed."""
+        pipeline, vae, half = self.pipeline, self.pipeline.vae, self.pipeline.vae.dtype
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         try:
-            with guidance.inside(pipeline.unet) if guidance.changes else contextlib.nullcontext():
-                made = pipeline(image=image, **arguments)
+            if half == torch.float16 and vae.config.force_upcast and type(pipeline).__name__ == SDXL:
+                torch.nn.Module.to(vae, torch.float32)  # it overflows; diffusers' own `to` warns of nothing
+            told = encode(pipeline, images, prompts, negative)
+            return decode(pipeline, denoise(pipeline, told, guidance, generators, steps))
         except torch.OutOfMemoryError:
-            found = f"out of memory with {len(image)} pictures of {width} x {height} at once"
+            width, height = images[0].size
+            found = f"out of memory with {len(images)} pictures of {width} x {height} at once"
             raise TooLarge(f"{found}: lower --batch_size or --resolution") from None
-        # Flagged pictures alone, not black ones: an edit may be black by itself. SDXL has no such checker.
-        flags = getattr(made, "nsfw_content_detected", None) or itertools.repeat(False)
-        for picture, flagged in zip(made.images, flags, strict=False):
-            picture.info |= {"blacked_out": True} if flagged else {}
-        return made.images
+        finally:
+            torch.nn.Module.to(vae, half)
+            pipeline.maybe_free_model_hooks()
 
     def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
         scheduler = self.pipeline.scheduler

@@ -24,6 +24,8 @@ class Editing:
     """How closely to follow the prompt, from 0 up."""
     guidance_rescale: float = 0.0
     """0 to 1: pulls back the contrast that guidance adds; for models with zero terminal SNR, about 0.7."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Shares of the steps between which guidance acts; outside, a step takes a third of the time (arXiv 2404.07724)."""
     negative_prompt: str | None = None
     """What to steer away from."""
     resolution: int | None = None
@@ -34,7 +36,8 @@ class Editing:
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""
         if self.image_guidance_scale == self.guidance_scale == 1:
-            yield from idle(self, "acts by guidance: raise --guidance_scale", "negative_prompt", "guidance_rescale")
+            of_guidance = ("negative_prompt", "guidance_rescale", "guidance_interval")
+            yield from idle(self, "acts by guidance: raise --guidance_scale", *of_guidance)
 
 
 @dataclasses.dataclass(frozen=True)

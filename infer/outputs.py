@@ -14,6 +14,7 @@ from ..encode.base.errors import EditError, SettingsError
 from ..encode.base.files import check_file, check_folder, whole
 from ..encode.base.flags import dump
 from .config import InferConfig
+from .editing import Editing
 from .jobs import Job
 
 # The PNG text chunk that holds the settings as JSON: `Image.open("out.png").info["ip2p"]`.
@@ -94,6 +95,8 @@ def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: 
     if config.outputs.sweep:
         made["image_guidance_scale"] = config.outputs.sweep_image_guidance_scale
         made["guidance_scale"] = config.outputs.sweep_guidance_scale
+    if flags["guidance_interval"] != list(Editing.guidance_interval):  # as before there was one
+        made["guidance_interval"] = flags["guidance_interval"]
     if lora := config.loading.lora:
         stamps = [_stamp(Path(folder), Path(folder).glob("*.safetensors")) for folder in lora]
         made |= {"lora": lora, "lora_weights": config.loading.lora_weights, "lora_files": stamps}

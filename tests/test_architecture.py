@@ -26,8 +26,9 @@ FLOORS = """
     encode.__main__  encode.keeper
     infer.editing  infer.lora
     infer.config
-    infer.guidance  infer.models  infer.jobs  infer.score.metrics
-    infer.edit  infer.outputs  infer.export
+    infer.models  infer.jobs  infer.score.metrics
+    infer.denoise  infer.outputs  infer.export
+    infer.edit
     infer.batch
     infer.score  infer.ui
     infer.__main__
@@ -51,7 +52,7 @@ ONE_OF_EACH = {
     "tqdm": {"encode.base.console"},
     "tyro": {"encode.base.flags", "encode.base.verbs"},
     "get_close_matches": {"encode.base.errors"},
-    "register_forward_hook": {"infer.guidance"},
+    "register_forward_hook": set(),
     "braceexpand": set(),
 }
 

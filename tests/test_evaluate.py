@@ -214,6 +214,7 @@ def test_every_setting_of_an_edit_reaches_it(evaluate: Evaluate, out: Path) -> N
     settings = {"seed": 2, "num_inference_steps": 2, "image_guidance_scale": 0.5, "guidance_scale": 3.0}
     settings |= {
         "guidance_rescale": 0.5,
+        "guidance_interval": [0.0, 0.5],
         "negative_prompt": "night",
         "resolution": 32,
         "scheduler": "DPMSolverMultistep",

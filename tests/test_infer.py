@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from PIL import Image
 
 import tiny
 from ip2p.infer import EditError, Editor
-from ip2p.infer.guidance import Guidance
+from ip2p.infer.denoise import Guidance, Told, guided
+from ip2p.infer.models import scheduler_like
 
 STEPS = 3
 
@@ -107,6 +109,21 @@ def test_editor_and_bare_pipeline_agree_bit_for_bit(editor: Editor, bare: Any, k
     assert apart(edited, expected) == 0
 
 
+# numpy 2 warns about how diffusers' Euler schedulers turn tensors into arrays.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_schedulers_of_every_kind_are_driven_as_diffusers_does(editor: Editor, bare: Any, kind: str) -> None:
+    """With two calls of the UNet a step, with noise in each, with a memory; also where one pass is left out."""
+    size = {"width": 16, "height": 16} if kind == "sdxl" else {}
+    for scheduler in ("HeunDiscrete", "EulerAncestralDiscrete", "UniPCMultistep"):
+        bare.scheduler = scheduler_like(bare.scheduler, scheduler)
+        editor.pipeline.scheduler = scheduler_like(editor.pipeline.scheduler, scheduler)
+        for text, keep in ((7.5, 1.5), (4, 1), (3, 3)):
+            scales = {"guidance_scale": text, "image_guidance_scale": keep, "num_inference_steps": 5}
+            generator = torch.Generator().manual_seed(5)
+            (expected,) = bare(image=picture(1), prompt="make it red", generator=generator, **scales, **size).images
+            assert apart(editor.edit(picture(1), "make it red", seed=5, **scales)[0], expected) <= 1
+
+
 def test_two_prompts_with_two_images_each_are_paired(editor: Editor, bare: Any, kind: str) -> None:
     """Several pictures of several pairs come out side by side, each with its own input, prompt and seed."""
     size = {"width": 16, "height": 16} if kind == "sdxl" else {}
@@ -154,7 +171,7 @@ def test_guidance_is_computed_at_every_scale(editor: Editor, bare: Any, text: fl
 
 
 def test_guidance_leaves_the_pipeline_as_it_was(editor: Editor, bare: Any) -> None:
-    """An edit leaves no hook behind that would change what the caller does with the pipeline afterwards."""
+    """An edit leaves nothing behind that would change what the caller does with the pipeline afterwards."""
     editor.edit(picture(3), "make it red", num_inference_steps=1, image_guidance_scale=0.5)
     arguments = {"image": picture(3), "prompt": "make it red", "num_inference_steps": STEPS}
     arguments |= {"width": 16, "height": 16} if "XL" in type(bare).__name__ else {}
@@ -183,11 +200,73 @@ def test_guidance_rescale_is_that_of_the_sdxl_pipeline(editor: Editor, bare: Any
     assert apart(edited, plain) > 0
 
 
+def guide(noise: torch.Tensor, guidance: Guidance) -> tuple[torch.Tensor, int]:
+    """The guided noise of predictions (3B, 4, h, w) from text and picture, picture, none; and how many are computed."""
+    both, kept, free = noise.chunk(3)
+    yes, no, computed = torch.ones_like(both), torch.zeros_like(both), 0
+
+    def unet(sample: torch.Tensor, _: object, text: torch.Tensor, **__: object) -> tuple[torch.Tensor]:
+        nonlocal computed
+        computed = len(sample)
+        seen = zip(sample[:: len(both), 4, 0, 0].tolist(), text[:: len(both), 0, 0, 0].tolist(), strict=True)
+        return (torch.cat([{(1, 1): both, (1, 0): kept, (0, 0): free}[told] for told in seen]),)
+
+    return guided(unet, no, torch.tensor(0), Told((yes, yes, no), (yes, no, no), {}), guidance), computed
+
+
 def test_full_rescaling_gives_guided_noise_the_spread_of_the_conditional_one() -> None:
     """At 1, each sample's guided noise has the standard deviation of its prediction from text and picture."""
     noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    guided = Guidance(text=9.0, image=2.0, rescale=1.0).combine(noise)  # (2, 4, 8, 8)
-    torch.testing.assert_close(guided.std(dim=(1, 2, 3)), noise[:2].std(dim=(1, 2, 3)))
+    found, _ = guide(noise, Guidance(text=9.0, image=2.0, rescale=1.0))  # (2, 4, 8, 8)
+    torch.testing.assert_close(found.std(dim=(1, 2, 3)), noise[:2].std(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "rescale", "passes"),
+    [(10, 1.5, 0, 3), (10, 1, 0, 2), (3, 3, 0, 2), (1, 1, 0, 1), (0, 0, 0, 1), (0, 1, 0, 1), (0, 1, 0.5, 2)],
+)
+def test_what_weighs_nothing_is_not_computed(text: float, image: float, rescale: float, passes: int) -> None:
+    """The sum is equation 3 of the paper nevertheless, in float32 where the UNet computes in half precision."""
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    found, computed = guide(noise, Guidance(text, image, rescale))
+    both, kept, free = noise.float().chunk(3)
+    expected = free + image * (kept - free) + text * (both - kept)
+    torch.testing.assert_close(found, rescale_noise_cfg(expected, both, rescale) if rescale else expected)
+    assert computed == passes * len(both)
+
+
+def test_outside_the_interval_one_pass_is_enough(editor: Editor) -> None:
+    """There the prediction from text and picture is taken as it is: no interval is no guidance."""
+    rows: list[int] = []
+    editor.pipeline.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+
+    def edit(*interval: float, **scales: float) -> Image.Image:
+        rows.clear()
+        options = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
+        return editor.edit(picture(4), "make it red", **options | scales)[0]
+
+    part = edit(0.2, 0.7)
+    assert rows == [1] * 2 + [3] * 5 + [1] * 3
+    whole = edit(0, 1)
+    assert rows == [3] * 10
+    none = edit(0, 0.01)
+    assert rows == [1] * 10
+    assert apart(none, edit(0, 1, guidance_scale=1, image_guidance_scale=1)) == 0
+    assert min(apart(part, whole), apart(part, none), apart(whole, none)) > 0
+
+
+def test_half_precision_edits_nearly_as_float32(editor: Editor, kind: str) -> None:
+    """SDXL's VAE, which overflows in it, is in float32 for the time of an edit; nothing is summed in halves."""
+    (whole,) = editor.edit(picture(4), "make it red", num_inference_steps=STEPS)
+    for part in ("vae", "unet", "text_encoder", *["text_encoder_2"] * (kind == "sdxl")):
+        torch.nn.Module.to(getattr(editor.pipeline, part), torch.float16)
+    seen: list[torch.dtype] = []
+    for part in (editor.pipeline.vae.encoder, editor.pipeline.vae.decoder):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    (halves,) = editor.edit(picture(4), "make it red", num_inference_steps=STEPS)
+    assert 0 < apart(halves, whole) <= 4
+    assert seen == [torch.float32 if kind == "sdxl" else torch.float16] * 2
+    assert editor.pipeline.vae.dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -255,6 +334,8 @@ def test_a_loaded_pipeline_is_taken_as_it_is(editor: Editor, bare: Any) -> None:
         ({"guidance_scale": -0.1}, "guidance_scale is -0.1, expected a number from 0 up"),
         ({"image_guidance_scale": float("nan")}, "image_guidance_scale is nan"),
         ({"guidance_rescale": 1.1}, "guidance_rescale is 1.1, expected 0 to 1"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is 0.8 0.2, expected two shares from 0 to 1, the lower"),
+        ({"guidance_interval": (0, float("nan"))}, "guidance_interval is 0 nan"),
     ],
 )
 def test_what_cannot_be_edited_is_refused_in_one_line(editor: Editor, settings: dict[str, Any], message: str) -> None:

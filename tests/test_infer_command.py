@@ -54,6 +54,7 @@ def test_one_picture_and_one_prompt_give_one_file_with_its_settings(
         ("--image_guidance_scale 0.5", {"image_guidance_scale": 0.5}),
         ("--guidance_scale 1", {"guidance_scale": 1.0}),
         ("--guidance_rescale 0.7", {"guidance_rescale": 0.7}),
+        ("--guidance_interval 0.5 1", {"guidance_interval": (0.5, 1.0)}),
         ("--negative_prompt night", {"negative_prompt": "night"}),
         ("--resolution 32", {"resolution": 32}),
         ("--scheduler EulerAncestralDiscrete", {"scheduler": "EulerAncestralDiscrete"}),

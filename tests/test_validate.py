@@ -119,7 +119,7 @@ def test_without_memory_for_pictures_the_run_goes_on(
         raise torch.OutOfMemoryError
 
     if place == "the edits":
-        monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "__call__", full)
+        monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "prepare_image_latents", full)
     else:
         monkeypatch.setattr(validate.Validation, "decode", full)
     main(flags(sd, cache, tmp_path, **WATCHED))
