@@ -242,7 +242,7 @@ def test_outside_the_interval_one_pass_is_enough(editor: Editor) -> None:
 
     def edit(*interval: float, **scales: float) -> Image.Image:
         rows.clear()
-        options = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
+        options: dict[str, Any] = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
         return editor.edit(picture(4), "make it red", **options | scales)[0]
 
     part = edit(0.2, 0.7)
