@@ -43,7 +43,7 @@ check: install  ## lint, format and types, as CI runs them
 	$(BIN)/basedpyright
 
 bench: install  ## measure everything, and write docs/performance.md's tables anew
-	for name in arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again equality summary; do \
+	for name in arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality summary; do \
 		$(BIN)/python bench/$$name.py || exit; done
 
 format: install  ## rewrite the code as `make check` wants it

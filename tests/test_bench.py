@@ -88,6 +88,15 @@ def test_encode_measures_the_command_against_its_encoders(bench: Bench) -> None:
     assert rows["ip2p-encode"]["value"] > 0
 
 
+def test_infer_measures_editor_against_diffusers(bench: Bench) -> None:
+    """At each pair of scales, and with an interval as far as there are steps outside it."""
+    rows = bench("infer", "--size tiny --resolution 64 --batch_size 2 --steps 10 --rounds 1")["rows"]
+    assert rows["the same by passes"]["value"] == pytest.approx(3 * 10 / (3 * 6 + 4))
+    assert rows["Editor / diffusers, equal scales"]["value"] == pytest.approx(
+        rows["Editor, equal scales"]["value"] / rows["diffusers, equal scales"]["value"]
+    )
+
+
 @pytest.mark.slow  # four runs of ip2p-train as processes
 def test_whole_runs_are_measured_to_their_first_step_and_between_two_numbers_of_steps(bench: Bench) -> None:
     """The command itself trains on synthetic caches, small and large, and each measurement gives its figures."""

@@ -240,9 +240,9 @@ def test_outside_the_interval_one_pass_is_enough(editor: Editor) -> None:
     rows: list[int] = []
     editor.pipeline.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
 
-    def edit(*interval: float, **scales: float) -> Image.Image:
+    def edit(*interval: float, **scales: Any) -> Image.Image:
         rows.clear()
-        options = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
+        options: dict[str, Any] = {"num_inference_steps": 10, "guidance_interval": interval, "guidance_rescale": 0.5}
         return editor.edit(picture(4), "make it red", **options | scales)[0]
 
     part = edit(0.2, 0.7)
