@@ -21,13 +21,14 @@ from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
 from .data.sweep import sweep_over
 from .data.text import Texts
+from .machine import advise, alone, make_accelerator
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, find, go_on, resume
-from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
+from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
 from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
 from .unet.make import make_schedule, make_update
