@@ -5,7 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -185,7 +185,7 @@ def test_cublas_is_told_before_the_encoders_use_it(sd: Path, data: Path, tmp_pat
 
 
 @pytest.fixture
-def encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EncodeConfig]:
+def encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EncodeConfig:
     """An encode of a dataset in the working folder."""
     for name in ("data", "model", "other"):
         (tmp_path / name).mkdir()
@@ -292,7 +292,7 @@ def launched(line: str, folder: Path, **variables: str) -> str:
 
 @pytest.mark.slow
 def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Path) -> None:
-    """From a Hub and back to it; the second time nothing is fetched of the pictures, encoded or trained."""
+    """From a Hub and back to it; the second time nothing is fetched, encoded or trained."""
     hub.released(tmp_path / "hub" / "models" / MODEL)
     tiny.dataset(tmp_path / "hub" / "datasets" / DATASET, tiny.pairs(10))
     line = GUIDE.replace("$MODEL_NAME", MODEL).replace("$DATASET_ID", DATASET).replace("\n", " ") + SMALLER
@@ -300,6 +300,7 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
         first = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
         uploaded = set(standin.uploaded)
         standin.uploaded.clear()
+        standin.fetched.clear()
         second = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
     (place,) = (tmp_path / ".cache" / "ip2p" / "caches").iterdir()
     for said, encoded in ((first, "encoded 10 samples"), (second, "nothing to encode")):
@@ -307,6 +308,7 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
         assert f"{encoded}: {place} holds all 10 samples of {DATASET}" in said
         assert "uploaded to someone/instruct-pix2pix-model" in said
     assert "nothing is trained" in second
+    assert standin.fetched == []
     assert {"model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= uploaded
     assert set(standin.uploaded) >= {"model_index.json", "README.md"}
     StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "instruct-pix2pix-model")
