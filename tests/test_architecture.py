@@ -34,10 +34,11 @@ FLOORS = """
     infer.__main__
     train.demands  train.learning
     train.config
-    train.objective  train.agree
+    train.objective  train.agree  train.command
     train.data  train.unet
     train.memory  train.save
     train.watch
+    train.machine
     train.setup
     train.need
     train.run

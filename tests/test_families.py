@@ -186,6 +186,7 @@ def test_sdxls_vae_stays_in_float32_unless_it_is_known_to_be_safe(
     assert Checkpoint(sdxl, vae_folder=other_vae).vae_precision(None, "fp16") == "fp16"
     assert Checkpoint(sd).vae_precision(None, "fp16") == "fp16"
     assert Checkpoint(sd).vae_precision("no", "fp16") == "no"
+    assert Checkpoint(sd).vae_precision("fp32", "fp16") == "no"  # as diffusers' script for SDXL calls it
 
 
 def test_half_precision_encodes_sdxls_text_and_leaves_its_latents_alone(

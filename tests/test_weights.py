@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from ip2p.train import setup
+from ip2p.train import machine
 from ip2p.train.__main__ import main
 from ip2p.train.unet.fit import Misfit
 from ip2p.train.unet.load import widen
@@ -168,7 +168,7 @@ def test_a_run_with_copies_trains_draws_resumes_and_ends_in_float32(
     """All that a run on a GPU does with its copies, here on the CPU: pictures and losses by the average on the way."""
     model = request.getfixturevalue(family)
     encode(model, data, tmp_path / "cache")
-    monkeypatch.setattr(setup, "choose_precision", lambda *_, **__: Precision("bf16", copies=True))
+    monkeypatch.setattr(machine, "choose_precision", lambda *_, **__: Precision("bf16", copies=True))
     changed = {"max_train_steps": 6, "checkpointing_steps": 3, "checkpoints_total_limit": 0}
     changed |= {"num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 2}
     changed |= {"gradient_checkpointing": True, "snr_gamma": 5.0}

@@ -22,6 +22,7 @@ from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
 from .data.sweep import sweep_over
 from .data.text import Texts
+from .machine import advise, alone, make_accelerator
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.best import keep
@@ -29,7 +30,7 @@ from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, find, go_on, resume
-from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
+from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
 from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
 from .unet.lora import add_adapters
 from .unet.make import make_schedule, make_update
@@ -86,8 +87,7 @@ class Run:
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)
         self.objective = Objective(scheduler, null, self.base.scaling_factor, config.objective, precision.dtype)
         self.texts = Texts.of(caches, self.base, device)
-        parts = self.base, self.reader, self.objective, held_out, self.texts
-        self.validation = Validation(config, accelerator, *parts)
+        self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, held_out, self.texts)
 
         # What it trains.
         seed = agreed_seed(config)
