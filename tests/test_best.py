@@ -115,7 +115,8 @@ def test_scores_are_those_of_evaluate(
     (found,) = results(tmp_path / "s")
     line = metrics(output)[4]
     for name in ("l1", "l2", "psnr", "clip_i", "clip_t", "clip_direction", "clip_image"):
-        assert line[f"ema_validation_{name}"] == pytest.approx(found[name], abs=1e-5), name
+        # A pixel may round otherwise in a batch, which moves PSNR in dB by 1e-5.
+        assert line[f"ema_validation_{name}"] == pytest.approx(found[name], abs=1e-4), name
         assert line[f"validation_{name}"] != line[f"ema_validation_{name}"]
     assert not [name for name in line if "dino" in name]
 

@@ -249,8 +249,8 @@ class Mirror(Editor):
     def working_size(self, size: tuple[int, int], resolution: int | None = None) -> tuple[int, int]:
         return size
 
-    def _denoise(self, image: list[Image.Image], *_: Any, **arguments: Any) -> list[Image.Image]:
-        return image
+    def _edit(self, images: list[Image.Image], *_: Any) -> list[Image.Image]:
+        return images
 
 
 @pytest.fixture(scope="module")
