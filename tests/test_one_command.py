@@ -130,6 +130,7 @@ def test_ctrl_c_in_either_part_goes_on_with_the_same_command(
         ({"cache": ("a", "b")}, "--cache a b: expected one, for the dataset to be encoded to"),
         ({"cache": "s3://bucket/cache"}, "--cache s3://bucket/cache is a url, expected a folder of this machine"),
         ({"report_to": "abacus"}, "--report_to abacus: no such tracker is installed"),
+        ({"enable_xformers_memory_efficient_attention": True}, "--enable_xformers_memory_efficient_attention: "),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 trains on a GPU"),
         ({"resume_from_checkpoint": "latest"}, "--resume_from_checkpoint latest: no such checkpoint"),
         ({"output_dir": "{data}/out"}, "--output_dir {data}/out lies in the folder of the dataset {data}"),

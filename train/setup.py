@@ -24,6 +24,7 @@ from .agree import agreed
 from .config import TrainConfig
 from .machine import check_machine
 from .save.resume import SETTINGS, find
+from .unet.load import check_xformers
 
 
 def encode_first(encoding: EncodeConfig, config: TrainConfig) -> TrainConfig:
@@ -39,8 +40,11 @@ def encode_first(encoding: EncodeConfig, config: TrainConfig) -> TrainConfig:
     if not config.machine.estimate:
         if config.saving.resume_from_checkpoint is None and was_here(config):
             config = changed(config, resume_from_checkpoint="auto")
-        if is_main_process() and (newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint)):
-            say(f"the training will go on from {newest}")
+        if is_main_process():
+            if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
+                say(f"the training will go on from {newest}")
+            if config.machine.enable_xformers_memory_efficient_attention:
+                check_xformers()  # by one process alone: none has been told its GPU yet
         check_machine(config)
     say(f"the cache of this dataset is {encoding.cache}")
     encode(encoding, last=False)
