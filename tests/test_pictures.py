@@ -249,7 +249,7 @@ class Mirror(Editor):
     def working_size(self, size: tuple[int, int], resolution: int | None = None) -> tuple[int, int]:
         return size
 
-    def _edit(self, images: list[Image.Image], *_: Any) -> list[Image.Image]:
+    def _edit(self, images: list[Image.Image], *_: Any, **options: Any) -> list[Image.Image]:
         return images
 
 
