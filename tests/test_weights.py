@@ -99,7 +99,7 @@ def test_what_was_trained_is_left_in_float32(averages: bool) -> None:
     unet = tiny.unet(8)
     weights = Weights(unet, torch.float16)
     expected = [master.detach() + (0.1 if averages else 0) for master in weights.masters]
-    weights.finish(Average(expected, 0.9) if averages else None)
+    weights.finish(Average(expected, 0.9).tensors if averages else None)
     assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), expected, strict=True))
 
 

@@ -23,6 +23,7 @@ from .data.sweep import sweep_over
 from .data.text import Texts
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
+from .save.averages import AVERAGES, Averages
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
@@ -100,6 +101,7 @@ class Run:
         if not config.machine.compile:  # which fuses norms in its own way
             choose_norms(unet, device, precision.dtype)
         self.update = make_update(config, unet, precision, accelerator.num_processes)
+        self.averages = Averages(self.update, config.saving.output_dir, writes=accelerator.is_main_process)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
         batch = self.per_step // config.steps.gradient_accumulation_steps
@@ -122,7 +124,7 @@ class Run:
     def state(self) -> Parts:
         """All that a checkpoint holds."""
         parts: Parts = {PROGRESS: self.progress, MODEL: self.update.weights, OPTIMIZER: self.update}
-        return parts | {AVERAGE: self.update.average, SCALE: self.update.scale}
+        return parts | {AVERAGE: self.update.average, AVERAGES: self.averages or None, SCALE: self.update.scale}
 
     def due(self, every: int) -> bool:
         """Whether it is the turn of what is done every so many steps and after the last one; never for 0."""
@@ -154,6 +156,7 @@ class Run:
                         with metrics.paused():
                             metrics.write(progress.step, self.validation.run(progress.step, self.unet, self.update))
                     checkpoints.check()
+                    self.averages.snapshot(progress.step, self.total)
                     signal = interrupt.agreed()
                     # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
                     enough = signal and checkpoints.busy and processes > 1
@@ -166,6 +169,7 @@ class Run:
         """Let the output folder and the trackers tell of this run, now that nothing but its steps can fail."""
         config, folder, step = self.config, self.config.saving.output_dir, self.progress.step
         trains = step < self.total
+        self.averages.begin(self.origin, trains=trains)
         if self.accelerator.is_main_process:
             if self.origin and (trains or not checkpoints(folder)):
                 go_on(folder, self.origin, step)
@@ -197,7 +201,7 @@ class Run:
     def finish(self) -> None:
         """Save the pipeline and its card, and upload them if that is asked for."""
         config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
-        unet = finished(config, self.base, self.accelerator.unwrap_model(self.unet), self.update)
+        unet = finished(config, self.base, self.accelerator.unwrap_model(self.unet), self.update, self.averages)
         export(unet, self.objective.scheduler, self.base, caches[0].manifest["encoding"]["resolution"], folder)
         write_card(config, caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")

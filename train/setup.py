@@ -41,7 +41,7 @@ from .unet.weights import Precision, choose_precision
 
 PATIENCE = timedelta(days=1)
 # What lies in an output folder.
-FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
+FOLDERS = r"checkpoint-\d+(\.incomplete)?|averages|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
 FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md", ADAPTERS, CONV_IN)
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
@@ -184,7 +184,8 @@ def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) ->
     file, text = config.saving.output_dir / SETTINGS, yaml.safe_dump(dump(config) | {"seed": seed}, sort_keys=False)
     with explained(TrainError, f"{file} cannot be written", OSError):
         if recorded and recorded.is_file():
-            text = recorded.read_text(encoding="utf-8")
+            of_run = yaml.safe_load(recorded.read_text(encoding="utf-8"))  # but for what says what is made of it
+            text = yaml.safe_dump(of_run | {"ema_length": config.optimizer.ema_length}, sort_keys=False)
         file.write_text(text, encoding="utf-8")
 
 

@@ -22,14 +22,16 @@ from ..unet.load import load_unet
 from ..unet.lora import add_adapters, save_adapters
 from ..unet.update import Update
 from ..unet.weights import Weights
+from .averages import Averages
 
 
-def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Update) -> Any:
+def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Update, averages: Averages) -> Any:
     """The UNet of a run as it is saved: with the averaged weights, and adapters beside the base in full precision.
 
-    Raises TrainError where its numbers are not finite.
+    Raises TrainError where its numbers are not finite, or as `Averages.of_length` does.
     """
-    update.weights.finish(update.average)
+    length, average = config.optimizer.ema_length, update.average
+    update.weights.finish(averages.of_length(length) if length else average and average.tensors)
     if config.lora.lora_rank:
         unet = load_unet(config, checkpoint)  # the base as it is, not in half precision
         add_adapters(unet, config.lora)

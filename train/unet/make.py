@@ -12,7 +12,7 @@ from ..learning import Optimizer
 from .optimizers import make_optimizer, optimizer_over
 from .scale import LossScale
 from .update import Update
-from .weights import Average, Precision, Weights
+from .weights import LENGTHS, Average, PowerAverage, Precision, Weights
 
 FLIPS = 1e-2  # share of the numbers that are rounded at random, which two ways to compute may round otherwise
 
@@ -32,11 +32,12 @@ def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision
     weights = Weights(unet, precision.half, rounded=precision.rounded)
     beside = torch.device(flags.ema_device) if flags.ema_device else None
     average = Average(weights.masters, flags.ema_decay, beside) if flags.use_ema else None
+    powers = [PowerAverage(weights.masters, length, beside) for length in LENGTHS] if flags.ema_power else ()
     scale = LossScale(device) if precision.name == "fp16" else None
     optimizer = make_optimizer(config, weights, processes)
     fused = takes_one_pass(device, precision.half, flags.name, rounded=precision.rounded)
-    backwards = flags.fused_backward
-    return Update(weights, optimizer, flags.max_grad_norm, average, scale, fused=fused, backwards=backwards)
+    how = {"fused": fused, "backwards": flags.fused_backward, "powers": powers}
+    return Update(weights, optimizer, flags.max_grad_norm, average, scale, **how)
 
 
 def takes_one_pass(
