@@ -24,6 +24,9 @@ def read(**flags: object) -> TrainConfig:
     [
         ({"ema_decay": 0.9}, "--ema_decay 0.9 does nothing without --use_ema: add that, or leave it out"),
         ({"ema_steps": 2}, "--ema_steps 2 does nothing without --use_ema: add that, or leave it out"),
+        ({"ema_length": 0.1}, "--ema_length 0.1 does nothing without --ema_power: add that, or leave it out"),
+        ({"ema_power": True, "ema_length": 0.5}, "--ema_length 0.5: expected a number from 0.03 to 0.2"),
+        ({"ema_power": True, "ema_decay": 0.9}, "--ema_decay 0.9 does nothing without --use_ema"),
         ({"lr_warmup_steps": 9}, "--lr_warmup_steps 9 does nothing with --lr_scheduler constant: take constant_with_"),
         (
             {"validation_prompt": "x"},

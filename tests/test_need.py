@@ -43,7 +43,7 @@ def config(**values: Any) -> TrainConfig:
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_weights_moments_and_average_are_those_of_a_run(optimizer: str, weights: str) -> None:
     """To the byte, but for the counts of steps."""
-    run = config(optimizer=optimizer, weights=weights, use_ema=True)
+    run = config(optimizer=optimizer, weights=weights, use_ema=True, ema_power=True)
     found, unet = needed(run, TINY), tiny.unet(8)
     update = make_update(run, unet, choose_precision(run, cuda=True), 1)
     kept = [value for state in update.optimizer.state.values() for value in state.values()]
@@ -51,11 +51,13 @@ def test_weights_moments_and_average_are_those_of_a_run(optimizer: str, weights:
     held = {id(weight): weight.nbytes for weight in (*update.weights.masters, *update.weights.parameters)}
     assert found.weights == sum(held.values())
     assert update.average
-    assert found.average == sum(mean.nbytes for mean in update.average.tensors)
+    means = [mean for average in (update.average, *update.powers) for mean in average.tensors]
+    assert found.average == sum(mean.nbytes for mean in means)
 
 
 def test_an_average_on_the_host_takes_nothing() -> None:
     assert needed(config(use_ema=True, ema_device="cpu"), TINY).average == needed(config(), TINY).average == 0
+    assert needed(config(ema_power=True, ema_device="cpu"), TINY).average == 0
 
 
 def test_sums_of_gradients_are_there_beside_activations() -> None:

@@ -22,7 +22,7 @@ from ip2p.encode.pipeline import Pipeline
 from ip2p.train import setup
 from ip2p.train.__main__ import main
 from ip2p.train.command import place_of, read
-from ip2p.train.run import load_unet
+from ip2p.train.unet.load import load_unet
 from ip2p.train.watch.metrics import Metrics
 from test_interrupt import at_step
 from test_train import FLAGS, assert_same, living_models, states
@@ -79,7 +79,7 @@ def test_a_dataset_gives_the_weights_of_the_two_commands_and_is_encoded_once(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pipeline, "run", encoding)
-        patch.setattr("ip2p.train.run.load_unet", loading)
+        patch.setattr("ip2p.train.unet.make.load_unet", loading)
         run(command(sd, data, tmp_path / "out"))
         run(command(sd, data, tmp_path / "out"))
     first, after, again = seen

@@ -115,7 +115,7 @@ class Watching:
     """CLIP's folder or Hub id, such as openai/clip-vit-base-patch32, for scores by it; those that need captions are
     there where `ip2p-encode --keep_columns original_prompt edited_prompt` kept some."""
     keep_best: Literal["loss", "l1", "l2", "psnr", "clip_i", "clip_t", "clip_direction"] | None = None
-    """Keep the pipeline of the validation with the best score, of the average where there is one, in OUTPUT_DIR/best.
+    """Keep the pipeline of the validation that scores best, of --use_ema's average if there is one, in OUTPUT_DIR/best.
     Each checkpoint holds the best one until then as well, as links to the same files. (CLIP's likeness to the
     original is no such score: who edits nothing has the most.)"""
     validation_steps: Count | None = None

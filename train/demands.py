@@ -8,7 +8,7 @@ from ..encode.base import flags
 from ..encode.base.errors import SettingsError
 from ..encode.base.files import is_url
 
-EMA = ("ema_decay", "ema_steps", "ema_device")
+EMA = ("ema_steps", "ema_device")
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 LORA = ("lora_targets", "lora_alpha")
 LOOKS = ("validation_steps", "validation_epochs", "num_validation_images")
@@ -19,6 +19,8 @@ def check(config: Any) -> None:
     optimizer, watching = config.optimizer, config.watching
     if not 0 <= optimizer.ema_decay <= 1:
         raise SettingsError(f"--ema_decay {optimizer.ema_decay}: expected a number from 0 to 1")
+    if not 0.03 <= (optimizer.ema_length or 0.05) <= 0.2:
+        raise SettingsError(f"--ema_length {optimizer.ema_length}: expected a number from 0.03 to 0.2")
     if optimizer.max_grad_norm == 0:
         raise SettingsError("--max_grad_norm 0 leaves nothing of any gradient: expected a number above 0, or inf")
     _fit_together(config)
@@ -79,7 +81,11 @@ def idle(config: Any) -> Iterator[str]:
     optimizer, saving, watching = config.optimizer, config.saving, config.watching
     yield from config.model.idle()
     if not optimizer.use_ema:
+        yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", "ema_decay")
+    if not optimizer.averages:
         yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", *EMA)
+    if not optimizer.ema_power:
+        yield from flags.idle(optimizer, "does nothing without --ema_power: add that, or leave it out", "ema_length")
     if not config.lora.lora_rank:
         yield from flags.idle(config.lora, "does nothing without --lora_rank: add that, or leave it out", *LORA)
     if optimizer.name == "adafactor":

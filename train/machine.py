@@ -32,7 +32,7 @@ from .unet.weights import Precision, choose_precision
 
 PATIENCE = timedelta(days=1)
 # What lies in an output folder.
-FOLDERS = r"checkpoint-\d+(\.incomplete)?|best|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
+FOLDERS = r"checkpoint-\d+(\.incomplete)?|averages|best|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
 FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md", ADAPTERS, CONV_IN)
 SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 

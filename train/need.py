@@ -120,7 +120,7 @@ def changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     whole, taken, batches = config, "", config.steps.train_batch_size * config.steps.gradient_accumulation_steps
     steps: list[tuple[str, dict[str, Any]]] = [
         ("--gradient_checkpointing", {"gradient_checkpointing": True}),
-        ("--ema_device cpu", {"ema_device": "cpu"} if config.optimizer.use_ema else {}),
+        ("--ema_device cpu", {"ema_device": "cpu"} if config.optimizer.averages else {}),
         ("--mixed_precision bf16 --weights bf16", {"weights": "bf16", "mixed_precision": "bf16"}),
         ("--optimizer adamw8bit", {"optimizer": "adamw8bit"} if config.optimizer.name == "adamw" else {}),
         (f"--train_batch_size 1 --gradient_accumulation_steps {batches}", smaller(config)),
@@ -166,7 +166,7 @@ def needed(config: TrainConfig, model: Model) -> Need:
         lora=config.lora if config.lora.lora_rank else None,
     )
     masters = 4 * found.numbers if precision.rounded else 0  # which copies have behind them, and rounded weights do not
-    average = 4 * found.numbers if flags.use_ema and not flags.ema_device else 0
+    average = 0 if flags.ema_device else 4 * found.numbers * flags.averages
     gradients = 0 if flags.fused_backward else (2 if precision.half else 4) * found.numbers
     validation, clip = 0, config.watching.clip_model
     if config.watching.image or config.watching.num_validation_samples:

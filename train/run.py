@@ -25,16 +25,15 @@ from .data.text import Texts
 from .machine import advise, alone, make_accelerator
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
+from .save.averages import AVERAGES, Averages
 from .save.best import keep
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, find, go_on, resume
 from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
-from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
-from .unet.lora import add_adapters
-from .unet.make import make_schedule, make_update
-from .unet.norm import choose_norms
+from .unet.load import allow_graphs, check_gradients
+from .unet.make import make_schedule, make_unet, make_update
 from .unet.weights import Precision
 from .watch.interrupt import Interrupt
 from .watch.metrics import Metrics, share_of_peak
@@ -91,14 +90,9 @@ class Run:
 
         # What it trains.
         seed = agreed_seed(config)
-        unet: Any = load_unet(config, self.base)
-        if config.lora.lora_rank:
-            add_adapters(unet, config.lora, seed, precision.dtype)
-        unet.to(device)
-        choose_attention(unet, device, precision.name)
-        if not config.machine.compile:  # which fuses norms in its own way
-            choose_norms(unet, device, precision.dtype)
+        unet = make_unet(config, self.base, precision, device, seed)
         self.update = make_update(config, unet, precision, accelerator.num_processes)
+        self.averages = Averages(self.update, config.saving.output_dir, writes=accelerator.is_main_process)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
         batch = self.per_step // config.steps.gradient_accumulation_steps
@@ -121,7 +115,7 @@ class Run:
     def state(self) -> Parts:
         """All that a checkpoint holds."""
         parts: Parts = {PROGRESS: self.progress, MODEL: self.update.weights, OPTIMIZER: self.update}
-        return parts | {AVERAGE: self.update.average, SCALE: self.update.scale}
+        return parts | {AVERAGE: self.update.average, AVERAGES: self.averages or None, SCALE: self.update.scale}
 
     def due(self, every: int) -> bool:
         """Whether it is the turn of what is done every so many steps and after the last one; never for 0."""
@@ -155,6 +149,7 @@ class Run:
                             if writes:
                                 keep(config, progress.step, found, checkpoints.wait, self.save)
                     checkpoints.check()
+                    self.averages.snapshot(progress.step, self.total)
                     signal = interrupt.agreed()
                     # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
                     enough = signal and checkpoints.busy and processes > 1
@@ -174,6 +169,7 @@ class Run:
             save_config(config, self.progress.seed, recorded)
             if trains:
                 track(config, self.progress.seed, step, self.accelerator)
+        self.averages.begin(self.origin, trains=trains)
         if not trains:
             say(f"nothing is trained: {self.origin} has {step:,} steps, and {self.total:,} are asked for in all")
 
@@ -195,15 +191,17 @@ class Run:
         progress.samples += self.per_step
         return loss, norm, skipped
 
-    def save(self, folder: Path) -> None:
-        """Save a pipeline of what is trained by now."""
-        unet = finished(self.config, self.base, self.accelerator.unwrap_model(self.unet), self.update)
+    def save(self, folder: Path, length: float | None = None) -> None:
+        """Save a pipeline of what is trained by now: of the average of a length, or of what validation looks at."""
+        plain, unet = self.update.average, self.accelerator.unwrap_model(self.unet)
+        average = self.averages.of_length(length) if length else plain and plain.tensors
+        unet = finished(self.config, self.base, unet, self.update.weights, average)
         export(unet, self.objective.scheduler, self.base, self.reader.caches[0], folder)
 
     def finish(self) -> None:
         """Save the pipeline and its card, and upload them if that is asked for."""
         config, folder = self.config, self.config.saving.output_dir
-        self.save(folder)
+        self.save(folder, config.optimizer.ema_length)
         write_card(config, self.reader.caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")
         if config.saving.push_to_hub:

@@ -126,7 +126,8 @@ def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) ->
     file, text = config.saving.output_dir / SETTINGS, yaml.safe_dump(dump(config) | {"seed": seed}, sort_keys=False)
     with explained(TrainError, f"{file} cannot be written", OSError):
         if recorded and recorded.is_file():
-            text = recorded.read_text(encoding="utf-8")
+            of_run = yaml.safe_load(recorded.read_text(encoding="utf-8"))  # but for what says what is made of it
+            text = yaml.safe_dump(of_run | {"ema_length": config.optimizer.ema_length}, sort_keys=False)
         with whole(file) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 

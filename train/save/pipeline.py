@@ -1,6 +1,6 @@
 """What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, and an upload."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers import (
 )
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
 
 from ...encode.base.errors import TrainError, explained
 from ...encode.cache.format import Cache
@@ -21,27 +22,30 @@ from ...encode.models.weights import dtype_of, not_finite
 from ..config import TrainConfig
 from ..unet.load import load_unet
 from ..unet.lora import add_adapters, save_adapters
-from ..unet.update import Update
 from ..unet.weights import Weights
+from .averages import FOLDER
 from .best import BEST
 
 
-def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Update) -> Any:
-    """A UNet of a run as it is saved: with the averaged weights, and adapters beside the base in full precision.
+def finished(
+    config: TrainConfig, checkpoint: Checkpoint, unet: Any, weights: Weights, average: Sequence[Tensor] | None
+) -> Any:
+    """A UNet of a run as it is saved: with an average of its weights if one is given, and adapters beside the base in
+    full precision.
 
     Weights have all the digits with which they are trained, and lie where they lay; the run's own UNet may go on.
     Raises TrainError where numbers are not finite.
     """
-    trained = update.weights.trained(update.average)
+    trained = weights.trained(average)
     if config.lora.lora_rank:
         unet = load_unet(config, checkpoint)  # the base as it is, not in half precision
         add_adapters(unet, config.lora)
         Weights(unet).load_state_dict(trained)
     else:
-        weights = unet.state_dict() | trained
+        state = unet.state_dict() | trained
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(unet.config)
-        unet.load_state_dict(weights, assign=True)
+        unet.load_state_dict(state, assign=True)
     if name := not_finite(unet.state_dict()):
         raise TrainError(
             f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
@@ -108,7 +112,7 @@ def push(config: TrainConfig) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Trained with ip2p",
-            ignore_patterns=["*checkpoint-*", f"{BEST}/*", f"{config.watching.logging_dir}/*", ".lock"],
+            ignore_patterns=["*checkpoint-*", f"{BEST}/*", f"{FOLDER}/*", f"{config.watching.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TrainError(

@@ -21,6 +21,7 @@ from ..agree import agreed
 from ..config import TrainConfig
 from ..learning import Lora
 from ..unet.fit import Misfit, fit
+from .averages import AVERAGES
 from .best import go_back
 from .checkpoint import ABANDONED, AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints, take_up
 
@@ -114,18 +115,19 @@ def load(folder: Path, parts: Parts) -> None:
     Nothing else reads one. What it consists of is written in it, since a run may do without an average, or without a
     scale of its loss; older versions did not write that.
     """
-    written = [name for name in parts if name != SCALE]
+    written = [name for name in parts if name not in (SCALE, AVERAGES)]
     for name, part in parts.items():
         file = folder / name
         if part and (name in written or file.is_file()):
             with _usable(file):
                 part.load_state_dict(state := _read(file))
             written = state.get("files", written) if name == PROGRESS else written
-        elif name == AVERAGE and part:
-            say(f"{folder.name} was trained without --use_ema: the average begins with its weights")
-            part.load_state_dict({"optimization_step": 0, "shadow_params": parts[MODEL].masters})
-        elif name == AVERAGE and file.is_file():
-            say(f"{folder.name} was trained with --use_ema: without it, its average of the weights ends here")
+        elif (flag := {AVERAGE: "--use_ema", AVERAGES: "--ema_power"}.get(name)) and part:
+            say(f"{folder.name} was trained without {flag}: the average begins with its weights")
+            if name == AVERAGE:
+                part.load_state_dict({"optimization_step": 0, "shadow_params": parts[MODEL].masters})
+        elif flag and file.is_file():
+            say(f"{folder.name} was trained with {flag}: without it, its average of the weights ends here")
 
 
 def _read(file: Path) -> Any:
