@@ -47,12 +47,14 @@ def flags(model: Path, cache: Path | str | tuple[Path, ...], output: Path, **cha
 
 
 KILL_AT_STEP_12 = """
-import os, signal, sys
+import os, signal, sys, time
 from ip2p.train.watch.metrics import Metrics
 
 def step(self, step, *rest, original=Metrics.step):
     original(self, step, *rest)
     if step == 12:
+        while not self.file.with_name("checkpoint-9").exists():  # which a thread writes
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.step = step
