@@ -31,6 +31,7 @@ from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, find, go_on, resume
+from .save.room import announce
 from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
 from .unet.load import allow_graphs, check_gradients
 from .unet.make import make_schedule, make_unet, make_update
@@ -110,6 +111,7 @@ class Run:
         self.update.seed = self.progress.seed
         self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         self.lr_scheduler = make_schedule(config.optimizer, self.update.optimizer, self.progress.step, self.total)
+        announce(config, self.base, unet, self.state, self.total, self.per_step, len(self.samples.rows))
 
     @property
     def state(self) -> Parts:
