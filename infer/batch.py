@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from ..encode.base.console import bar, say, warn
@@ -17,7 +18,7 @@ from ..encode.base.files import check_file
 from ..encode.base.flags import changed
 from ..encode.config import Dataset
 from ..encode.data.pairs import no_instruction
-from ..encode.data.pictures import open_picture
+from ..encode.data.pictures import open_mask, open_picture
 from ..encode.data.places import check_place
 from ..encode.data.sheet import contact_sheet, grid
 from .config import InferConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 SHEET_ROWS = 100
 Images: TypeAlias = Sequence[Image.Image]
+Masks: TypeAlias = Sequence["np.ndarray | None"]  # as of `open_mask`
 Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the files of its edits
 
 
@@ -71,21 +73,22 @@ def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> t
     make = sweep if config.outputs.sweep else edit_with
     with bar(None, "editing", "picture", total=len(work)) as shown:
         for start in range(0, len(work), size):
-            batch: list[tuple[Image.Image, Job, list[tuple[Path, str]]]] = []
+            batch: list[tuple[Image.Image, np.ndarray | None, Job, list[tuple[Path, str]]]] = []
             for job, paths in work[start : start + size]:
                 with skipping(job):
                     if why := no_instruction(job.prompt):
                         raise EditError(f"the prompt {why}")
-                    content = job.image()
-                    settings = settings_of(config, stamp, content, job.prompt)
+                    content, mask = job.image(), job.mask() if job.mask else None
+                    settings = settings_of(config, stamp, content, job.prompt, mask)
                     if [settings_in(path) for path in paths] == settings:
                         kept += 1
                     else:
-                        batch.append((open_picture(content), job, list(zip(paths, settings, strict=True))))
+                        shares = None if mask is None else open_mask(mask)
+                        batch.append((open_picture(content), shares, job, list(zip(paths, settings, strict=True))))
                     done.append((job, paths))
             if batch:
-                images, inputs, files = zip(*batch, strict=True)
-                pictures = iter(make(load(), config, images, [job.prompt for job in inputs]))
+                images, masks, inputs, files = zip(*batch, strict=True)
+                pictures = iter(make(load(), config, images, [job.prompt for job in inputs], masks))
                 for job, places in zip(inputs, files, strict=True):
                     cut += [f"{job.label}: {unread}" for unread in [load().unread(job.prompt)] if unread]
                     lost.add(job.stem)
@@ -139,16 +142,20 @@ def load_editor(config: InferConfig) -> "Editor":
     return editor
 
 
-def edit_with(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
+def edit_with(
+    editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str], masks: Masks
+) -> list[Image.Image]:
     """Edit pictures with the settings of `config`."""
-    return editor.edit(images, prompts, num_images=config.outputs.num_images, **vars(config.editing))
+    return editor.edit(images, prompts, masks=list(masks), num_images=config.outputs.num_images, **vars(config.editing))
 
 
-def sweep(editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str]) -> list[Image.Image]:
+def sweep(
+    editor: "Editor", config: InferConfig, images: Images, prompts: Sequence[str], masks: Masks
+) -> list[Image.Image]:
     """As `edit_with`, with a labeled grid of edits over both scales in the place of each picture."""
     rows, columns = config.outputs.sweep_image_guidance_scale, config.outputs.sweep_guidance_scale
     cells = [
-        edit_with(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts)
+        edit_with(editor, changed(config, image_guidance_scale=row, guidance_scale=column), images, prompts, masks)
         for row, column in bar(list(itertools.product(rows, columns)), "sweep", "scale", position=2)
     ]
     black = [picture for picture in itertools.chain(*cells) if blacked_out(picture)]

@@ -1,59 +1,59 @@
 """Pictures and prompts to edited pictures by the parts of a pipeline: encode, denoise under guidance, decode."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
 from ..encode.base.errors import EditError
+from ..encode.data.pictures import pooled
+from .guidance import Guidance, Told, guided
+from .mask import paste
 from .models import FORCE_ZEROS, SDXL
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance with two scales (InstructPix2Pix, arXiv 2211.09800, equation 3).
+class TooLarge(EditError):
+    """There is not memory enough for the pictures that are edited at once."""
+
+
+class Task(NamedTuple):
+    """One picture to edit."""
+
+    picture: Image.Image  # RGB
+    prompt: str
+    shares: np.ndarray | None  # of each pixel (height, width), which may change; None where all may
+    size: tuple[int, int]  # width and height while it is edited
+    seed: int = 0
+
+
+@torch.no_grad()
+def draw(
+    pipeline: Any, tasks: Sequence[Task], guidance: Guidance, negative: str | None, steps: int
+) -> list[Image.Image]:
+    """Edit pictures at once, all of one size while they are edited; each edit has its own picture's size.
 
     Raises:
-        EditError: a number is out of its range.
+        TooLarge: out of memory.
     """
-
-    text: float  # how closely to follow the prompt, >= 0
-    image: float  # how closely to keep to the input picture, >= 0
-    rescale: float = 0.0  # 0 to 1: pulls the spread of the noise back to the conditional one's (2305.08891, eq. 16)
-    interval: tuple[float, float] = (0.0, 1.0)  # shares of the steps between which it guides (2404.07724)
-
-    def __post_init__(self) -> None:
-        for name, scale in (("guidance_scale", self.text), ("image_guidance_scale", self.image)):
-            if not 0 <= scale < math.inf:
-                raise EditError(f"{name} is {scale}, expected a number from 0 up")
-        if not 0 <= self.rescale <= 1:
-            raise EditError(f"guidance_rescale is {self.rescale}, expected 0 to 1")
-        low, high = self.interval
-        if not 0 <= low < high <= 1:
-            raise EditError(f"guidance_interval is {low:g} {high:g}, expected two shares from 0 to 1, the lower first")
-
-    def at(self, step: int, steps: int) -> "Guidance":
-        """What guides one of the steps, counted from 0: outside the interval nothing does, and one pass is enough."""
-        low, high = (round(share * steps) for share in self.interval)
-        return self if low <= step < high else Guidance(1.0, 1.0)
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Of the predictions from text and picture, from the picture alone, from neither; their sum is 1."""
-        return self.text, self.image - self.text, 1 - self.image
-
-
-class Told(NamedTuple):
-    """What the UNet is told beside the noise: by text and picture, by the picture alone, by neither."""
-
-    image: Sequence[Tensor]  # three of (B, 4, h, w), posterior mean, unscaled
-    text: Sequence[Tensor]  # three of (B, 77, d)
-    added: dict[str, Sequence[Tensor]]  # of SDXL, three each: pooled text (B, p), and sizes (B, 6)
+    vae, half, size = pipeline.vae, pipeline.vae.dtype, tasks[0].size
+    images = [task.picture.resize(size, Image.Resampling.LANCZOS) for task in tasks]
+    generators = [torch.Generator().manual_seed(task.seed) for task in tasks]
+    try:
+        if half == torch.float16 and vae.config.force_upcast and type(pipeline).__name__ == SDXL:
+            torch.nn.Module.to(vae, torch.float32)  # it overflows; diffusers' own `to` warns of nothing
+        told = encode(pipeline, images, [task.prompt for task in tasks], negative)
+        latents = denoise(pipeline, told, guidance, generators, steps, _cells(tasks, told.image[0]))
+        edited = decode(pipeline, latents)
+    except torch.OutOfMemoryError:
+        found = f"out of memory with {len(images)} pictures of {size[0]} x {size[1]} at once"
+        raise TooLarge(f"{found}: lower --batch_size or --resolution") from None
+    finally:
+        torch.nn.Module.to(vae, half)
+        pipeline.maybe_free_model_hooks()
+    return [_finished(*both, pipeline.vae_scale_factor) for both in zip(tasks, edited, strict=True)]
 
 
 def encode(pipeline: Any, images: list[Image.Image], prompts: list[str], negative: str | None) -> Told:
@@ -72,43 +72,41 @@ def encode(pipeline: Any, images: list[Image.Image], prompts: list[str], negativ
     return Told((image, image, torch.zeros_like(image)), texts, added)
 
 
-def guided(unet: Any, noisy: Tensor, timestep: Tensor, told: Told, guidance: Guidance) -> Tensor:
-    """The weighted sum of three predictions of noise or velocity, (B, 4, h, w) float32, in one pass of the UNet."""
-    # What weighs nothing is not computed, but for what rescaling compares with.
-    used = [n for n, weight in enumerate(guidance.weights) if weight or (guidance.rescale and n == 0)]
+def denoise(
+    pipeline: Any,
+    told: Told,
+    guidance: Guidance,
+    generators: list[torch.Generator],
+    steps: int,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Noise to latents (B, 4, h, w) of edited pictures, each with a random generator of its own, on the CPU.
 
-    def of(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([parts[n] for n in used])
-
-    sample = torch.cat([of([noisy] * 3), of(told.image)], dim=1)
-    added = {name: of(parts) for name, parts in told.added.items()}
-    found = unet(sample, timestep, of(told.text), added_cond_kwargs=added, return_dict=False)[0]
-    parts = found.float().chunk(len(used))  # since large weights of opposite signs nearly cancel out
-    total = torch.stack([guidance.weights[n] * part for n, part in zip(used, parts, strict=True)]).sum(dim=0)
-    return rescale_noise_cfg(total, parts[0], guidance.rescale) if guidance.rescale else total
-
-
-def denoise(pipeline: Any, told: Told, guidance: Guidance, generators: list[torch.Generator], steps: int) -> Tensor:
-    """Noise to latents (B, 4, h, w) of edited pictures, each with a random generator of its own, on the CPU."""
+    Where a mask (B, 1, h, w) is 0, they are those of the picture itself in each step, with as much of the noise.
+    """
     image, kind, scheduler = told.image[0], told.image[0].dtype, pipeline.scheduler
     scheduler.set_timesteps(steps, device=image.device)
     random = pipeline.prepare_extra_step_kwargs(generators, 0.0)
     drawn = [torch.randn(1, *image.shape[1:], generator=generator, dtype=kind) for generator in generators]
-    latents = torch.cat(drawn).to(image.device) * scheduler.init_noise_sigma
+    noise = torch.cat(drawn).to(image.device)
+    latents, kept = noise * scheduler.init_noise_sigma, image
+    if mask is not None and not getattr(pipeline, "is_cosxl_edit", False):  # whose condition is scaled already
+        shift, scale = _range(pipeline.vae, image)
+        kept = (image - shift) * scale
     for step, timestep in enumerate(pipeline.progress_bar(scheduler.timesteps)):
+        if mask is not None:
+            latents = torch.lerp(scheduler.add_noise(kept, noise, timestep[None]), latents, mask)
         noisy = scheduler.scale_model_input(latents, timestep)
         found = guided(pipeline.unet, noisy, timestep, told, guidance.at(step, len(scheduler.timesteps))).to(kind)
         latents = scheduler.step(found, timestep, latents, **random, return_dict=False)[0].to(kind)
-    return latents
+    return latents if mask is None else torch.lerp(kept, latents, mask)
 
 
 def decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     """The pictures of latents; black ones that a safety checker put in their place have `info["blacked_out"]`."""
-    vae, latents, flags = pipeline.vae, latents.float() / pipeline.vae.config.scaling_factor, []
-    mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
-    if mean and std:
-        latents = latents * latents.new_tensor(std).view(-1, 1, 1) + latents.new_tensor(mean).view(-1, 1, 1)
-    pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    vae, latents, flags = pipeline.vae, latents.float(), []
+    shift, scale = _range(vae, latents)
+    pixels = vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0]
     if type(pipeline).__name__ != SDXL:
         pixels, flags = pipeline.run_safety_checker(pixels, pixels.device, pipeline.text_encoder.dtype)
     elif pipeline.watermark:
@@ -118,3 +116,31 @@ def decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     for picture, flag in zip(pictures, black, strict=True):
         picture.info |= {"blacked_out": True} if flag else {}
     return pictures
+
+
+def _range(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """What is taken from the latents of a VAE before they are denoised, and what they are multiplied by then."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    shift, spread = (mean, std) if mean and std else ([0.0], [1.0])
+    shift, spread = (latents.new_tensor(values).view(-1, 1, 1) for values in (shift, spread))
+    return shift, vae.config.scaling_factor / spread
+
+
+def _cells(tasks: Sequence[Task], latents: Tensor) -> Tensor | None:
+    """Which places of latents may change, (B, 1, h, w): those with any pixel that may; None where all may."""
+    if all(task.shares is None for task in tasks):
+        return None
+    size, whole = (latents.shape[2], latents.shape[3]), np.ones((1, 1), np.float32)
+    shares = [pooled(whole if task.shares is None else task.shares, size, (0, 0, 1, 1)) > 0 for task in tasks]
+    return torch.from_numpy(np.stack(shares)[:, None]).to(latents)
+
+
+def _finished(task: Task, edited: Image.Image, factor: int) -> Image.Image:
+    """The edit at the size of its picture, and the picture itself outside the mask."""
+    info, edited = edited.info, edited.resize(task.picture.size, Image.Resampling.LANCZOS)
+    if task.shares is not None and not info:  # a black picture of a safety checker stays one
+        edited = paste(
+            task.picture, edited, task.shares, max(1, factor * max(task.picture.size) // max(task.size) // 2)
+        )
+    edited.info = info
+    return edited

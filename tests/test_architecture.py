@@ -27,7 +27,8 @@ FLOORS = """
     infer.editing  infer.lora
     infer.config
     infer.models  infer.jobs  infer.score.metrics
-    infer.denoise  infer.outputs
+    infer.guidance  infer.mask  infer.outputs
+    infer.denoise
     infer.edit
     infer.batch
     infer.score  infer.ui

@@ -23,7 +23,8 @@ from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
 from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
-from ...infer.edit import Editor, TooLarge
+from ...infer.denoise import TooLarge
+from ...infer.edit import Editor
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
 from ..data.samples import Samples
