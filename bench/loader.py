@@ -96,6 +96,8 @@ def shaped_cases(squares: Cache, folder: Path, args: argparse.Namespace) -> dict
     for count in (7, 27):
         latents = [every[n] for n in np.linspace(0, len(every) - 1, count).astype(int)]
         caches[str(count)] = build(folder / f"shapes-{count}", args.samples, flat, latents=latents)
+        # As the squares were: what is read ahead lies in memory in larger pieces than what was written.
+        forget(caches[str(count)])
     cases = {
         count: partial(rate, batches(cache, Reader(cache), args.batch_size), args.samples, args.batch_size)
         for count, cache in caches.items()

@@ -28,8 +28,8 @@ from ip2p.train.data.order import Order, Turns
 from ip2p.train.data.samples import Samples
 from ip2p.train.data.text import Texts
 from ip2p.train.learning import Objective as Flags
+from ip2p.train.machine import make_accelerator
 from ip2p.train.objective import Objective
-from ip2p.train.setup import make_accelerator
 from ip2p.train.unet.load import choose_attention
 from ip2p.train.unet.make import make_update
 from ip2p.train.unet.norm import choose_norms

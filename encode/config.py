@@ -21,10 +21,10 @@ TRAIN_ONLY = """
     num_validation_images validation_epochs validation_steps push_to_hub hub_token hub_model_id
 """.split()
 """Names of diffusers' training flags that belong to `ip2p-train`."""
-PER_SAMPLE: dict[str, str] = dict.fromkeys(
+NOT_NEEDED: dict[str, str] = dict.fromkeys(
     ("crops_coords_top_left_h", "crops_coords_top_left_w"), "is not needed: SDXL is trained with each sample's own crop"
-)
-REFUSED: dict[str, str] = PER_SAMPLE | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
+) | {"local_rank": "is not needed: launchers tell it in another way"}
+REFUSED: dict[str, str] = NOT_NEEDED | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
 """diffusers' flags that `ip2p-encode` does not take, with what to do about them."""
 
 
@@ -178,9 +178,9 @@ class Run:
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision in which the VAE and the text encoder run. The cache holds float16 in any case."""
-    vae_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of the VAE alone. Default: that of --mixed_precision; for SDXL float32, since its VAE overflows, unless
-    the VAE's configuration says that it does not (force_upcast: false)."""
+    vae_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
+    """Precision of the VAE alone; fp32 is another word for no. Default: that of --mixed_precision; for SDXL float32,
+    since its VAE overflows, unless the VAE's configuration says that it does not (force_upcast: false)."""
     cache_text: bool = True
     """Keep instructions embedded. With --no_cache_text they are kept alone, and training embeds those of each batch:
     the text encoder takes time and memory there, and its output no room here, 116 KiB of each instruction (SD 1.5)."""

@@ -65,7 +65,7 @@ class Plan:
         if needed > free:
             mend = "make space or move --cache"
             raise CacheError(f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: {mend}")
-        if self.manifest["encoding"]["vae_precision"] != (config.run.vae_precision or config.run.mixed_precision):
+        if not config.run.vae_precision and self.manifest["encoding"]["vae_precision"] != config.run.mixed_precision:
             why = "since this one overflows in half precision (--vae_precision decides otherwise)"
             say(f"the VAE runs in float32, {why}")
 

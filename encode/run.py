@@ -36,8 +36,12 @@ SAID += ("original_width", "original_height", "edited_width", "edited_height")
 EXAMPLE = 100  # letters of an instruction that is shown
 
 
-def encode(config: EncodeConfig) -> None:
-    """Encode what the cache lacks of the dataset, on any number of processes, and say what was done."""
+def encode(config: EncodeConfig, *, last: bool = True) -> None:
+    """Encode what the cache lacks of the dataset, on any number of processes, and say what was done.
+
+    Args:
+        last: whether the processes part then; else all of them wait until the cache is whole, and stay a group.
+    """
     push = ": encode into one, then `ip2p-cache push` copies it there"
     check_folder(config.cache, "--cache", push)  # before anything is downloaded
     check_place(config.dataset, config.cache, "--cache", alone=True)
@@ -72,9 +76,12 @@ def encode(config: EncodeConfig) -> None:
         with nullcontext() if main else exclusive(config.cache, shared=True):
             encode_missing(config, source, checkpoint, state)
             state.wait_for_everyone()
-        state.destroy_process_group()  # here alone: NCCL waits for all processes, so one that fails must not do it
+        if last:
+            state.destroy_process_group()  # here alone: NCCL waits for all processes, so one that fails must not do it
         if main:
             finish(Cache.open(config.cache), checkpoint)
+    if not last:
+        state.wait_for_everyone()
 
 
 def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, state: PartialState) -> None:

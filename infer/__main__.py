@@ -1,4 +1,4 @@
-"""`ip2p-infer`: a trained pipeline and pictures in, edited pictures out; or scores of models."""
+"""`ip2p-infer`: a trained pipeline and pictures in, edited pictures out; or scores, or a file."""
 
 import sys
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .score.evaluate import evaluate
 
             return evaluate(scoring)
+        if arguments and arguments[0] == "export":
+            from .export import ExportConfig, export
+
+            exporting = parse(ExportConfig, arguments[1:], f"{PROG} export")
+            quiet_libraries()
+            return export(exporting)
         config = parse(InferConfig, arguments, PROG)
         quiet_libraries()
         if config.page.ui:

@@ -73,7 +73,8 @@ class InferConfig:
 
     One prompt for one or many pictures, or a table with a prompt for each. A picture that cannot be read, or an empty
     prompt, is reported and skipped. Outputs that exist with the same settings are kept, so repeating an interrupted
-    command finishes the rest. `ip2p-infer evaluate` scores models over a dataset; see `ip2p-infer evaluate --help`.
+    command finishes the rest. `ip2p-infer evaluate` scores models over a dataset, `ip2p-infer export` writes one into a
+    single file for other programs: each has its own `--help`.
 
     Exit status: 0 if any picture was edited or was there already, 1 if none could be, 2 for wrong flags or
     models. `--config run.yaml` stands for the flags that the file holds; later flags win.
@@ -122,7 +123,7 @@ class InferConfig:
         table, of_table = self.inputs.table, "says where a table holds what: it belongs to --table"
         yield from self.columns.idle(table) if table else idle(self.columns, of_table)
         editing = Editing() if outputs.sweep or self.page.ui else self.editing
-        yield from self.loading.idle((self.model, *self.page.compare), editing)
+        yield from (*self.loading.idle((self.model, *self.page.compare)), *editing.idle())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ class EvaluateConfig:
         """What is said of flags that are set and cannot act."""
         if self.scoring.curve:
             yield from idle(self.editing, "cannot act with --curve, whose scales are fixed", "image_guidance_scale")
-        yield from (*self.columns.idle(self.dataset), *self.loading.idle(self.model, self.editing))
+        yield from (*self.columns.idle(self.dataset), *self.loading.idle(self.model), *self.editing.idle())
 
     def infer(self, model: str, image_guidance_scale: float, folder: Path) -> InferConfig:
         """The run of `ip2p-infer` that makes one model's pictures at one scale."""

@@ -11,9 +11,9 @@ from PIL import Image
 
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
-from .denoise import Task, draw
-from .guidance import Guidance
-from .mask import Mask, Masks, read_mask
+from .drawing.denoise import Task, draw
+from .drawing.guidance import Guidance
+from .drawing.mask import Mask, Masks, read_mask
 from .models import check_kind, load, scheduler_like
 
 

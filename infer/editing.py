@@ -33,17 +33,17 @@ class Editing:
     batch_size: Count = 4
     """Pictures edited at once; changes the speed alone."""
 
+    def idle(self) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
+        if self.image_guidance_scale == self.guidance_scale == 1:
+            of_guidance = ("negative_prompt", "guidance_rescale", "guidance_interval")
+            yield from idle(self, "acts by guidance: raise --guidance_scale", *of_guidance)
+
 
 @dataclasses.dataclass(frozen=True)
-class Loading:
-    """How a model is loaded."""
+class Weights:
+    """Which weights of a model, and what is added to them."""
 
-    device: str | None = None
-    """cuda, mps, cpu …; default: the accelerator if there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Default: float16 on CUDA, float32 elsewhere."""
-    scheduler: str | None = None
-    """diffusers' class name of another scheduler, such as DDIM or EulerAncestralDiscrete."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
     revision: str | None = None
@@ -60,12 +60,21 @@ class Loading:
             shown, folders = " ".join(map(str, given)), " ".join(self.lora)
             raise SettingsError(f"--lora_weights {shown}: expected one finite number for each --lora ({folders})")
 
-    def idle(self, models: Iterable[str], editing: Editing) -> Iterator[str]:
-        """What is said of flags that are set and cannot act, of both groups."""
+    def idle(self, models: Iterable[str]) -> Iterator[str]:
+        """What is said of flags that are set and cannot act."""
         if all(map(os.path.exists, models)):
             yield from idle(self, f"is for models on the Hub, not for {' or '.join(models)}: leave it out", "revision")
         if not self.lora:
             yield from idle(self, "belongs to --lora: add that, or leave it out", "lora_weights")
-        of_guidance = ("negative_prompt", "guidance_rescale", "guidance_interval")
-        if editing.image_guidance_scale == editing.guidance_scale == 1:
-            yield from idle(editing, "acts by guidance: raise --guidance_scale", *of_guidance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loading(Weights):
+    """How a model is loaded."""
+
+    device: str | None = None
+    """cuda, mps, cpu …; default: the accelerator if there is one."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Default: float16 on CUDA, float32 elsewhere."""
+    scheduler: str | None = None
+    """diffusers' class name of another scheduler, such as DDIM or EulerAncestralDiscrete."""

@@ -49,6 +49,12 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion 2.x checkpoint."""
+    return tiny.checkpoint_2(tmp_path_factory.mktemp("models") / "sd2")
+
+
+@pytest.fixture(scope="session")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL checkpoint."""
     return tiny.checkpoint(tmp_path_factory.mktemp("models") / "sdxl", sdxl=True)

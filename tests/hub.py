@@ -1,5 +1,6 @@
-"""A stand-in for the Hub on the loopback interface: serves folders as repositories, and remembers what was fetched."""
+"""A stand-in for the Hub on the loopback interface: serves folders as repositories, and remembers what passes."""
 
+import base64
 import contextlib
 import functools
 import hashlib
@@ -27,6 +28,8 @@ class Hub:
     Attributes:
         url: what HF_ENDPOINT has to be.
         fetched: the files that were downloaded, as OWNER/NAME/FILE.
+        uploaded: the files that were committed, by their names in the repository.
+        tokens: what requests to upload were signed with.
         stumbles: how many of the next requests fail.
         environment: variables that lead the commands here, and nowhere else.
     """
@@ -34,6 +37,8 @@ class Hub:
     def __init__(self, folder: Path, port: int):
         self.folder, self.url = folder, f"http://127.0.0.1:{port}"
         self.fetched: list[str] = []
+        self.uploaded: dict[str, bytes] = {}
+        self.tokens: set[str | None] = set()
         self.stumbles = 0
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
@@ -43,7 +48,7 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """As much of the Hub's API as finding and downloading files needs."""
+    """As much of the Hub's API as finding, downloading and uploading files needs."""
 
     protocol_version = "HTTP/1.1"
 
@@ -72,13 +77,45 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(about | {"lastModified": "2025-01-01T00:00:00.000Z", "downloads": 1, "likes": 1})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        body = self.body().decode()
+        if taken := self.take(body):
+            self.hub.tokens.add(self.headers.get("Authorization"))
+            return self.answer(taken)
         found = re.fullmatch(r"api/(models|datasets)/([\w.-]+/[\w.-]+)/paths-info/[^/]+", unquote(self.path).strip("/"))
         if not found:
             return self.answer({}, 404)
         root = self.hub.folder / found[1] / found[2]
         asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
         return self.answer([_entry(root, root / name) for name in asked if (root / name).exists()])
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def take(self, body: str) -> dict[str, Any] | None:
+        """The answer to a step of an upload; None to another request."""
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+            return {"url": f"{self.hub.url}/{name}", "name": name}
+        if self.path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            kinds = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
+            return {"files": kinds}
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.hub.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return {"commitUrl": f"{self.hub.url}/someone/it/commit/0", "commitOid": COMMIT, "success": True}
+        return None
 
     def send_tree(self, root: Path, below: str, recursive: bool) -> None:
         if not (root / below).is_dir():

@@ -60,3 +60,13 @@ def test_it_stays_on_its_device_through_a_checkpoint() -> None:
     average.load_state_dict({"optimization_step": 4, "shadow_params": [torch.zeros(3)]})
     assert {tensor.device.type for tensor in average.tensors} == {"meta"}
     average.step([torch.ones(3)])  # weights elsewhere than the average are fetched
+
+
+def test_while_it_warms_up_its_length_is_a_share_of_the_training() -> None:
+    """0.09, as docs/performance.md says: by the moments of the times that it counts."""
+    average, updates = Average([torch.zeros(2)], 0.9999), 2000
+    for update in range(1, updates + 1):
+        time = update / updates
+        average.step([torch.tensor([time, time**2])])
+    mean, square = average.tensors[0].double().tolist()
+    assert (square - mean**2) ** 0.5 == pytest.approx(0.0905, rel=0.01)

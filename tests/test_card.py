@@ -1,83 +1,30 @@
-"""Tests of train/save/card.py and pipeline.py: the model card, and the upload to a Hub that the test itself plays."""
+"""Tests of train/save/card.py and pipeline.py: the model card, and the upload to a stand-in for the Hub."""
 
-import base64
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
+from hub import Handler, Hub, serve
 from ip2p.train.__main__ import main
 from test_train import flags
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's API as creating a repository and one commit of small files needs."""
-
-    files: ClassVar[dict[str, bytes]] = {}
-    tokens: ClassVar[set[str | None]] = set()
-
-    def do_GET(self) -> None:
-        self.answer({"name": "someone", "siblings": [], "id": "someone/editor", "sha": "0" * 40})
-
-    def do_POST(self) -> None:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-        else:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.tokens.add(self.headers.get("Authorization"))
-        if self.path == "/api/repos/create":
-            self.answer({"url": f"http://{self.headers['Host']}/someone/editor", "name": "someone/editor"})
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            kinds = [{"path": name, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for name in names]
-            self.answer({"files": kinds})
-        elif "/commit/" in self.path:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            url = f"http://{self.headers['Host']}/someone/editor/commit/0"
-            self.answer({"commitUrl": url, "commitOid": "0" * 40, "success": True})
-        else:
-            self.answer({})
-
-    def answer(self, values: dict) -> None:
-        body = json.dumps(values).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Be quiet."""
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub on the loopback interface."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name in ("huggingface_hub.constants", "huggingface_hub.hf_api"):
-        monkeypatch.setattr(f"{name}.ENDPOINT", address, raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    with serve(tmp_path / "hub") as standin:
+        for name in ("huggingface_hub.constants", "huggingface_hub.hf_api"):
+            monkeypatch.setattr(f"{name}.ENDPOINT", standin.url, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield standin
 
 
 def test_a_finished_run_is_uploaded_with_its_card_and_without_its_checkpoints(
-    sd: Path, cache: Path, tmp_path: Path, hub: type[Hub]
+    sd: Path, cache: Path, tmp_path: Path, hub: Hub
 ) -> None:
     """`--push_to_hub` sends the pipeline, the card and the validation pictures; no file or tracker sees the token."""
     looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "max_train_steps": 2}
@@ -92,9 +39,9 @@ def test_a_finished_run_is_uploaded_with_its_card_and_without_its_checkpoints(
     (left / "metrics.jsonl").touch()
     AcceleratorState._reset_state(reset_partial_state=True)
     main(flags(sd, cache, tmp_path / "out", **looked_at, **upload, resume_from_checkpoint="latest"))
-    assert {"model_index.json", "README.md", "train.yaml", "validation/step-000002.png"} <= hub.files.keys()
-    assert "unet/diffusion_pytorch_model.safetensors" in hub.files
-    assert not [name for name in hub.files if "checkpoint" in name or name.startswith("logs")]
+    assert {"model_index.json", "README.md", "train.yaml", "validation/step-000002.png"} <= hub.uploaded.keys()
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.uploaded
+    assert not [name for name in hub.uploaded if "checkpoint" in name or name.startswith("logs")]
     assert list((tmp_path / "out" / "logs").rglob("events*"))
     assert "Bearer hf_secret" in hub.tokens
     for path in (tmp_path / "out").rglob("*"):
@@ -121,11 +68,12 @@ def test_the_card_names_data_cache_settings_losses_and_pictures(sd: Path, cache:
 
 
 def test_an_upload_that_fails_leaves_the_pipeline_and_says_so(
-    sd: Path, cache: Path, tmp_path: Path, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+    sd: Path, cache: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run ends with the Hub's whole reason after everything was saved, and the upload alone is repeated."""
 
-    def refuse(self: Hub) -> None:
+    def refuse(self: Handler) -> None:
+        self.body()
         body = json.dumps({"error": 'Invalid metadata in README.md.\n- "base_model" is not valid.'}).encode()
         self.send_response(400)
         self.send_header("Content-Type", "application/json")
@@ -143,7 +91,7 @@ def test_an_upload_that_fails_leaves_the_pipeline_and_says_so(
         hub_token="hf_x",
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hub, "do_POST", refuse)
+        patch.setattr(Handler, "do_POST", refuse)
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
     first, last = capsys.readouterr().err.splitlines()[-2:]
@@ -151,7 +99,7 @@ def test_an_upload_that_fails_leaves_the_pipeline_and_says_so(
     assert 'Invalid metadata in README.md. - "base_model" is not valid.' in first
     assert f"The pipeline is in {tmp_path / 'out'}" in last
     assert (tmp_path / "out" / "model_index.json").is_file()
-    hub.files.clear()
+    hub.uploaded.clear()
     AcceleratorState._reset_state(reset_partial_state=True)
     main([*arguments, "--resume_from_checkpoint", "latest"])
-    assert {"model_index.json", "README.md"} <= hub.files.keys()
+    assert {"model_index.json", "README.md"} <= hub.uploaded.keys()

@@ -10,9 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
 
-import original_layout
 import tiny
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.cache.format import Cache
@@ -24,18 +22,6 @@ from ip2p.train.__main__ import main as train
 from test_train import assert_same, flags, unet_file
 
 Encode = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 2.x: velocity, and a text encoder of open_clip's kind."""
-    folder = tmp_path_factory.mktemp("models") / "sd2"
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny.checkpoint(folder, prediction_type="v_prediction"))
-    config = pipeline.text_encoder.config
-    config.hidden_act = "gelu"
-    pipeline.register_modules(text_encoder=CLIPTextModel(config))
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -64,11 +50,12 @@ def test_a_single_file_holds_the_same_model_as_its_folder(
 ) -> None:
     """All weights are found under their original names, and what the file lacks comes from the description."""
     model = request.getfixturevalue(family)
-    file = original_layout.save(model, tmp_path / "model.safetensors")
+    file = tiny.single_file(model, tmp_path / "model.safetensors")
     found = find(file, description(model), tmp_path / "cache")
     assert found.identity() == Checkpoint(model).identity()
     for part in ("unet", "vae", *found.text_encoders):
-        assert_same(original_layout.weights(found.folder / part), original_layout.weights(model / part))
+        expected = load_file(next((model / part).glob("*.safetensors")))
+        assert_same(load_file(next((found.folder / part).glob("*.safetensors"))), expected)
     assert found.prediction_type() == Checkpoint(model).prediction_type()
     assert found.is_sdxl == (family == "sdxl")
 
@@ -77,7 +64,7 @@ def test_a_single_file_is_encoded_and_trained_like_its_folder(
     sd: Path, data: Path, description: Callable[[Path], Path], tmp_path: Path, encode: Encode
 ) -> None:
     """The cache fits the folder too, training knows the description from the cache, and converts nothing again."""
-    file, small = original_layout.save(sd, tmp_path / "model.safetensors"), description(sd)
+    file, small = tiny.single_file(sd, tmp_path / "model.safetensors"), description(sd)
     encode(file, data, tmp_path / "cache", single_file_config=small, cache_dir=tmp_path / "hub")
     assert Cache.open(tmp_path / "cache").manifest["identity"] == Checkpoint(sd).identity()
     with pytest.MonkeyPatch.context() as patch:
@@ -92,7 +79,7 @@ def test_another_content_or_description_is_converted_anew(
     sd: Path, description: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """A converted folder is known by what it was made of, not by the name or age of a file."""
-    file, small = original_layout.save(sd, tmp_path / "model.safetensors"), description(sd)
+    file, small = tiny.single_file(sd, tmp_path / "model.safetensors"), description(sd)
     first = find(file, small, tmp_path / "cache")
     renamed = Path(shutil.copy(file, tmp_path / "renamed.safetensors"))
     assert find(renamed, small, tmp_path / "cache").folder == first.folder
@@ -111,7 +98,7 @@ def test_a_half_precision_file_stays_as_small_and_a_mixed_one_loses_nothing(
 ) -> None:
     """The folder has the widest precision that a weight has in the file."""
     half, small = getattr(torch, precision), description(sd)
-    state = load_file(original_layout.save(sd, tmp_path / "model.safetensors"))
+    state = load_file(tiny.single_file(sd, tmp_path / "model.safetensors"))
     for name, kinds in (("half", {half}), ("mixed", {torch.float32})):
         mixed = {key: part.to(half) for key, part in state.items() if name == "half" or "first_stage" not in key}
         save_file(state | mixed, tmp_path / f"{name}.safetensors")
@@ -124,7 +111,7 @@ def test_a_file_without_a_description_asks_for_one(
     sd2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without the Hub nothing says how to read it, and with it a 2.x file could be of two kinds: both are said."""
-    file = original_layout.save(sd2, tmp_path / "model.safetensors")
+    file = tiny.single_file(sd2, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"model.safetensors cannot be read .* \(--single_file_config names a folder"):
         find(file, None, tmp_path / "cache")
     assert "taken to predict v_prediction; the base models at 512 px predict epsilon" in capsys.readouterr().out
@@ -147,7 +134,7 @@ def test_a_file_of_another_kind_is_refused(
 
 def test_a_single_file_has_no_variants(sd: Path, description: Callable[[Path], Path], tmp_path: Path) -> None:
     """A flag that would do nothing is refused."""
-    file = original_layout.save(sd, tmp_path / "model.safetensors")
+    file = tiny.single_file(sd, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="--variant fp16 belongs to folders and Hub ids"):
         find(file, description(sd), tmp_path / "cache", variant="fp16")
 

@@ -24,6 +24,9 @@ def read(**flags: object) -> TrainConfig:
     [
         ({"ema_decay": 0.9}, "--ema_decay 0.9 does nothing without --use_ema: add that, or leave it out"),
         ({"ema_steps": 2}, "--ema_steps 2 does nothing without --use_ema: add that, or leave it out"),
+        ({"ema_length": 0.1}, "--ema_length 0.1 does nothing without --ema_power: add that, or leave it out"),
+        ({"ema_power": True, "ema_length": 0.5}, "--ema_length 0.5: expected a number from 0.03 to 0.2"),
+        ({"ema_power": True, "ema_decay": 0.9}, "--ema_decay 0.9 does nothing without --use_ema"),
         ({"lr_warmup_steps": 9}, "--lr_warmup_steps 9 does nothing with --lr_scheduler constant: take constant_with_"),
         (
             {"validation_prompt": "x"},
@@ -56,6 +59,24 @@ def read(**flags: object) -> TrainConfig:
         ),
         ({"max_grad_norm": 0}, "--max_grad_norm 0 leaves nothing of any gradient: expected a number above 0, or inf"),
         ({"snr_gamma": 0}, "--snr_gamma 0 leaves nothing of the loss: expected a number above 0"),
+        (
+            {"num_validation_samples": 4, "score_samples": 5},
+            "--score_samples 5 are chosen among those that are held out: give --num_validation_samples 5 or more",
+        ),
+        (
+            {"clip_model": "x"},
+            "--clip_model x does nothing without edits to score: add --score_samples, or leave it out",
+        ),
+        ({"keep_best": "loss"}, "--keep_best loss needs --num_validation_samples"),
+        ({"num_validation_samples": 4, "keep_best": "psnr"}, "--keep_best psnr needs --score_samples"),
+        (
+            {"num_validation_samples": 4, "score_samples": 4, "keep_best": "clip_i"},
+            "--keep_best clip_i needs --clip_model",
+        ),
+        (
+            {"keep_best": "clip_image"},
+            "--keep_best clip_image: expected one of loss, l1, l2, psnr, clip_i, clip_t, clip_d",
+        ),
         ({"use_ema": True, "ema_decay": 1.5}, "--ema_decay 1.5: expected a number from 0 to 1"),
     ],
 )
@@ -78,7 +99,8 @@ def test_flags_that_act_are_taken_and_read_again(tmp_path: Path) -> None:
         {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 9},
         {"lr_warmup_steps": 0, "max_grad_norm": "inf"},
         EDITED | {"validation_epochs": 2, "num_validation_images": 1},
-        {"num_validation_samples": 4, "validation_steps": 2, "num_validation_images": 1},
+        {"num_validation_samples": 4, "validation_steps": 2, "num_validation_images": 1, "keep_best": "loss"},
+        {"num_validation_samples": 4, "score_samples": 4, "clip_model": "x", "keep_best": "clip_t"},
         {"push_to_hub": True, "hub_token": "hf_secret"},
         {"revision": "main", "non_ema_revision": "other", "max_train_steps": 3, "num_train_epochs": 2},
     ):

@@ -13,13 +13,10 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    StableDiffusionPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 import dataset as emoji
 import tiny
@@ -40,28 +37,6 @@ CPU = torch.device("cpu")
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 ARRAYS = [("images", "original"), ("images", "edited"), ("text", "text"), ("text", "pooled")]
 Encode = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny SD 2.x: velocity, a text encoder with another width, activation and padding, linear projections."""
-    folder = tmp_path_factory.mktemp("models") / "sd2"
-    base = StableDiffusionPipeline.from_pretrained(tiny.checkpoint(folder, prediction_type="v_prediction"))
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        tokens = tiny.tokenizer(folder.parent / "vocabulary", pad="!")
-        config = CLIPTextConfig.from_dict(
-            base.text_encoder.config.to_dict()
-            | {"hidden_size": 24, "hidden_act": "gelu", "num_hidden_layers": 3, "pad_token_id": tokens.pad_token_id}
-        )
-        changed = {"cross_attention_dim": 24, "use_linear_projection": True, "attention_head_dim": [2, 4]}
-        base.register_modules(
-            tokenizer=tokens,
-            text_encoder=CLIPTextModel(config),
-            unet=UNet2DConditionModel.from_config(base.unet.config, **changed),
-        )
-    base.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +186,7 @@ def test_sdxls_vae_stays_in_float32_unless_it_is_known_to_be_safe(
     assert Checkpoint(sdxl, vae_folder=other_vae).vae_precision(None, "fp16") == "fp16"
     assert Checkpoint(sd).vae_precision(None, "fp16") == "fp16"
     assert Checkpoint(sd).vae_precision("no", "fp16") == "no"
+    assert Checkpoint(sd).vae_precision("fp32", "fp16") == "no"  # as diffusers' script for SDXL calls it
 
 
 def test_half_precision_encodes_sdxls_text_and_leaves_its_latents_alone(

@@ -12,13 +12,14 @@ from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import build, dump, flags_of, parse
 from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
 from ip2p.infer.config import EvaluateConfig, InferConfig
+from ip2p.train.command import read as both
 from ip2p.train.config import TrainConfig, refused
 
 BOTH, ENCODE, TRAIN = ("encode", "train"), ("encode",), ("train",)
 FLAGS = {
     "pretrained_model_name_or_path": ("m", BOTH),
     "pretrained_vae_model_name_or_path": ("v", BOTH),
-    "vae_precision": ("bf16", ENCODE),
+    "vae_precision": ("fp32", ENCODE),
     "revision": ("main", BOTH),
     "variant": ("fp16", BOTH),
     "dataset_name": ("d", ENCODE),
@@ -70,15 +71,18 @@ FLAGS = {
     "checkpoints_total_limit": ("1", TRAIN),
     "resume_from_checkpoint": ("latest", TRAIN),
     "enable_xformers_memory_efficient_attention": (None, TRAIN),
+    "local_rank": ("0", ()),
     "crops_coords_top_left_h": ("0", ()),
     "crops_coords_top_left_w": ("0", ()),
 }
 REQUIRED = {
+    "one": {"pretrained_model_name_or_path": "m", "dataset_name": "d"},
     "encode": {"pretrained_model_name_or_path": "m", "dataset_name": "d", "cache": "c"},
     "train": {"pretrained_model_name_or_path": "m", "cache": "c", "output_dir": "o"},
 }
 
 
+ELSEWHERE = "belongs to ip2p-encode: give it there, or a --dataset_name here as well"
 PICTURE = {"val_image_url_or_path": "x.png"}
 COMPANIONS = dict.fromkeys(("num_validation_images", "validation_steps", "validation_epochs"), PICTURE) | {
     "val_image_url": {},
@@ -88,21 +92,33 @@ COMPANIONS = dict.fromkeys(("num_validation_images", "validation_steps", "valida
 """Flags of training that act beside others alone; each of them goes with a prompt."""
 
 
-def read(command: str, flag: str, value: str | None) -> EncodeConfig | TrainConfig:
-    """The configuration of a command that is given one flag beside those that it needs."""
+def line(command: str, flag: str, value: str | None) -> list[str]:
+    """The command line of one flag beside those that it needs."""
     required = dict(REQUIRED[command])
-    if command == "train" and flag in COMPANIONS:
+    if command != "encode" and flag in COMPANIONS:
         required |= {"validation_prompt": "make it snowy"} | COMPANIONS[flag]
-    if (command, flag) == ("train", "hub_token"):
+    if command != "encode" and flag == "hub_token":
         required["push_to_hub"] = ""
     required.pop(flag, None)
     if flag == "train_data_dir":
         required.pop("dataset_name", None)
     arguments = [part for name, given in required.items() for part in (f"--{name}", given) if part]
-    arguments.append(f"--{flag}" if value is None else f"--{flag}={value}")
+    return [*arguments, f"--{flag}" if value is None else f"--{flag}={value}"]
+
+
+def read(command: str, flag: str, value: str | None) -> EncodeConfig | TrainConfig:
+    """The configuration of a command that is given one flag beside those that it needs."""
     if command == "encode":
-        return parse(EncodeConfig, arguments, "ip2p-encode", REFUSED)
-    return parse(TrainConfig, arguments, "ip2p-train", refused())
+        return parse(EncodeConfig, line(command, flag, value), "ip2p-encode", REFUSED)
+    return parse(TrainConfig, line(command, flag, value), "ip2p-train", refused())
+
+
+def holds(config: EncodeConfig | TrainConfig, flag: str, value: str | None) -> bool:
+    """Whether a configuration has taken a flag by its value."""
+    (group,) = (group for group in (config, *vars(config).values()) if hasattr(group, flag))
+    found = getattr(group, flag)
+    found = found[0] if isinstance(found, tuple) else found
+    return found == (True if value is None else type(found)(value))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -111,17 +127,40 @@ def test_each_flag_is_taken_or_refused_with_a_pointer(command: str, flag: str) -
     """A flag that is taken has the value given; one of the other stage names the command that takes it."""
     value, takers = FLAGS[flag]
     if command in takers:
-        config = read(command, flag, value)
-        (group,) = (group for group in (config, *vars(config).values()) if hasattr(group, flag))
-        found = getattr(group, flag)
-        found = found[0] if isinstance(found, tuple) else found
-        expected = True if value is None else type(found)(value)
-        assert found == expected
+        assert holds(read(command, flag, value), flag, value)
     else:
         with pytest.raises(SettingsError) as answer:
             read(command, flag, value)
         for taker in takers:
             assert f"--{flag} belongs to ip2p-{taker}" in str(answer.value)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_one_command_hands_each_flag_to_the_stages_that_take_it(flag: str) -> None:
+    """A command for diffusers' scripts, which know neither a cache nor stages; two constants of theirs are answered."""
+    value, takers = FLAGS[flag]
+    if not takers:
+        with pytest.raises(SettingsError, match=f"^--{flag} is not needed: "):
+            both(line("one", flag, value))
+        return
+    stages = dict(zip(("encode", "train"), both(line("one", flag, value)), strict=True))
+    for stage in takers:
+        config = stages[stage]
+        assert config
+        assert holds(config, flag, value)
+
+
+def test_one_command_takes_all_flags_at_once() -> None:
+    """But those that exclude each other, and the two kinds of names that the scripts have for one thing."""
+    without = {"train_data_dir", "val_image_url", "validation_steps"}
+    flags = {name: (value, takers) for name, (value, takers) in FLAGS.items() if takers and name not in without}
+    given = [f"--{name}" if value is None else f"--{name}={value}" for name, (value, _) in flags.items()]
+    stages = dict(zip(("encode", "train"), both(given), strict=True))
+    for name, (value, takers) in flags.items():
+        for stage in takers:
+            config = stages[stage]
+            assert config
+            assert holds(config, name, value), name
 
 
 def test_crop_coordinates_are_refused_with_the_reason() -> None:
@@ -193,8 +232,8 @@ def test_what_a_run_has_kept_of_its_switches_is_read_again(tmp_path: Path) -> No
     [
         ("--no_use_eam", "unknown flag --no_use_eam; did you mean --no_use_ema?"),
         ("--no_seed", "unknown flag --no_seed; did you mean --seed?"),
-        ("--no_random_flip", "--no_random_flip belongs to ip2p-encode: give it there"),
-        ("--no_flip_regex", "--no_flip_regex belongs to ip2p-encode: give it there"),
+        ("--no_random_flip", f"--no_random_flip {ELSEWHERE}"),
+        ("--no_flip_regex", f"--no_flip_regex {ELSEWHERE}"),
     ],
 )
 def test_a_wrong_switch_is_answered_as_any_other_flag(flag: str, answer: str) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import tiny
 from ip2p.infer import EditError, Editor
-from ip2p.infer.guidance import Guidance, Told, guided
+from ip2p.infer.drawing.guidance import Guidance, Told, guided
 from ip2p.infer.models import scheduler_like
 
 STEPS = 3

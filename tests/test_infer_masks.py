@@ -18,7 +18,7 @@ import tiny
 from ip2p.encode.data.pictures import open_picture
 from ip2p.infer import EditError, Editor
 from ip2p.infer.__main__ import main
-from ip2p.infer.mask import paste, read_mask
+from ip2p.infer.drawing.mask import paste, read_mask
 from test_infer import apart, picture
 
 STEPS: dict[str, Any] = {"num_inference_steps": 3}

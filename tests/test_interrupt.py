@@ -46,8 +46,8 @@ def save(folder: Path, state: object, original: Callable[..., None] = checkpoint
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def look(self: Validation, *rest: object, original: Callable[..., object] = Validation.held_out_pictures) -> object:
-    """`Validation.held_out_pictures`, with a signal while the encoders are loaded and the average is in the UNet."""
+def look(self: Validation, *rest: object, original: Callable[..., object] = Validation.decode) -> object:
+    """`Validation.decode`, with a signal while the encoders are loaded and the average is in the UNet."""
     signal.raise_signal(signal.SIGTERM)
     return original(self, *rest)
 
@@ -58,7 +58,7 @@ def look(self: Validation, *rest: object, original: Callable[..., object] = Vali
         ((Metrics, "step"), at_step(7, signal.SIGTERM), signal.SIGTERM, (7, 7)),
         ((Metrics, "step"), at_step(7, signal.SIGINT), signal.SIGINT, (7, 7)),
         ((checkpoint, "write"), save, signal.SIGTERM, (9, 17)),  # written beside the training, which is some steps on
-        ((Validation, "held_out_pictures"), look, signal.SIGTERM, (13, 13)),
+        ((Validation, "decode"), look, signal.SIGTERM, (13, 13)),
     ],
     ids=["SIGTERM in a step", "Ctrl-C in a step", "SIGTERM in a checkpoint", "SIGTERM in a validation"],
 )

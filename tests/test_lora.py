@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from configs import train_config
+from hub import Hub
 from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import Cache
@@ -30,15 +31,15 @@ from ip2p.encode.cache.reader import Reader
 from ip2p.train.__main__ import main
 from ip2p.train.config import TrainConfig, refused
 from ip2p.train.learning import Lora
+from ip2p.train.machine import make_accelerator
 from ip2p.train.run import Run
-from ip2p.train.setup import make_accelerator
 from ip2p.train.unet import norm
 from ip2p.train.unet.load import widen
 from ip2p.train.unet.lora import add_adapters
 from ip2p.train.unet.norm import Residual, stay_in_channels_last
 from ip2p.train.unet.weights import Precision
 from ip2p.train.watch import metrics
-from test_card import Hub, hub  # noqa: F401  a fixture
+from test_card import hub  # noqa: F401  a fixture
 from test_train import assert_same, states, unet_file
 
 FLAGS = {
@@ -334,7 +335,7 @@ def test_frozen_weights_are_two_thirds_of_the_arithmetic(cache: Path, monkeypatc
     assert metrics.share_of_peak(unet, *options) == pytest.approx(2 / 3 * whole)
 
 
-def test_the_card_and_the_upload_tell_of_lora(sd: Path, cache: Path, tmp_path: Path, hub: type[Hub]) -> None:  # noqa: F811
+def test_the_card_and_the_upload_tell_of_lora(sd: Path, cache: Path, tmp_path: Path, hub: Hub) -> None:  # noqa: F811
     """Rank, targets and alpha; and the adapters are uploaded beside the pipeline, without checkpoints."""
     upload = {"push_to_hub": True, "hub_model_id": "someone/editor", "hub_token": "hf_x", "max_train_steps": 1}
     main(command(sd, cache, tmp_path / "out", lora_alpha=7, **upload))
@@ -342,8 +343,8 @@ def test_the_card_and_the_upload_tell_of_lora(sd: Path, cache: Path, tmp_path: P
     assert "lora" in yaml.safe_load(card.split("---")[1])["tags"]
     assert "LoRA of rank 2 and alpha 7 on all attention, and of full rank on `conv_in`" in card
     assert 'load_lora_weights("someone/editor", weight_name="pytorch_lora_weights.safetensors")' in card
-    assert {ADAPTERS, CONV_IN, "unet/diffusion_pytorch_model.safetensors"} <= hub.files.keys()
-    assert not [name for name in hub.files if "checkpoint" in name]
+    assert {ADAPTERS, CONV_IN, "unet/diffusion_pytorch_model.safetensors"} <= hub.uploaded.keys()
+    assert not [name for name in hub.uploaded if "checkpoint" in name]
 
 
 @pytest.mark.parametrize(

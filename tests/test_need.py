@@ -43,7 +43,7 @@ def config(**values: Any) -> TrainConfig:
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_weights_moments_and_average_are_those_of_a_run(optimizer: str, weights: str) -> None:
     """To the byte, but for the counts of steps."""
-    run = config(optimizer=optimizer, weights=weights, use_ema=True)
+    run = config(optimizer=optimizer, weights=weights, use_ema=True, ema_power=True)
     found, unet = needed(run, TINY), tiny.unet(8)
     update = make_update(run, unet, choose_precision(run, cuda=True), 1)
     kept = [value for state in update.optimizer.state.values() for value in state.values()]
@@ -51,11 +51,13 @@ def test_weights_moments_and_average_are_those_of_a_run(optimizer: str, weights:
     held = {id(weight): weight.nbytes for weight in (*update.weights.masters, *update.weights.parameters)}
     assert found.weights == sum(held.values())
     assert update.average
-    assert found.average == sum(mean.nbytes for mean in update.average.tensors)
+    means = [mean for average in (update.average, *update.powers) for mean in average.tensors]
+    assert found.average == sum(mean.nbytes for mean in means)
 
 
 def test_an_average_on_the_host_takes_nothing() -> None:
     assert needed(config(use_ema=True, ema_device="cpu"), TINY).average == needed(config(), TINY).average == 0
+    assert needed(config(ema_power=True, ema_device="cpu"), TINY).average == 0
 
 
 def test_sums_of_gradients_are_there_beside_activations() -> None:
@@ -171,6 +173,15 @@ def test_a_run_needs_what_its_higher_peak_does(given: dict[str, Any], others: st
     found = needed(config(**given, train_batch_size=1, num_validation_samples=1), BIG)
     assert found.most == sum(getattr(found, name) for name in others.split())
     assert needed(config(**given, train_batch_size=1), BIG).validation == 0 < found.validation
+
+
+def test_clip_comes_when_the_pictures_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the larger of both is what a validation needs; nothing is asked of a model where none sees the edits."""
+    scored = {"num_validation_samples": 1, "score_samples": 1}
+    drawn = needed(config(**scored), TINY).validation
+    for size in (GIB, 1):
+        monkeypatch.setattr(need, "clip_bytes", {"large": size}.__getitem__)
+        assert needed(config(**scored, clip_model="large"), TINY).validation == max(size, drawn)
 
 
 def test_a_validation_alone_that_does_not_fit_is_refused(

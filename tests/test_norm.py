@@ -87,6 +87,7 @@ def interpreted(code: str) -> list[float]:
     return [float(word) for word in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_the_kernels_do_what_pytorch_does() -> None:
     """Forward and all gradients, in every shape and precision that is divided in another way."""
     errors = interpreted(SHAPES)

@@ -61,7 +61,12 @@ def test_variants_of_a_character_have_one_base(code: str, other: str) -> None:
 
 @pytest.mark.parametrize(
     ("derived", "shipped"),
-    [("1F3C3~mirror", "1F3C3-200D-27A1-FE0F"), ("1FAD9-200D-1F7E5~red:blue", "1FAD9-200D-1F7E6")],
+    [
+        ("1F3C3~mirror", "1F3C3-200D-27A1-FE0F"),
+        ("1FAD9-200D-1F7E5~red:blue", "1FAD9-200D-1F7E6"),
+        ("1F44B-1F3FB~skin:dark", "1F44B-1F3FF"),
+        ("1F9D1-1F3FF-200D-1F3EB~skin:dark", "1F9D1-1F3FF-200D-1F3EB"),
+    ],
 )
 def test_derived_pictures_are_what_openmoji_draws_itself(derived: str, shipped: str) -> None:
     """Mirroring and recoloring give OpenMoji's own variants, where it ships them."""
@@ -78,6 +83,13 @@ def test_a_thing_of_one_shade_is_filled_as_openmoji_fills_hearts_circles_and_squ
     assert colors["1F433"] == {color: f"1F433~fill:{color}" for color in openmoji.FLAT}
     assert colors["1F961"]["red"] == "1F961"
     assert "white" not in colors["1F961"]
+
+
+def test_another_skin_tone_leaves_the_hair_as_it_is() -> None:
+    """OpenMoji gives the dark ones black hair and the fairer ones blond, for which no instruction asks."""
+    for family in edits.skin_tones():
+        keys = filter(None, (*family.members.values(), family.default))
+        assert len({openmoji.SKIN_LAYER.sub("", openmoji.svg(key)) for key in keys}) == 1, family.base
 
 
 @pytest.mark.usefixtures("few")

@@ -234,8 +234,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"weights": "bf16"},
     {"weights": "bf16", "use_8bit_adam": True, "ema_device": "cpu"},
     {"weights": "bf16", "optimizer": "adafactor", "use_ema": False},
-    {"weights": "bf16", "fused_backward": True, "max_grad_norm": "inf", "gradient_checkpointing": True},
-    {"ema_device": "cpu", "gradient_accumulation_steps": 2, "mixed_precision": "bf16"},
+    {
+        "weights": "bf16",
+        "fused_backward": True,
+        "max_grad_norm": "inf",
+        "gradient_checkpointing": True,
+        "ema_power": True,
+    },
+    {"ema_device": "cpu", "ema_power": True, "gradient_accumulation_steps": 2, "mixed_precision": "bf16"},
 ]
 
 

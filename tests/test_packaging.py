@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("encode", "train", "infer")
 SOURCES = {path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SCRIPTS = PROJECT["scripts"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -62,10 +63,10 @@ def places(environment: Path) -> tuple[Path, Path]:
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    """A wheel holds each module of the three packages and metadata: no tests, no examples."""
+    """A wheel holds each module of the three packages, the marks of their types and metadata: no tests, no examples."""
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == {f"ip2p/{source}" for source in SOURCES}
+    assert names == {f"ip2p/{source}" for source in SOURCES} | {f"ip2p/{folder}/py.typed" for folder in FOLDERS}
 
 
 def test_the_wheel_carries_its_licence(wheel: Path) -> None:
@@ -80,6 +81,7 @@ def test_an_installed_command_answers_help(environment: Path, script: str) -> No
     """Each console script of an installation answers --help with its usage."""
     scripts, _ = places(environment)
     assert f"usage: {script}" in run(scripts / script, "--help", cwd=environment)
+    assert run(scripts / script, "--version", cwd=environment) == f"ip2p {PROJECT['version']}\n"
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderTiny, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
-import original_layout
 import tiny
 from ip2p.encode.base.errors import ModelError
 from ip2p.encode.config import Model
@@ -324,7 +323,7 @@ def test_a_vae_in_one_file_takes_the_place_of_the_models_own(
 ) -> None:
     """It is read in any layout, described by the model that it is for, and training knows it from the cache."""
     other = tiny.checkpoint(tmp_path / "other", seed=3)
-    whole = load_file(original_layout.save(other, tmp_path / "whole.safetensors"))
+    whole = load_file(tiny.single_file(other, tmp_path / "whole.safetensors"))
     parts = {name: weight for name, weight in whole.items() if name.startswith("first_stage_model.")}
     if layout == "bare":
         parts = {name.removeprefix("first_stage_model."): weight for name, weight in parts.items()}

@@ -1,5 +1,6 @@
 """Tests of training on two processes: as one process would, with other draws on each, and resumed on one and two."""
 
+import json
 import os
 import signal
 import subprocess
@@ -101,6 +102,22 @@ def test_two_processes_and_then_one_see_each_sample_of_the_epoch_once(sd: Path, 
     assert len(rows) == 12
     assert len(np.unique(rows, axis=0)) == 12
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_processes_score_what_one_does(sd: Path, twelve: Path, tmp_path: Path) -> None:
+    """Each edits its share of the pairs, and the main process keeps the best pipeline; here nothing is learnt."""
+    scored = {"num_validation_samples": 4, "num_validation_images": 1, "score_samples": 3, "keep_best": "psnr"}
+    changed = {"max_train_steps": 1, "learning_rate": 1e-12, "validation_steps": 1} | scored
+    found = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        launch(processes, tmp_path / f"run{processes}", False, flags(sd, twelve, output, **changed))
+        lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        found.append(next(line for line in lines if "validation_psnr" in line))
+        best = json.loads((output / "best" / "best.json").read_text())
+        assert best == {"step": 1, "score": "ema_validation_psnr", "value": found[-1]["ema_validation_psnr"]}
+    one, two = ({name: value for name, value in line.items() if "seconds" not in name} for line in found)
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_one_process_then_two_then_one_go_through_each_shape(

@@ -189,6 +189,7 @@ def test_looking_at_samples_from_all_over_leaves_the_window_as_large(
         assert held(tmp_path) <= window * GIB
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_the_window(store: shelf.Shelf, shaped: Path, tmp_path: Path) -> None:
     """Two of them get the halves of each batch from one folder of a window's size, and fetch hardly more than one."""
     window, epochs = room(shaped, 0.5), 2 * 60 // 2  # in batches of one sample on each of two

@@ -23,11 +23,11 @@ from ip2p.encode.base.errors import Ip2pError
 from ip2p.encode.base.files import whole
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main
+from ip2p.train.machine import make_accelerator
 from ip2p.train.run import Run
 from ip2p.train.save import checkpoint
 from ip2p.train.save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS
 from ip2p.train.save.resume import load
-from ip2p.train.setup import make_accelerator
 from ip2p.train.watch.metrics import Metrics
 from ip2p.train.watch.validate import Validation
 from test_interrupt import at_step

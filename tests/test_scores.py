@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, ViTConfig
 
 import tiny
 from ip2p.encode.base.errors import ModelError
-from ip2p.encode.models.judge import Judge
+from ip2p.encode.models.judge import Judge, clip_bytes
 from ip2p.infer.score.metrics import Edit, measure, psnr
 
 SIDE = 14  # of the pictures that the tiny models see
@@ -166,6 +166,16 @@ def test_what_cannot_be_compared_is_left_out(judge: Judge, edits: list[Edit]) ->
     assert measure(judge, [Edit(original, edited, captions=(None, after))])[0].keys() == {"clip_image", "clip_t"}
     of_target = {"l1", "l2", "psnr", "clip_i", "dino", "clip_image"}
     assert measure(judge, [Edit(original, edited, target)])[0].keys() == of_target
+
+
+def test_what_lacks_a_model_is_left_out(judges: Judges, judge: Judge, edits: list[Edit]) -> None:
+    """DINO is not loaded where CLIP is enough, nor either where pixels are; what is left is the same."""
+    (whole,) = measure(judge, edits[:1])
+    (seen,) = measure(Judge(judges.clip, None), edits[:1])
+    assert seen == {name: value for name, value in whole.items() if name != "dino"}
+    assert measure(None, edits[:1]) == [{name: whole[name] for name in ("l1", "l2", "psnr")}]
+    sizes = [weight.nbytes for weight in CLIPModel.from_pretrained(judges.clip).parameters()]
+    assert clip_bytes(judges.clip) == sum(sizes)
 
 
 def test_long_captions_are_cut_as_clip_does(judge: Judge) -> None:

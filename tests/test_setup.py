@@ -1,4 +1,4 @@
-"""Tests of train/setup.py: what flags and machine say before anything is loaded."""
+"""Tests of train/machine.py and agree.py: what flags and machine say before anything is loaded."""
 
 import contextlib
 import dataclasses
@@ -22,12 +22,12 @@ from diffusers import DiffusionPipeline
 
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError, TrainError
-from ip2p.train import agree, setup
+from ip2p.train import agree, machine
 from ip2p.train.__main__ import main
 from ip2p.train.agree import agreed
 from ip2p.train.config import TrainConfig, Watching
+from ip2p.train.machine import advise, alone, make_accelerator
 from ip2p.train.save.resume import find
-from ip2p.train.setup import advise, alone, make_accelerator
 from ip2p.train.unet.weights import Precision, choose_precision
 from ip2p.train.watch.metrics import Metrics
 from test_train import flags
@@ -151,7 +151,7 @@ def test_processes_wait_a_day_for_one_that_works_alone(
             given.update(options)
             super().__init__(**options)
 
-    monkeypatch.setattr(setup, "Accelerator", Spy)
+    monkeypatch.setattr(machine, "Accelerator", Spy)
     make_accelerator(config())
     group, buckets = given["kwargs_handlers"][-2:]
     assert group.timeout >= timedelta(days=1)
@@ -193,8 +193,8 @@ def test_a_tracker_that_is_not_installed_stops_the_run(
     config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, report_to: str
 ) -> None:
     """accelerate would warn and train untracked."""
-    monkeypatch.setattr(setup, "get_available_trackers", list)
-    with pytest.raises(SettingsError, match=rf"no such tracker is installed: .*--report_to {report_to}\)"):
+    monkeypatch.setattr(machine, "get_available_trackers", list)
+    with pytest.raises(SettingsError, match=f"--report_to {report_to}: no such tracker is installed"):
         make_accelerator(dataclasses.replace(config(), watching=Watching(report_to=report_to)))
 
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_written_any_more_is_a_line(
 HOLD = """
 import sys
 from pathlib import Path
-from ip2p.train.setup import alone
+from ip2p.train.machine import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

@@ -20,6 +20,7 @@ RUN: dict[str, object] = {"train_batch_size": 2, "max_train_steps": 6, "checkpoi
 RUN |= {"keep": "score > 2", "num_validation_samples": 2, "validation_steps": 3, "seed": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_everything_goes_together(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, encode: Encode, capsys: pytest.CaptureFixture[str]

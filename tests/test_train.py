@@ -47,12 +47,14 @@ def flags(model: Path, cache: Path | str | tuple[Path, ...], output: Path, **cha
 
 
 KILL_AT_STEP_12 = """
-import os, signal, sys
+import os, signal, sys, time
 from ip2p.train.watch.metrics import Metrics
 
 def step(self, step, *rest, original=Metrics.step):
     original(self, step, *rest)
     if step == 12:
+        while not self.file.with_name("checkpoint-9").exists():  # which a thread writes
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.step = step
@@ -262,14 +264,14 @@ def test_no_vae_and_no_text_encoder_live_while_training(sd: Path, cache: Path, t
         training.append(names())
         original(self, *rest)
 
-    def look(self: Validation, pipeline: Any, original: Any = Validation.held_out_pictures) -> Any:
+    def look(self: Validation, *rest: Any, original: Any = Validation.decode) -> Any:
         validating.append(names())
-        return original(self, pipeline)
+        return original(self, *rest)
 
     looked_at = {"num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "step", step)
-        patch.setattr(Validation, "held_out_pictures", look)
+        patch.setattr(Validation, "decode", look)
         main(flags(sd, cache, tmp_path / "out", max_train_steps=5, **looked_at))
     unet = {"UNet2DConditionModel", "Transformer2DModel"}  # the second is a part of the first
     assert training == [unet] * 5

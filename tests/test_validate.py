@@ -121,7 +121,7 @@ def test_without_memory_for_pictures_the_run_goes_on(
     if place == "the edits":
         monkeypatch.setattr(StableDiffusionInstructPix2PixPipeline, "prepare_image_latents", full)
     else:
-        monkeypatch.setattr(validate.Validation, "held_out_pictures", full)
+        monkeypatch.setattr(validate.Validation, "decode", full)
     main(flags(sd, cache, tmp_path, **WATCHED))
     assert capsys.readouterr().out.count("no pictures at step 4: out of memory") == 1
     assert_same(states(tmp_path / "checkpoint-8"), states(watched / "checkpoint-8"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny
-from ip2p.train import setup
+from ip2p.train import machine
 from ip2p.train.__main__ import main
 from ip2p.train.unet.fit import Misfit
 from ip2p.train.unet.load import widen
@@ -94,13 +94,12 @@ def test_the_average_is_shown_for_a_while_and_everything_is_back_after_an_error(
 
 
 @pytest.mark.parametrize("averages", [False, True])
-def test_what_was_trained_is_left_in_float32(averages: bool) -> None:
+def test_what_was_trained_comes_out_in_float32(averages: bool) -> None:
     """The pipeline gets the masters, or the average, with all their digits."""
-    unet = tiny.unet(8)
-    weights = Weights(unet, torch.float16)
+    weights = Weights(tiny.unet(8), torch.float16)
     expected = [master.detach() + (0.1 if averages else 0) for master in weights.masters]
-    weights.finish(Average(expected, 0.9) if averages else None)
-    assert all(torch.equal(one, other) for one, other in zip(unet.parameters(), expected, strict=True))
+    found = weights.trained(expected if averages else None)
+    assert all(torch.equal(one, other) for one, other in zip(found.values(), expected, strict=True))
 
 
 def test_a_checkpoint_is_read_into_masters_and_copies_and_must_fit() -> None:
@@ -169,7 +168,7 @@ def test_a_run_with_copies_trains_draws_resumes_and_ends_in_float32(
     """All that a run on a GPU does with its copies, here on the CPU: pictures and losses by the average on the way."""
     model = request.getfixturevalue(family)
     encode(model, data, tmp_path / "cache")
-    monkeypatch.setattr(setup, "choose_precision", lambda *_, **__: Precision("bf16", copies=True))
+    monkeypatch.setattr(machine, "choose_precision", lambda *_, **__: Precision("bf16", copies=True))
     changed = {"max_train_steps": 6, "checkpointing_steps": 3, "checkpoints_total_limit": 0}
     changed |= {"num_validation_samples": 2, "num_validation_images": 1, "validation_steps": 2}
     changed |= {"gradient_checkpointing": True, "snr_gamma": 5.0}

@@ -20,7 +20,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ip2p.encode.models.original import original
 
 WORDS = [
     "make",
@@ -145,6 +148,26 @@ def checkpoint(
     return folder
 
 
+def checkpoint_2(folder: Path) -> Path:
+    """Save a tiny SD 2.x: velocity, a text encoder of another width, activation and padding, linear projections."""
+    base = StableDiffusionPipeline.from_pretrained(checkpoint(folder, prediction_type="v_prediction"))
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        tokens = tokenizer(folder.parent / "vocabulary", pad="!")
+        config = CLIPTextConfig.from_dict(
+            base.text_encoder.config.to_dict()
+            | {"hidden_size": 24, "hidden_act": "gelu", "num_hidden_layers": 3, "pad_token_id": tokens.pad_token_id}
+        )
+        changed = {"cross_attention_dim": 24, "use_linear_projection": True, "attention_head_dim": [2, 4]}
+        base.register_modules(
+            tokenizer=tokens,
+            text_encoder=CLIPTextModel(config),
+            unet=UNet2DConditionModel.from_config(base.unet.config, **changed),
+        )
+    base.save_pretrained(folder)
+    return folder
+
+
 def pipeline(folder: Path) -> Path:
     """Write an untrained InstructPix2Pix pipeline, of SDXL in a folder of that name, for 16 pixels."""
     sdxl = folder.name == "sdxl"
@@ -158,6 +181,12 @@ def pipeline(folder: Path) -> Path:
         pipeline = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def single_file(folder: Path, file: Path) -> Path:
+    """Write a checkpoint into one file in the original layout, in float32."""
+    save_file(original(DiffusionPipeline.from_pretrained(folder).components), file)
+    return file
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:

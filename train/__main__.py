@@ -1,4 +1,4 @@
-"""`ip2p-train`: a cache and a Stable Diffusion checkpoint in, an InstructPix2Pix pipeline out."""
+"""`ip2p-train`: a cache, or a dataset, and a Stable Diffusion checkpoint in, an InstructPix2Pix pipeline out."""
 
 import ctypes
 import importlib
@@ -8,24 +8,23 @@ from pathlib import Path
 
 from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
-from ..encode.base.flags import parse
-from .config import TrainConfig, refused
+from .command import PROG, read
 
-PROG = "ip2p-train"
 LIBRARY = "libcudart.so.12"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
-        arguments = sys.argv[1:] if argv is None else argv
-        config = parse(TrainConfig, arguments, PROG, refused())
+        encoding, config = read(sys.argv[1:] if argv is None else argv)
         quiet_libraries()
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
-        from .run import train  # only now: torch takes seconds to import, and --help shall not
+        # Only now: torch takes seconds to import, and --help shall not.
+        from .run import train
+        from .setup import encode_first
 
-        train(config)
+        train(encode_first(encoding, config) if encoding else config)
 
 
 def preload() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 from ..encode.base.errors import SettingsError
 from ..encode.base.files import is_url
 from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
-from ..encode.config import PER_SAMPLE, EncodeConfig, Model
+from ..encode.config import NOT_NEEDED, EncodeConfig, Model
 from .demands import check, idle
 from .learning import Lora, Machine, Objective, Optimizer, Steps
 
@@ -30,7 +30,8 @@ class Samples:
 
     cache: tuple[str, ...]
     """Cache folder, written by ip2p-encode; or several that the same model encoded, to train on together. Instead of
-    folders there may be urls, of any kind that fsspec reads (`s3:`, `gs:`, `hf:`)."""
+    folders there may be urls, of any kind that fsspec reads (`s3:`, `gs:`, `hf:`). With --dataset_name or
+    --train_data_dir: where that is encoded to; default: a folder of its own in ~/.cache/ip2p/caches."""
     window: Amount | None = None
     """GiB of the caches that are read at once: of those in an object store, what lies on this machine at a time. Each
     epoch goes through all of them, in the order of a moving window. Default: folders whole, urls with 64 GiB."""
@@ -107,6 +108,16 @@ class Watching:
     """Instruction for that picture."""
     num_validation_images: Count = 4
     """Edits of each validation picture, and the most held-out pairs that are drawn."""
+    score_samples: Whole = 0
+    """Held-out pairs, always the same ones, that each validation edits with the weights and with their average, and
+    scores as `ip2p-infer evaluate` does: by L1, L2 and PSNR. Takes the time of so many edits, which is said."""
+    clip_model: str | None = None
+    """CLIP's folder or Hub id, such as openai/clip-vit-base-patch32, for scores by it; those that need captions are
+    there where `ip2p-encode --keep_columns original_prompt edited_prompt` kept some."""
+    keep_best: Literal["loss", "l1", "l2", "psnr", "clip_i", "clip_t", "clip_direction"] | None = None
+    """Keep the pipeline of the validation that scores best, of --use_ema's average if there is one, in OUTPUT_DIR/best.
+    Each checkpoint holds the best one until then as well, as links to the same files. (CLIP's likeness to the
+    original is no such score: who edits nothing has the most.)"""
     validation_steps: Count | None = None
     """Optimizer steps from one validation to the next. Default: those of --checkpointing_steps."""
     validation_epochs: Count | None = None
@@ -126,7 +137,9 @@ class Watching:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train an InstructPix2Pix UNet from a cache that ip2p-encode made."""
+    """Train an InstructPix2Pix UNet from a cache that ip2p-encode made. Given --dataset_name or --train_data_dir, all
+    flags of ip2p-encode are taken as well, and what the cache lacks of the dataset is encoded first.
+    """
 
     model: BaseModel
     samples: Samples
@@ -146,4 +159,5 @@ def refused() -> dict[str, str]:
     """Flags that `ip2p-train` does not take, with what to do about them."""
     others = flags_of(EncodeConfig).keys() - flags_of(TrainConfig).keys()
     renamed = {"rank": "is called --lora_rank here"}  # in diffusers' scripts for LoRA
-    return PER_SAMPLE | renamed | dict.fromkeys(others, "belongs to ip2p-encode: give it there")
+    elsewhere = "belongs to ip2p-encode: give it there, or a --dataset_name here as well"
+    return NOT_NEEDED | renamed | dict.fromkeys(others, elsewhere)

@@ -8,7 +8,7 @@ from ..encode.base import flags
 from ..encode.base.errors import SettingsError
 from ..encode.base.files import is_url
 
-EMA = ("ema_decay", "ema_steps", "ema_device")
+EMA = ("ema_steps", "ema_device")
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 LORA = ("lora_targets", "lora_alpha")
 LOOKS = ("validation_steps", "validation_epochs", "num_validation_images")
@@ -19,13 +19,30 @@ def check(config: Any) -> None:
     optimizer, watching = config.optimizer, config.watching
     if not 0 <= optimizer.ema_decay <= 1:
         raise SettingsError(f"--ema_decay {optimizer.ema_decay}: expected a number from 0 to 1")
+    if not 0.03 <= (optimizer.ema_length or 0.05) <= 0.2:
+        raise SettingsError(f"--ema_length {optimizer.ema_length}: expected a number from 0.03 to 0.2")
     if optimizer.max_grad_norm == 0:
         raise SettingsError("--max_grad_norm 0 leaves nothing of any gradient: expected a number above 0, or inf")
     _fit_together(config)
     if config.objective.snr_gamma == 0:
         raise SettingsError("--snr_gamma 0 leaves nothing of the loss: expected a number above 0")
+    if watching.score_samples > watching.num_validation_samples:
+        raise SettingsError(
+            f"--score_samples {watching.score_samples} are chosen among those that are held out: give "
+            f"--num_validation_samples {watching.score_samples} or more"
+        )
+    if lacking := _best_lacks(watching):
+        raise SettingsError(f"--keep_best {watching.keep_best} needs {lacking}")
     if watching.image and not watching.validation_prompt:
         raise SettingsError(f"--val_image_url_or_path {watching.image} needs a --validation_prompt")
+
+
+def _best_lacks(watching: Any) -> str | None:
+    """The flag without which there is no score of the kind that the best pipeline is chosen by."""
+    needed = {"loss": ("num_validation_samples",), None: ()}.get(watching.keep_best, ("score_samples",))
+    if str(watching.keep_best).startswith("clip"):
+        needed = *needed, "clip_model"
+    return next((f"--{flag}" for flag in needed if not getattr(watching, flag)), None)
 
 
 def _fit_together(config: Any) -> None:
@@ -64,7 +81,11 @@ def idle(config: Any) -> Iterator[str]:
     optimizer, saving, watching = config.optimizer, config.saving, config.watching
     yield from config.model.idle()
     if not optimizer.use_ema:
+        yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", "ema_decay")
+    if not optimizer.averages:
         yield from flags.idle(optimizer, "does nothing without --use_ema: add that, or leave it out", *EMA)
+    if not optimizer.ema_power:
+        yield from flags.idle(optimizer, "does nothing without --ema_power: add that, or leave it out", "ema_length")
     if not config.lora.lora_rank:
         yield from flags.idle(config.lora, "does nothing without --lora_rank: add that, or leave it out", *LORA)
     if optimizer.name == "adafactor":
@@ -81,6 +102,9 @@ def idle(config: Any) -> Iterator[str]:
         what = "--num_validation_samples or --val_image_url_or_path with a --validation_prompt"
         why = f"does nothing without anything to look at: add {what}, or leave it out"
         yield from flags.idle(watching, why, *LOOKS)
+    if not watching.score_samples:
+        why = "does nothing without edits to score: add --score_samples, or leave it out"
+        yield from flags.idle(watching, why, "clip_model")
     if watching.val_image_url_or_path:
         why = "does nothing beside --val_image_url_or_path: leave one of them out"
         yield from flags.idle(watching, why, "val_image_url")

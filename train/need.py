@@ -17,6 +17,7 @@ from ..encode.cache.reader import Reader
 from ..encode.cache.remote import open_caches
 from ..encode.models.checkpoint import Checkpoint
 from ..encode.models.encoders import DTYPES
+from ..encode.models.judge import clip_bytes
 from ..encode.models.parts import read_config
 from .config import TrainConfig
 from .memory import Passes, Shapes, simulate
@@ -41,7 +42,7 @@ class Need(NamedTuple):
     text: int  # weights of the text encoders, where they embed instructions in training
     gradients: int
     activations: int  # and whatever else a step takes beside all gradients
-    validation: int  # what draws pictures, beside the UNet
+    validation: int  # what draws pictures, or CLIP, which sees them then, beside the UNet
 
     @property
     def most(self) -> int:
@@ -119,7 +120,7 @@ def changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     whole, taken, batches = config, "", config.steps.train_batch_size * config.steps.gradient_accumulation_steps
     steps: list[tuple[str, dict[str, Any]]] = [
         ("--gradient_checkpointing", {"gradient_checkpointing": True}),
-        ("--ema_device cpu", {"ema_device": "cpu"} if config.optimizer.use_ema else {}),
+        ("--ema_device cpu", {"ema_device": "cpu"} if config.optimizer.averages else {}),
         ("--mixed_precision bf16 --weights bf16", {"weights": "bf16", "mixed_precision": "bf16"}),
         ("--optimizer adamw8bit", {"optimizer": "adamw8bit"} if config.optimizer.name == "adamw" else {}),
         (f"--train_batch_size 1 --gradient_accumulation_steps {batches}", smaller(config)),
@@ -165,11 +166,13 @@ def needed(config: TrainConfig, model: Model) -> Need:
         lora=config.lora if config.lora.lora_rank else None,
     )
     masters = 4 * found.numbers if precision.rounded else 0  # which copies have behind them, and rounded weights do not
-    average = 4 * found.numbers if flags.use_ema and not flags.ema_device else 0
+    average = 0 if flags.ema_device else 4 * found.numbers * flags.averages
     gradients = 0 if flags.fused_backward else (2 if precision.half else 4) * found.numbers
-    validation = 0
+    validation, clip = 0, config.watching.clip_model
     if config.watching.image or config.watching.num_validation_samples:
-        validation = _simulated_picture(json.dumps(model), how, norms=not machine.compile) + several * gradients
+        drawn = _simulated_picture(json.dumps(model), how, norms=not machine.compile)
+        # CLIP comes when the pictures are made.
+        validation = max(drawn, clip_bytes(clip) if clip else 0) + several * gradients
     kept = moments(found, flags.name, rounded=precision.rounded)
     return Need(found.static - masters, kept, average, model.text, gradients, found.peak - gradients, validation)
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,22 @@ from .data.order import identity, make_order, remarks
 from .data.samples import Samples, hold_out
 from .data.sweep import sweep_over
 from .data.text import Texts
+from .machine import advise, alone, make_accelerator
 from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
+from .save.averages import AVERAGES, Averages
+from .save.best import keep
 from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
 from .save.pipeline import export, finished, push
 from .save.resume import SETTINGS, Progress, find, go_on, resume
-from .setup import advise, agreed_seed, alone, base_checkpoint, make_accelerator, open_caches, save_config, track
-from .unet.load import allow_graphs, check_gradients, choose_attention, load_unet
-from .unet.lora import add_adapters
-from .unet.make import make_schedule, make_update
-from .unet.norm import choose_norms
+from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
+from .unet.load import allow_graphs, check_gradients
+from .unet.make import make_schedule, make_unet, make_update
 from .unet.weights import Precision
 from .watch.interrupt import Interrupt
 from .watch.metrics import Metrics, share_of_peak
-from .watch.validate import Validation, open_picture, validation_every
+from .watch.validate import Validation, validation_every
 
 
 def train(config: TrainConfig) -> None:
@@ -58,9 +60,7 @@ def train(config: TrainConfig) -> None:
             if accelerator.is_main_process and not signal:
                 run.finish()
     except torch.OutOfMemoryError:
-        mend = (
-            "the same command with --estimate says what takes less, such as --gradient_checkpointing or --lora_rank 16"
-        )
+        mend = "the command with --estimate says what takes less, such as --gradient_checkpointing or --lora_rank 16"
         raise TrainError(f"out of memory: {mend}") from None
     accelerator.end_training()
     if signal:
@@ -79,27 +79,20 @@ class Run:
         self.base = base_checkpoint(config, caches[0], accelerator)
         self.reader = Reader(*caches, masks=config.objective.edit_weight != 1, window=config.samples.room)
         check_memory(config, self.base, self.reader, device)
-        kept = choose(caches, config.samples.keep)
-        samples = Samples.of_all(self.reader, config.samples.max_train_samples, kept)
+        samples = Samples.of_all(self.reader, config.samples.max_train_samples, choose(caches, config.samples.keep))
         self.reader.require(samples.rows, samples.text_rows)
         self.samples, held_out = hold_out(samples, config.watching.num_validation_samples)
         sweep = sweep_over(self.reader, self.samples)
         scheduler, null = noise_scheduler(config.objective, self.base), null_conditioning(self.reader, device)
         self.objective = Objective(scheduler, null, self.base.scaling_factor, config.objective, precision.dtype)
-        self.texts, picture = Texts.of(caches, self.base, device), open_picture(config.watching)
-        parts = self.base, self.reader, self.objective, held_out, picture, self.texts
-        self.validation = Validation(config, accelerator, *parts)
+        self.texts = Texts.of(caches, self.base, device)
+        self.validation = Validation(config, accelerator, self.base, self.reader, self.objective, held_out, self.texts)
 
         # What it trains.
         seed = agreed_seed(config)
-        unet: Any = load_unet(config, self.base)
-        if config.lora.lora_rank:
-            add_adapters(unet, config.lora, seed, precision.dtype)
-        unet.to(device)
-        choose_attention(unet, device, precision.name)
-        if not config.machine.compile:  # which fuses norms in its own way
-            choose_norms(unet, device, precision.dtype)
+        unet = make_unet(config, self.base, precision, device, seed)
         self.update = make_update(config, unet, precision, accelerator.num_processes)
+        self.averages = Averages(self.update, config.saving.output_dir, writes=accelerator.is_main_process)
         self.per_step = config.steps.samples(accelerator.num_processes)
         self.per_epoch = len(self.samples.rows) / self.per_step  # optimizer steps, not a whole number
         batch = self.per_step // config.steps.gradient_accumulation_steps
@@ -122,7 +115,7 @@ class Run:
     def state(self) -> Parts:
         """All that a checkpoint holds."""
         parts: Parts = {PROGRESS: self.progress, MODEL: self.update.weights, OPTIMIZER: self.update}
-        return parts | {AVERAGE: self.update.average, SCALE: self.update.scale}
+        return parts | {AVERAGE: self.update.average, AVERAGES: self.averages or None, SCALE: self.update.scale}
 
     def due(self, every: int) -> bool:
         """Whether it is the turn of what is done every so many steps and after the last one; never for 0."""
@@ -140,11 +133,10 @@ class Run:
         drawn = self.order.batches(progress.seen, size, rank, processes)
         whole = self.order.batches(progress.seen, size * processes)
         batches = Batches(self.reader, self.samples, drawn, device, batch_size=size, texts=self.texts, everywhere=whole)
-        limit, writes = config.saving.checkpoints_total_limit, accelerator.is_main_process
-        checkpoints = Checkpoints(config.saving.output_dir, limit, writes=writes)
+        every, signal, writes = validation_every(config, self.per_epoch), 0, accelerator.is_main_process
+        checkpoints = Checkpoints(config.saving.output_dir, config.saving.checkpoints_total_limit, writes=writes)
         share = share_of_peak(accelerator.unwrap_model(self.unet), self.reader, self.precision, device)
         metrics = Metrics(config, accelerator, (batches, checkpoints), range(progress.step, self.total), share)
-        every, signal = validation_every(config, self.per_epoch), 0
         with Interrupt(accelerator) as interrupt:
             with metrics.bar, contextlib.closing(batches), checkpoints:
                 while progress.step < self.total and not signal:
@@ -152,8 +144,12 @@ class Run:
                     metrics.step(progress.step, loss, norm, skipped, float(self.lr_scheduler.get_last_lr()[0]))
                     if self.due(every):
                         with metrics.paused():
-                            metrics.write(progress.step, self.validation.run(progress.step, self.unet, self.update))
+                            found = self.validation.run(progress.step, self.unet, self.update)
+                            metrics.write(progress.step, found)
+                            if writes:
+                                keep(config, progress.step, found, checkpoints.wait, self.save)
                     checkpoints.check()
+                    self.averages.snapshot(progress.step, self.total)
                     signal = interrupt.agreed()
                     # A launcher kills several processes soon after a signal: then one checkpoint has to be enough.
                     enough = signal and checkpoints.busy and processes > 1
@@ -167,12 +163,13 @@ class Run:
         config, folder, step = self.config, self.config.saving.output_dir, self.progress.step
         trains = step < self.total
         if self.accelerator.is_main_process:
-            if self.origin and (trains or not checkpoints(folder)):
+            if trains or not checkpoints(folder):
                 go_on(folder, self.origin, step)
             recorded = self.origin.parent / SETTINGS if self.origin and not trains else None
             save_config(config, self.progress.seed, recorded)
             if trains:
                 track(config, self.progress.seed, step, self.accelerator)
+        self.averages.begin(self.origin, trains=trains)
         if not trains:
             say(f"nothing is trained: {self.origin} has {step:,} steps, and {self.total:,} are asked for in all")
 
@@ -194,12 +191,18 @@ class Run:
         progress.samples += self.per_step
         return loss, norm, skipped
 
+    def save(self, folder: Path, length: float | None = None) -> None:
+        """Save a pipeline of what is trained by now: of the average of a length, or of what validation looks at."""
+        plain, unet = self.update.average, self.accelerator.unwrap_model(self.unet)
+        average = self.averages.of_length(length) if length else plain and plain.tensors
+        unet = finished(self.config, self.base, unet, self.update.weights, average)
+        export(unet, self.objective.scheduler, self.base, self.reader.caches[0], folder)
+
     def finish(self) -> None:
         """Save the pipeline and its card, and upload them if that is asked for."""
-        config, caches, folder = self.config, self.reader.caches, self.config.saving.output_dir
-        unet = finished(config, self.base, self.accelerator.unwrap_model(self.unet), self.update)
-        export(unet, self.objective.scheduler, self.base, caches[0].manifest["encoding"]["resolution"], folder)
-        write_card(config, caches, self.progress)
+        config, folder = self.config, self.config.saving.output_dir
+        self.save(folder, config.optimizer.ema_length)
+        write_card(config, self.reader.caches, self.progress)
         say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")
         if config.saving.push_to_hub:
             say(f"uploaded to {push(config)}")

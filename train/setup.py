@@ -1,124 +1,66 @@
-"""What a training run starts from: devices and processes, a folder of its own, caches, the base model, the seed."""
+"""What a training run starts from: a dataset that is to be encoded first, caches, the base model, the seed."""
 
 import contextlib
 import dataclasses
-import errno
-import os
-import re
 import secrets
-import socket
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
-import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    parse_flag_from_env,
-)
+from accelerate.utils import release_memory
 
-from ..encode.base.console import say
-from ..encode.base.errors import CacheError, CacheMismatch, SettingsError, TrainError, explained
-from ..encode.base.files import check_folder
-from ..encode.base.flags import dump
+from ..encode.base.console import is_main_process, say
+from ..encode.base.errors import CacheError, CacheMismatch, TrainError, explained
+from ..encode.base.files import whole
+from ..encode.base.flags import changed, dump
 from ..encode.cache.format import Cache, differences
 from ..encode.cache.remote import open_caches as open_all
-from ..encode.cache.writer import locked
+from ..encode.config import EncodeConfig
+from ..encode.data.places import check_place
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
-from ..infer.lora import ADAPTERS, CONV_IN
+from ..encode.run import encode
 from .agree import agreed
 from .config import TrainConfig
-from .save.resume import SETTINGS
-from .unet.weights import Precision, choose_precision
-
-PATIENCE = timedelta(days=1)
-# What lies in an output folder.
-FOLDERS = r"checkpoint-\d+(\.incomplete)?|validation|unet|vae|(text_encoder|tokenizer)(_2)?|scheduler"
-FILES = (".lock", SETTINGS, "metrics.jsonl", "model_index.json", "README.md", ADAPTERS, CONV_IN)
-SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+from .machine import check_machine
+from .save.resume import SETTINGS, find
+from .unet.load import check_xformers
 
 
-def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
-    """Set up devices, processes and trackers; raises SettingsError for flags or an engine that do not fit."""
-    for engine in SHARDING:  # before accelerate looks for an engine that may not be installed
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise SettingsError(
-                f"accelerate is set up for {engine}, which shards what ip2p keeps whole on each GPU: "
-                "use one process per GPU (`accelerate launch --multi_gpu`, or `accelerate config` anew)"
-            )
-    if config.machine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which nobody reads
-    torch.backends.cudnn.benchmark = not config.machine.deterministic  # batches have few shapes
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
-    folders = prepare_folders(config)
-    tracker = None if config.watching.report_to == "none" else config.watching.report_to
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-    cuda = torch.cuda.is_available() and not on_cpu
-    precision = choose_precision(config, cuda=cuda)
-    if precision.name == "fp16" and (on_cpu or not torch.accelerator.is_available()):
-        raise SettingsError("--mixed_precision fp16 trains on a GPU, and PyTorch finds none: take bf16 or no")
-    if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        flag, mend = ("--weights", "leave it out") if precision.rounded else ("--mixed_precision", "take fp16")
-        raise SettingsError(f"{flag} bf16: this GPU computes in no such format, {mend}")
-    try:
-        # accelerate would go on without one that is not installed.
-        installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
-        if not (installed | {"all": any(installed.values())}).get(str(tracker), True):
-            raise ValueError("no such tracker is installed: `pip install` its package, or give another one or none")
-        accelerator = Accelerator(
-            mixed_precision="no" if precision.half else precision.name,
-            log_with=tracker,
-            project_config=folders,
-            kwargs_handlers=[
-                AutocastKwargs(cache_enabled=False),  # else a cast copy of every weight stays until the step is over
-                InitProcessGroupKwargs(timeout=PATIENCE),  # while one process downloads, checks, draws or writes
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of the gradients
-            ],
-        )
-    except ValueError as error:
-        raise SettingsError(f"{error} (--mixed_precision {precision.name}, --report_to {tracker})") from None
-    return accelerator, precision
+def encode_first(encoding: EncodeConfig, config: TrainConfig) -> TrainConfig:
+    """Encode what the cache of a run lacks, and let go of all that it took.
+
+    What the run would refuse of flags, places and machine is refused before that. Returned is the run as it was asked
+    for, which goes on from its newest checkpoint where the same command was here before.
+
+    Raises:
+        Ip2pError: anything the user can mend.
+    """
+    check_place(encoding.dataset, config.saving.output_dir, "--output_dir")
+    if not config.machine.estimate:
+        if config.saving.resume_from_checkpoint is None and was_here(config):
+            config = changed(config, resume_from_checkpoint="auto")
+        if is_main_process():
+            if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
+                say(f"the training will go on from {newest}")
+            if config.machine.enable_xformers_memory_efficient_attention:
+                check_xformers()  # by one process alone: none has been told its GPU yet
+        check_machine(config)
+    say(f"the cache of this dataset is {encoding.cache}")
+    encode(encoding, last=False)
+    release_memory()  # of the encoders nothing is left when the UNet comes
+    return config
 
 
-def prepare_folders(config: TrainConfig) -> ProjectConfiguration:
-    """Make the output folder and that of the tracker; raises SettingsError where results could not be written there."""
-    output_dir = config.saving.output_dir
-    logs = output_dir / config.watching.logging_dir
-    places = {"output_dir": output_dir} | ({"logging_dir": logs} if config.watching.report_to != "none" else {})
-    for flag, folder in places.items():
-        check_folder(folder, f"--{flag}")
-        folder.mkdir(parents=True, exist_ok=True)
-    for path in output_dir.iterdir():
-        wrong = "a folder where a file goes" if path.name in FILES and path.is_dir() else ""
-        wrong = "a file where a folder goes" if re.fullmatch(FOLDERS, path.name) and not path.is_dir() else wrong
-        if wrong:
-            raise SettingsError(f"{path} is {wrong}: move it away, or name another --output_dir")
-    return ProjectConfiguration(str(output_dir), logging_dir=str(logs))
-
-
-def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
-    """What a user should know of the machine before the run begins, a line each."""
-    if accelerator.device.type == "cuda" and precision.name == "no":
-        yield (
-            "training in float32: --mixed_precision bf16 (A100 and later) or fp16 is several times as fast on a GPU, "
-            "and takes half the memory for activations"
-        )
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
-        yield (
-            f"Ctrl-C or SIGTERM leave {seconds} s for a last checkpoint, then the launcher kills all processes: if the "
-            "disk needs longer, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 for the launcher"
-        )
+def was_here(config: TrainConfig) -> bool:
+    """Whether the run in the output folder was started by the same command."""
+    recorded: object = None
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        recorded = yaml.safe_load((config.saving.output_dir / SETTINGS).read_text(encoding="utf-8"))
+    if not isinstance(recorded, dict):
+        return False
+    free = {"resume_from_checkpoint": None} | ({"seed": None} if config.steps.seed is None else {})
+    return recorded | free == dump(config) | free
 
 
 def open_caches(config: TrainConfig, accelerator: Accelerator) -> list[Cache]:
@@ -184,8 +126,10 @@ def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) ->
     file, text = config.saving.output_dir / SETTINGS, yaml.safe_dump(dump(config) | {"seed": seed}, sort_keys=False)
     with explained(TrainError, f"{file} cannot be written", OSError):
         if recorded and recorded.is_file():
-            text = recorded.read_text(encoding="utf-8")
-        file.write_text(text, encoding="utf-8")
+            of_run = yaml.safe_load(recorded.read_text(encoding="utf-8"))  # but for what says what is made of it
+            text = yaml.safe_dump(of_run | {"ema_length": config.optimizer.ema_length}, sort_keys=False)
+        with whole(file) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def track(config: TrainConfig, seed: int, step: int, accelerator: Accelerator) -> None:
@@ -194,24 +138,3 @@ def track(config: TrainConfig, seed: int, step: int, accelerator: Accelerator) -
     settings = {name: str(value) for name, value in (dump(config) | {"seed": seed}).items()}
     options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("ip2p", settings, options)
-
-
-@contextlib.contextmanager
-def alone(output_dir: Path) -> Iterator[None]:
-    """Keep an output folder to this run; raises TrainError with the process that trains into it already."""
-    held = contextlib.ExitStack()
-    try:
-        lock = held.enter_context(locked(output_dir))
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
-    except BlockingIOError:
-        who = (output_dir / ".lock").read_text(encoding="utf-8")
-        used = f"--output_dir {output_dir} is in use by another ip2p-train ({who})"
-        raise TrainError(f"{used}: wait for it, stop it, or name another folder") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
-            raise TrainError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
-        say(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
-    with held:
-        yield

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -84,3 +85,10 @@ def _take_bars(logging: ModuleType) -> None:
     logging.disable_progress_bar()  # transformers' takes those of downloads along
     if not hidden:
         hub.enable_progress_bars()
+
+
+def show_version(argv: Sequence[str]) -> None:
+    """Answer `--version` and end."""
+    if "--version" in argv:
+        print("ip2p", version("ip2p"))
+        raise SystemExit

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import yaml
 
+from .console import show_version
 from .errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config")
@@ -45,6 +46,7 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     """
     import tyro  # here, because nothing else in a worker process needs it
 
+    show_version(argv)
     arguments = expand(list(argv))
     check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)

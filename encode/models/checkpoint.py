@@ -89,6 +89,7 @@ class Checkpoint:
 
     def vae_precision(self, asked: str | None, mixed: str) -> str:
         """The precision of the VAE: as asked for, or else float32 if it overflows and that of the rest if not."""
+        asked = "no" if asked == "fp32" else asked  # as diffusers' script for SDXL calls it
         return asked or ("no" if self.vae_overflows else mixed)
 
     def prediction_type(self) -> str:

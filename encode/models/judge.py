@@ -1,5 +1,6 @@
 """Embeds pictures and captions as CLIP and DINO see them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class Judge:
 
     Args:
         clip: folder or Hub id of a CLIP with its tokenizer and image processor.
-        dino: folder or Hub id of a ViT that DINO trained.
+        dino: folder or Hub id of a ViT that DINO trained; None where CLIP is enough.
         device: "cuda", "mps", "cpu" …; default: the accelerator if there is one.
         published_range: show CLIP pixels from -1 to 1 instead of 0 to 1. The original project's metrics do:
             `metrics/compute_metrics.py` hands pictures from -1 to 1 to a module that expects 0 to 1.
@@ -27,7 +28,7 @@ class Judge:
         ModelError: a model cannot be loaded, or is of another kind.
     """
 
-    def __init__(self, clip: str, dino: str, device: str | None = None, published_range: bool = False):
+    def __init__(self, clip: str, dino: str | None, device: str | None = None, published_range: bool = False):
         self.device = find_device(device)
         self.clip = self._model("clip_model", clip, CLIPModel)
         self.tokenizer = _load("clip_model", clip, AutoTokenizer)
@@ -35,7 +36,9 @@ class Judge:
         if published_range:  # pixels are scaled before the mean is taken away: 2x - 1 - mean
             self.clip_processor.rescale_factor *= 2
             self.clip_processor.image_mean = [1 + mean for mean in self.clip_processor.image_mean]
-        self.dino = self._model("dino_model", dino, ViTModel, add_pooling_layer=False)
+        self.dino: Any = self._model("dino_model", dino, ViTModel, add_pooling_layer=False) if dino else None
+        if not dino:
+            return
         # As DINO's own evaluation and MagicBrush's: the short side to 256, of which the middle 224.
         side = self.dino.config.image_size
         self.dino_processor: Any = CLIPImageProcessorPil(
@@ -65,13 +68,26 @@ class Judge:
         return self.dino(**pixels.to(self.device)).last_hidden_state[:, 0].cpu()
 
     def _model(self, flag: str, name: str, kind: Any, **options: Any) -> Any:
-        found_type, type_ = _load(flag, name, AutoConfig).model_type, kind.config_class.model_type
-        if found_type != type_:
-            raise ModelError(f"--{flag} {name} holds a model of type {found_type}, expected {type_}")
+        _config(flag, name, kind)
         model, found = _load(flag, name, kind, dtype=torch.float32, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
             raise ModelError(f"--{flag} {name} is damaged: it lacks the weights {missing[0]}")
         return model.to(self.device).eval()
+
+
+@functools.cache
+def clip_bytes(name: str) -> int:
+    """Bytes of a CLIP's weights in float32, by its configuration alone; raises as `Judge` does."""
+    config = _config("clip_model", name, CLIPModel)
+    with torch.device("meta"):
+        return sum(weight.nbytes for weight in CLIPModel(config).float().parameters())
+
+
+def _config(flag: str, name: str, kind: Any) -> Any:
+    config, expected = _load(flag, name, AutoConfig), kind.config_class.model_type
+    if config.model_type != expected:
+        raise ModelError(f"--{flag} {name} holds a model of type {config.model_type}, expected {expected}")
+    return config
 
 
 def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:

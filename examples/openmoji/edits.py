@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 
 from openmoji import (
     COLOR_SIGNS,
@@ -16,6 +16,7 @@ from openmoji import (
     HAIR_LAYER,
     PALETTE,
     SHADES,
+    SKIN_LAYER,
     TONES,
     Variant,
     base_of,
@@ -147,10 +148,17 @@ def _along(axis: str) -> Iterator[tuple[Variant, dict[str, str]]]:
 
 
 def skin_tones() -> Iterator[Family]:
-    """Every sequence of one person, or hand, in the five tones."""
+    """Every sequence of one person, or hand, in the five tones.
+
+    OpenMoji draws people of another tone with hair of another color, which no instruction tells. So all tones are
+    filled into the drawing of one of them, in each family the next one: hands are as OpenMoji has them, and hair stays.
+    """
+    turns = cycle(TONES.values())
     for _, codes in _along("tone"):
-        if set(TONES.values()) <= set(codes):
-            yield Family("skin tone", {tone: codes[tone] for tone in TONES.values()}, default=codes.get("", ""))
+        if set(TONES.values()) <= set(codes) and SKIN_LAYER.search(svg(codes["light"])):
+            one = codes[next(turns)]
+            members = {tone: f"{one}~skin:{tone}" for tone in TONES.values()}
+            yield Family("skin tone", members, default=f"{one}~skin:yellow" if "" in codes else "")
 
 
 def genders() -> Iterator[Family]:

@@ -74,6 +74,14 @@ HAIR_COLORS = {
     "red": "#E27022",
     "white": "#FFFFFF",
 }
+SKINS = {  # what OpenMoji fills the layers of skin with, and those of its shadows
+    "light": ("#FADCBC", "#DEBB90"),
+    "medium-light": ("#DEBB90", "#C19A65"),
+    "medium": ("#C19A65", "#A57939"),
+    "medium-dark": ("#A57939", "#6A462F"),
+    "dark": ("#6A462F", "#352318"),
+    "yellow": ("#FCEA2B", "#F1B31C"),
+}
 
 # One character, or one thing in several colors, under code points that do not tell so.
 SAME = {
@@ -110,6 +118,7 @@ SALT, HELD_OUT = "46", 1 / 8
 
 
 HAIR_LAYER = re.compile(r'<g id="hair"[^>]*(?<!/)>(?:(?!<g|</g>).)*</g>', re.DOTALL)
+SKIN_LAYER = re.compile(r'<g id="skin(-shadow)?[^"]*"[^>]*(?<!/)>(?:(?!<g|</g>).)*</g>', re.DOTALL)
 HAIR_FILL = re.compile(r'fill="#(?!000)\w+"')  # the outlines are black
 ANY_SHADE = re.compile("|".join(SHADES), re.IGNORECASE)
 BODY = re.compile(r"(<svg[^>]*>)(.*)</svg>", re.DOTALL)
@@ -199,10 +208,10 @@ def _file(code: str) -> str:
 def svg(key: str) -> str:
     """The SVG of an emoji, `1F44B-1F3FD`, or of a variant of it that OpenMoji does not ship.
 
-    Variants: `1F393~hair:red` fills the hair layer, `1F6D1~fill:blue` all that is colored, with the blue of OpenMoji's
-    hearts, `1F697~red:blue` redraws what is red in blue (light and shaded), `1F697~red:blue+blue:red` swaps the two,
-    `1F40E~mirror` faces the other way, which is how OpenMoji makes its own right-facing characters. One after another
-    they are done in this order: `1F393~hair:red~blue:green`.
+    Variants: `1F393~hair:red` fills the hair layer, `1F393~skin:dark` those of skin, `1F6D1~fill:blue` all that is
+    colored, with the blue of OpenMoji's hearts; `1F697~red:blue` redraws what is red in blue (light and shaded),
+    `1F697~red:blue+blue:red` swaps the two, `1F40E~mirror` faces the other way, which is how OpenMoji makes its own
+    right-facing characters. One after another they are done in this order: `1F393~hair:red~blue:green`.
     """
     code, *variants = key.split("~")
     text = _file(code)
@@ -217,6 +226,10 @@ def _varied(text: str, variant: str) -> str:
     colors = dict(change.split(":") for change in variant.split("+"))
     if "hair" in colors:
         return HAIR_LAYER.sub(lambda layer: HAIR_FILL.sub(f'fill="{HAIR_COLORS[colors["hair"]]}"', layer[0]), text)
+    if "skin" in colors:
+        return SKIN_LAYER.sub(
+            lambda layer: re.sub(r"#[0-9a-fA-F]{6}\b", SKINS[colors["skin"]][bool(layer[1])], layer[0]), text
+        )
     if "fill" in colors:
         return ANY_SHADE.sub(FLAT[colors["fill"]], text)
     shades = {

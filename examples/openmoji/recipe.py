@@ -31,7 +31,7 @@ class Recipe(NamedTuple):
 # Smaller batches learn more from the same pairs than larger ones, and a step of fewer is no cheaper by the pair.
 BATCH = 16
 # What keeps its shape is learned within minutes; what turns around, or is another person, is not.
-DEMO = Recipe(("color", "hair", "skin tone"), 0.65, 0, 700, 1.8e-3)
+DEMO = Recipe(("color", "hair", "skin tone"), 0.65, 0, 1500, 1.8e-3)
 LONGER = Recipe(("color", "direction", "gender", "hair", "mirror", "skin tone"), 3, 3, 16000, 1.5e-3)
 
 

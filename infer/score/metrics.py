@@ -27,8 +27,8 @@ class Edit:
     captions: tuple[str | None, str | None] = (None, None)  # of the original and of the target
 
 
-def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
-    """The scores of each edit; those that need what all of `edits` lack are left out.
+def measure(judge: "Judge | None", edits: Sequence[Edit]) -> list[dict[str, float]]:
+    """The scores of each edit; those that need what all of `edits` lack are left out, or a model that `judge` lacks.
 
     Against the target, as MagicBrush does (arXiv 2306.10012, section 4.1 and `evaluation/image_eval.py`):
 
@@ -44,14 +44,24 @@ def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
     - `clip_image`: cosine similarity of the original and the edited picture.
     """
     scores: dict[str, Sequence[float]] = {}
-    edited = judge.see([edit.edited for edit in edits])
     targets = [edit.target for edit in edits if edit.target is not None]
     if targets:
         pairs = [(edit.edited, target) for edit, target in zip(edits, targets, strict=True)]
         scores["l1"], scores["l2"] = zip(*(distances(*pair) for pair in pairs), strict=True)
         scores["psnr"] = [psnr(*pair) for pair in pairs]
+    if judge:
+        scores |= _embedded(judge, edits, targets)
+    return [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
+
+
+def _embedded(judge: "Judge", edits: Sequence[Edit], targets: Sequence[Image.Image]) -> dict[str, list[float]]:
+    """Those of the scores that compare what CLIP and DINO make of pictures and captions."""
+    scores = dict[str, list[float]]()
+    edited = judge.see([edit.edited for edit in edits])
+    if targets:
         scores["clip_i"] = _cosine(edited, judge.see(targets))
-        scores["dino"] = _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets))
+        if judge.dino:
+            scores["dino"] = _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets))
     original = judge.see([edit.original for edit in edits])
     befores, afters = ([text for edit in edits if (text := edit.captions[side]) is not None] for side in (0, 1))
     if afters:
@@ -61,7 +71,7 @@ def measure(judge: "Judge", edits: Sequence[Edit]) -> list[dict[str, float]]:
             change = _unit(after) - _unit(judge.read(befores))
             scores["clip_direction"] = _cosine(_unit(edited) - _unit(original), change)
     scores["clip_image"] = _cosine(original, edited)
-    return [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
+    return scores
 
 
 def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:

@@ -50,15 +50,23 @@ class Samples(NamedTuple):
         found, owners = np.unique((height << 32) + width, return_inverse=True)
         return {divmod(shape, 2**32): np.flatnonzero(owners == n) for n, shape in enumerate(found.tolist())}
 
+    def spread(self, count: int) -> "Samples":
+        """So many of the samples, from all over, or all that there are; always the same ones."""
+        there = len(self.rows)
+        count = min(count, there)
+        return self.select(np.arange(count) * there // max(1, count))
+
     def prompts(self) -> np.ndarray:
         """The prompt of each sample, numbered from 0 without gaps, (N,)."""
         return np.unique(self.groups, return_inverse=True)[1]
 
     def instructions(self, caches: Sequence[Cache]) -> list[str]:
         """The instruction of each sample."""
-        tables = {
-            cache: caches[cache].samples("instruction")["instruction"] for cache in np.unique(self.caches).tolist()
-        }
+        return self.values(caches, "instruction")
+
+    def values(self, caches: Sequence[Cache], column: str) -> list[Any]:
+        """What a column of the caches' samples tables holds of each sample."""
+        tables = {cache: caches[cache].samples(column)[column] for cache in np.unique(self.caches).tolist()}
         places = zip(self.caches.tolist(), self.numbers.tolist(), strict=True)
         return [tables[cache][number].as_py() for cache, number in places]
 

@@ -41,7 +41,7 @@ pipeline("make it snowy", image=image, num_inference_steps=20, image_guidance_sc
 
 ## Result
 
-| loss | value |
+| loss or score | value |
 |---|---|
 {losses}
 
@@ -105,7 +105,7 @@ def write_card(config: TrainConfig, caches: Sequence[Cache], progress: Progress)
         steps=progress.step,
         seen=progress.samples,
         identity=table(manifest["identity"]),
-        losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name}),
+        losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name or "validation" in name}),
         settings=table({name: named(value) for name, value in settings.items()}),
     )
     with explained(TrainError, f"{saving.output_dir}/README.md cannot be written", OSError):

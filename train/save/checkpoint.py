@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ...encode.base.errors import TrainError, reason
 from ...encode.base.files import sync
+from .best import take_along
 
 INCOMPLETE, ABANDONED = ".incomplete", "abandoned-checkpoint-"
 # One part of a run's state each. The names are accelerate's, so that older checkpoints are read by the same lines.
@@ -98,6 +99,7 @@ class Checkpoints:
         temporary = final.with_name(final.name + INCOMPLETE)
         try:
             write(temporary, state)
+            take_along(self.output_dir, temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             sync(self.output_dir)

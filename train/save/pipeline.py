@@ -1,6 +1,6 @@
 """What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, and an upload."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,39 @@ from diffusers import (
 )
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
 
 from ...encode.base.errors import TrainError, explained
+from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import dtype_of, not_finite
 from ..config import TrainConfig
 from ..unet.load import load_unet
 from ..unet.lora import add_adapters, save_adapters
-from ..unet.update import Update
 from ..unet.weights import Weights
+from .averages import FOLDER
+from .best import BEST
 
 
-def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Update) -> Any:
-    """The UNet of a run as it is saved: with the averaged weights, and adapters beside the base in full precision.
+def finished(
+    config: TrainConfig, checkpoint: Checkpoint, unet: Any, weights: Weights, average: Sequence[Tensor] | None
+) -> Any:
+    """A UNet of a run as it is saved: with an average of its weights if one is given, and adapters beside the base in
+    full precision.
 
-    Raises TrainError where its numbers are not finite.
+    Weights have all the digits with which they are trained, and lie where they lay; the run's own UNet may go on.
+    Raises TrainError where numbers are not finite.
     """
-    update.weights.finish(update.average)
+    trained = weights.trained(average)
     if config.lora.lora_rank:
         unet = load_unet(config, checkpoint)  # the base as it is, not in half precision
         add_adapters(unet, config.lora)
-        Weights(unet).load_state_dict(update.weights.state_dict())
+        Weights(unet).load_state_dict(trained)
+    else:
+        state = unet.state_dict() | trained
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(unet.config)
+        unet.load_state_dict(state, assign=True)
     if name := not_finite(unet.state_dict()):
         raise TrainError(
             f"no pipeline is saved: numbers of the UNet are not finite, the first in {name}. Resume from a "
@@ -43,15 +55,15 @@ def finished(config: TrainConfig, checkpoint: Checkpoint, unet: Any, update: Upd
 
 
 def export(
-    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, resolution: int, output_dir: Path
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, checkpoint: Checkpoint, cache: Cache, output_dir: Path
 ) -> None:
-    """Save the finished pipeline, its frozen parts in the precision in which they were found.
+    """Save a pipeline, its frozen parts in the precision in which they were found.
 
     Adapters, if there are any, are saved for themselves and then fused into the UNet. Raises TrainError where it cannot
     be written.
     """
-    unet.register_to_config(sample_size=resolution // checkpoint.vae_scale_factor)
-    hint = ": make space and repeat with --resume_from_checkpoint latest, the training is done"
+    unet.register_to_config(sample_size=cache.manifest["encoding"]["resolution"] // checkpoint.vae_scale_factor)
+    hint = ": make space and repeat with --resume_from_checkpoint latest"
     with explained(TrainError, f"no pipeline can be written to {output_dir}", hint=hint):
         if hasattr(unet, "peft_config"):
             save_adapters(unet, changes(scheduler), output_dir)
@@ -100,7 +112,7 @@ def push(config: TrainConfig) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Trained with ip2p",
-            ignore_patterns=["*checkpoint-*", f"{config.watching.logging_dir}/*", ".lock"],
+            ignore_patterns=["*checkpoint-*", f"{BEST}/*", f"{FOLDER}/*", f"{config.watching.logging_dir}/*", ".lock"],
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TrainError(

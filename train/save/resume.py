@@ -21,6 +21,8 @@ from ..agree import agreed
 from ..config import TrainConfig
 from ..learning import Lora
 from ..unet.fit import Misfit, fit
+from .averages import AVERAGES
+from .best import go_back
 from .checkpoint import ABANDONED, AVERAGE, INCOMPLETE, MODEL, PROGRESS, SCALE, Parts, abandon, checkpoints, take_up
 
 METRICS, SETTINGS = "metrics.jsonl", "train.yaml"
@@ -113,18 +115,19 @@ def load(folder: Path, parts: Parts) -> None:
     Nothing else reads one. What it consists of is written in it, since a run may do without an average, or without a
     scale of its loss; older versions did not write that.
     """
-    written = [name for name in parts if name != SCALE]
+    written = [name for name in parts if name not in (SCALE, AVERAGES)]
     for name, part in parts.items():
         file = folder / name
         if part and (name in written or file.is_file()):
             with _usable(file):
                 part.load_state_dict(state := _read(file))
             written = state.get("files", written) if name == PROGRESS else written
-        elif name == AVERAGE and part:
-            say(f"{folder.name} was trained without --use_ema: the average begins with its weights")
-            part.load_state_dict({"optimization_step": 0, "shadow_params": parts[MODEL].masters})
-        elif name == AVERAGE and file.is_file():
-            say(f"{folder.name} was trained with --use_ema: without it, its average of the weights ends here")
+        elif (flag := {AVERAGE: "--use_ema", AVERAGES: "--ema_power"}.get(name)) and part:
+            say(f"{folder.name} was trained without {flag}: the average begins with its weights")
+            if name == AVERAGE:
+                part.load_state_dict({"optimization_step": 0, "shadow_params": parts[MODEL].masters})
+        elif flag and file.is_file():
+            say(f"{folder.name} was trained with {flag}: without it, its average of the weights ends here")
 
 
 def _read(file: Path) -> Any:
@@ -175,17 +178,20 @@ def pictures(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), output_dir / "validation" / match[0]) for match in found if match)
 
 
-def go_on(output_dir: Path, origin: Path, step: int) -> None:
-    """Let an output folder tell of the branch that goes on from a checkpoint alone; raises TrainError.
+def go_on(output_dir: Path, origin: Path | None, step: int) -> None:
+    """Let an output folder tell of the branch that goes on from a checkpoint alone, or of none yet; raises TrainError.
 
     What was saved beyond it is renamed, so that it is never counted, resumed from by `latest`, or deleted; each takes
-    the metrics of its branch along. One that was renamed and is taken up again gets its name back. The newest goes
-    first and metrics.jsonl is cut last, so after a kill at any moment the same command, or `latest`, does the rest.
-    This is done by the main process, once all is loaded and the first step is next: a run that fails before that
-    changes nothing, and one that fails later can be gone on with by `latest`.
+    the metrics of its branch along, and holds the best pipeline of it. One that was renamed and is taken up again gets
+    its name back. The newest goes first and metrics.jsonl is cut last, so after a kill at any moment the same command,
+    or `latest`, does the rest. This is done by the main process, once all is loaded and the first step is next: a run
+    that fails before that changes nothing, and one that fails later can be gone on with by `latest`.
     """
     metrics = output_dir / METRICS
     with explained(TrainError, f"{output_dir} cannot be written", OSError):
+        if not origin:  # what lies here is of a run without a checkpoint
+            metrics.unlink(missing_ok=True)
+            return go_back(output_dir, None)
         known = history(kept if (kept := origin / METRICS).is_file() else origin.parent / METRICS, step)
         there = checkpoints(output_dir)
         ours = any(folder.samefile(origin) for _, folder in there)
@@ -198,6 +204,7 @@ def go_on(output_dir: Path, origin: Path, step: int) -> None:
                     (left / "validation").mkdir(exist_ok=True)
                     shutil.move(picture, left / "validation")
             say(f"{folder.name} is not of the run that goes on from {origin.name}: it is {left.name} from now on")
+        go_back(output_dir, origin)
         if origin.name.startswith(ABANDONED) and origin.parent.samefile(output_dir):
             take_up(origin, step)
             say(f"{origin.name} is checkpoint-{step} again")

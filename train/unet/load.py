@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor
 
 from ...encode.base.console import say
@@ -33,17 +33,23 @@ def load_unet(config: TrainConfig, checkpoint: Checkpoint) -> UNet2DConditionMod
     if config.machine.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.machine.enable_xformers_memory_efficient_attention:
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
-            raise SettingsError(
-                f"--enable_xformers_memory_efficient_attention: {reason(error).rstrip(' .:')}; "
-                "pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is the same kernel"
-            ) from None
+        check_xformers()
+        unet.enable_xformers_memory_efficient_attention()
     if config.machine.compile:
         # In place, so that parameter names and the saved model stay as they are; each shape has a graph of its own.
         unet.compile(dynamic=False)
     return unet.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check_xformers() -> None:
+    """Let xformers attend to something, as diffusers tries it; raises SettingsError where it cannot."""
+    try:
+        Attention(query_dim=8).set_use_memory_efficient_attention_xformers(True)
+    except (ImportError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
+        raise SettingsError(
+            f"--enable_xformers_memory_efficient_attention: {reason(error).rstrip(' .:')}; "
+            "pip install 'ip2p[gpu]', or leave the flag out: PyTorch's own attention is the same kernel"
+        ) from None
 
 
 def _non_ema(model: BaseModel) -> Path | None:

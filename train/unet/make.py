@@ -1,4 +1,4 @@
-"""What a run's flags ask an optimizer step to be, in one pass where a kernel does what PyTorch's functions do."""
+"""What a run's flags ask of a UNet and an optimizer step: one pass where a kernel does what PyTorch's functions do."""
 
 from typing import Any
 
@@ -7,14 +7,35 @@ from diffusers.optimization import get_scheduler
 
 from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
+from ...encode.models.checkpoint import Checkpoint
 from ..config import TrainConfig
 from ..learning import Optimizer
+from .load import choose_attention, load_unet
+from .lora import add_adapters
+from .norm import choose_norms
 from .optimizers import make_optimizer, optimizer_over
 from .scale import LossScale
 from .update import Update
-from .weights import Average, Precision, Weights
+from .weights import LENGTHS, Average, PowerAverage, Precision, Weights
 
 FLIPS = 1e-2  # share of the numbers that are rounded at random, which two ways to compute may round otherwise
+
+
+def make_unet(
+    config: TrainConfig, checkpoint: Checkpoint, precision: Precision, device: torch.device, seed: int
+) -> Any:
+    """The UNet of a run on its device, with adapters if there shall be some; what is trained of it is float32.
+
+    Raises as `load_unet` and `add_adapters` do.
+    """
+    unet: Any = load_unet(config, checkpoint)
+    if config.lora.lora_rank:
+        add_adapters(unet, config.lora, seed, precision.dtype)
+    unet.to(device)
+    choose_attention(unet, device, precision.name)
+    if not config.machine.compile:  # which fuses norms in its own way
+        choose_norms(unet, device, precision.dtype)
+    return unet
 
 
 def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision, processes: int) -> Update:
@@ -32,11 +53,12 @@ def make_update(config: TrainConfig, unet: torch.nn.Module, precision: Precision
     weights = Weights(unet, precision.half, rounded=precision.rounded)
     beside = torch.device(flags.ema_device) if flags.ema_device else None
     average = Average(weights.masters, flags.ema_decay, beside) if flags.use_ema else None
+    powers = [PowerAverage(weights.masters, length, beside) for length in LENGTHS] if flags.ema_power else ()
     scale = LossScale(device) if precision.name == "fp16" else None
     optimizer = make_optimizer(config, weights, processes)
     fused = takes_one_pass(device, precision.half, flags.name, rounded=precision.rounded)
-    backwards = flags.fused_backward
-    return Update(weights, optimizer, flags.max_grad_norm, average, scale, fused=fused, backwards=backwards)
+    how = {"fused": fused, "backwards": flags.fused_backward, "powers": powers}
+    return Update(weights, optimizer, flags.max_grad_norm, average, scale, **how)
 
 
 def takes_one_pass(

@@ -4,6 +4,7 @@ On a GPU one kernel does it all (`fused.py`); a run holds it against PyTorch's f
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from .fit import fit
 from .optimizers import MOMENTS, Compact
 from .rounding import step_key
 from .scale import LossScale
-from .weights import Average, Weights
+from .weights import Average, PowerAverage, Weights
 
 ALL = slice(None)
 
@@ -33,6 +34,7 @@ class Update:
     fused: bool = False  # in one pass, by a kernel for GPUs (`takes_one_pass`)
     backwards: bool = False  # each weight inside the backward pass, and its gradient is gone before the next one comes
     seed: int = 0  # of how numbers are rounded
+    powers: Sequence[PowerAverage] = ()  # move along, too
     _kernels: dict[int | None, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _norms: dict[int, Tensor] | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -52,7 +54,7 @@ class Update:
 
     @torch.no_grad()
     def __call__(self, *, averages: bool = True) -> tuple[Tensor, Tensor]:
-        """Change the weights, and where `averages` their average, unless a gradient is not finite.
+        """Change the weights, and where `averages` their averages, unless a gradient is not finite.
 
         The gradients are gone after that. Nothing here waits for the device, but for an average on another one.
 
@@ -60,12 +62,12 @@ class Update:
             The norm of the gradients before they are clipped, and 1 if the weights were left as they are, else 0;
             float32 scalars on the device. Of `backwards`, 1 if a weight was: the others have moved.
         """
-        average = self.average if averages else None
+        average, powers = (self.average, self.powers) if averages else (None, ())
         if self.backwards:
             norms, self._norms = self._norms or {}, None
             norm = torch.linalg.vector_norm(torch.stack([norms[number] for number in sorted(norms)]))
-            if average:
-                average.step(self.weights.masters)
+            for mean in filter(None, (average, *powers)):
+                mean.step(self.weights.masters)
             return norm, 1 - norm.isfinite().float()
         gradients: list[Tensor] = [weight.grad for weight in self.weights.parameters]  # type: ignore[misc]
         scale = 1.0 if self.scale is None else self.scale.value
@@ -73,6 +75,8 @@ class Update:
         skipped = 1 - norm.isfinite().float()
         divisor = scale * ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # as torch.nn.utils.clip_grad_norm_
         self._change(ALL, gradients, divisor, skipped, average)
+        for mean in powers:
+            mean.step(self.weights.masters)
         if self.scale:
             self.scale.update(skipped)
         return norm, skipped

@@ -5,12 +5,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...encode.base.errors import SettingsError
 from ..config import TrainConfig
 from .fit import Misfit, fit
+
+LENGTHS = (0.05, 0.1)
+"""Of the averages that --ema_power tracks: those of arXiv 2312.02696, section 3.2."""
 
 
 class Precision(NamedTuple):
@@ -102,6 +106,27 @@ class Average:
             mean.copy_(saved)
 
 
+class PowerAverage(Average):
+    """One whose length stays a share of the training so far: it counts the weights of update s as s ** exponent.
+
+    Equation 127 of arXiv 2312.02696; `length` is the standard deviation of that profile as a share of all updates.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], length: float, device: torch.device | None = None):
+        super().__init__(weights, 1.0, device)
+        self.length, self.exponent = length, exponent(length)
+
+    def share(self) -> float:
+        """Count an update, and say how much of it the weights of now get: of the first one, all."""
+        self.updates += 1
+        return 1 - (1 - 1 / self.updates) ** (self.exponent + 1)
+
+
+def exponent(length: float) -> float:
+    """That of the power function with a length (algorithm 2 there)."""
+    return max(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real)
+
+
 class Weights:
     """The parameters of a UNet that are trained, and the masters behind them.
 
@@ -156,19 +181,16 @@ class Weights:
                 other.copy_(kept)
         self.refresh()
 
-    @torch.no_grad()
-    def finish(self, average: Average | None) -> None:
-        """Leave what was trained in the UNet, with all its digits and no more: the average if there is one.
+    def trained(self, average: Sequence[Tensor] | None) -> dict[str, Tensor]:
+        """What comes out by name, with all its digits and no more: an average if there is one.
 
-        That is float32 but for bfloat16 weights without an average. Each lies where it lay. Nothing trains after that.
+        That is float32 but for bfloat16 weights without an average. Nothing of it is a copy.
         """
-        trained = average.tensors if average else self.masters
-        for parameter, tensor in zip(self.parameters, trained, strict=True):
-            parameter.data = tensor.data
+        return {name: tensor.detach() for name, tensor in zip(self.names, average or self.masters, strict=True)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masters by name: what a checkpoint keeps."""
-        return {name: master.detach() for name, master in zip(self.names, self.masters, strict=True)}
+        return self.trained(None)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..encode.data.pictures import Picture, open_mask
+from ...encode.data.pictures import Picture, open_mask
 
 Mask: TypeAlias = Picture | np.ndarray
 """A picture that is white or transparent where the edit may be (see `open_mask`), or the share of each pixel."""

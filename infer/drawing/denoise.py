@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..encode.base.errors import EditError
-from ..encode.data.pictures import pooled
+from ...encode.base.errors import EditError
+from ...encode.data.pictures import pooled
+from ..models import FORCE_ZEROS, SDXL
 from .guidance import Guidance, Told, guided
 from .mask import paste
-from .models import FORCE_ZEROS, SDXL
 
 
 class TooLarge(EditError):

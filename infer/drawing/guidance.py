@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 from torch import Tensor
 
-from ..encode.base.errors import EditError
+from ...encode.base.errors import EditError
 
 
 @dataclass(frozen=True)
