@@ -12,7 +12,7 @@ from PIL import Image
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
 from .drawing.denoise import Task, draw
-from .drawing.guidance import Guidance
+from .drawing.guidance import Guidance, Told
 from .drawing.mask import Mask, Masks, read_mask
 from .models import check_kind, load, scheduler_like
 
@@ -40,6 +40,8 @@ class Editor:
 
     Attributes:
         pipeline: the diffusers pipeline underneath.
+        known: what the latest batches were encoded to, for a next call with the same pictures and prompts. None, as at
+            first, keeps nothing; a pipeline that is changed needs a new one.
 
     Raises:
         EditError: the model cannot be loaded, or is no InstructPix2Pix model; the scheduler does not fit it.
@@ -63,6 +65,7 @@ class Editor:
             unet = getattr(model, "unet", None)
             check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)
         self.pipeline: DiffusionPipeline = model
+        self.known: dict[Any, Told] | None = None
         if scheduler is not None:
             self.pipeline.scheduler = scheduler_like(self.pipeline.scheduler, scheduler)
 
@@ -135,7 +138,7 @@ class Editor:
         edited: dict[tuple[int, int], Image.Image] = {}
         for batch in _batches([task.size for task in tasks], num_images, batch_size):
             drawn = [tasks[index]._replace(seed=seed + k) for index, k in batch]
-            pictures = draw(self.pipeline, drawn, guidance, negative_prompt, num_inference_steps)
+            pictures = draw(self.pipeline, drawn, guidance, negative_prompt, num_inference_steps, self.known)
             edited |= zip(batch, pictures, strict=True)
         return [edited[key] for key in sorted(edited)]
 

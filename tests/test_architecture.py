@@ -28,7 +28,7 @@ FLOORS = """
     infer.config
     infer.models  infer.jobs  infer.score.metrics
     infer.drawing  infer.outputs  infer.export
-    infer.edit
+    infer.edit  infer.summary
     infer.batch
     infer.score  infer.ui
     infer.__main__

@@ -9,10 +9,14 @@ from PIL import Image
 from torch import Tensor
 
 from ...encode.base.errors import EditError
+from ...encode.base.files import content_key
 from ...encode.data.pictures import pooled
 from ..models import FORCE_ZEROS, SDXL
 from .guidance import Guidance, Told, guided
 from .mask import paste
+
+KEPT = 16
+"""Batches whose encodings are kept for the next call."""
 
 
 class TooLarge(EditError):
@@ -31,7 +35,12 @@ class Task(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    pipeline: Any, tasks: Sequence[Task], guidance: Guidance, negative: str | None, steps: int
+    pipeline: Any,
+    tasks: Sequence[Task],
+    guidance: Guidance,
+    negative: str | None,
+    steps: int,
+    known: dict[Any, Told] | None = None,
 ) -> list[Image.Image]:
     """Edit pictures at once, all of one size while they are edited; each edit has its own picture's size.
 
@@ -44,7 +53,7 @@ def draw(
     try:
         if half == torch.float16 and vae.config.force_upcast and type(pipeline).__name__ == SDXL:
             torch.nn.Module.to(vae, torch.float32)  # it overflows; diffusers' own `to` warns of nothing
-        told = encode(pipeline, images, [task.prompt for task in tasks], negative)
+        told = _told(pipeline, tasks, images, negative, known)
         latents = denoise(pipeline, told, guidance, generators, steps, _cells(tasks, told.image[0]))
         edited = decode(pipeline, latents)
     except torch.OutOfMemoryError:
@@ -70,6 +79,21 @@ def encode(pipeline: Any, images: list[Image.Image], prompts: list[str], negativ
     pixels, kind = pipeline.image_processor.preprocess(images), pipeline.vae.dtype
     image = pipeline.prepare_image_latents(pixels, count, 1, kind, device, False).to(texts[0].dtype)
     return Told((image, image, torch.zeros_like(image)), texts, added)
+
+
+def _told(
+    pipeline: Any, tasks: Sequence[Task], images: list[Image.Image], negative: str | None, known: dict[Any, Told] | None
+) -> Told:
+    """What `encode` gives, now or before."""
+    prompts = [task.prompt for task in tasks]
+    if known is None:
+        return encode(pipeline, images, prompts, negative)
+    key = negative, images[0].size, *prompts, *(content_key(image.tobytes()) for image in images)
+    if key not in known:
+        while len(known) >= KEPT:
+            del known[next(iter(known))]
+        known[key] = encode(pipeline, images, prompts, negative)
+    return known[key]
 
 
 def denoise(
