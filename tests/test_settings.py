@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -21,7 +22,8 @@ def test_masks_cover_what_the_true_edit_changes_and_a_little_around(tmp_path: Pa
     features = datasets.Features(dict.fromkeys(pair, datasets.Image()))
     datasets.Dataset.from_dict(pair, features).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     settings.with_masks(tmp_path / "data", tmp_path / "masked")
-    first, second = (np.asarray(row["mask_image"]) for row in load_dataset(str(tmp_path / "masked"), split="test"))
+    masked: Any = load_dataset(str(tmp_path / "masked"), split="test")
+    first, second = (np.asarray(row["mask_image"]) for row in masked)
     expected = np.zeros((12, 16), np.uint8)
     expected[2:9, 2:8] = 255
     assert np.array_equal(first, expected)
