@@ -90,6 +90,11 @@ class Saving:
     """Upload the finished pipeline to the Hub."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the name of the output folder."""
+    hub_private_repo: bool = False
+    """Let nobody see the repository but its owner."""
+    hub_license: str | None = None
+    """Licence on the model card, as the Hub calls it, such as creativeml-openrail-m. Default: the base's, where the
+    card of that names one."""
     hub_token: str | None = dataclasses.field(default=None, metadata=SECRET)
     """Token for the Hub. Default: that of `hf auth login`. It is written nowhere."""
 
