@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..encode.base.console import say
-from ..encode.base.errors import TrainError
+from ..encode.base.errors import Stopped, TrainError
 from ..encode.cache.reader import Reader
+from ..encode.cached import Samples
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
-from .data.keep import choose
+from .data.keep import choose, hold_out
 from .data.order import identity, make_order, remarks
-from .data.samples import Samples, hold_out
 from .data.sweep import sweep_over
 from .data.text import Texts
 from .machine import advise, alone, make_accelerator
@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         Ip2pError: anything the user can mend.
-        SystemExit: stopped by a signal, after a checkpoint.
+        Stopped: by a signal, after a checkpoint.
     """
     if config.machine.estimate:
         return estimate(config)
@@ -65,8 +65,7 @@ def train(config: TrainConfig) -> None:
         raise TrainError(f"out of memory: {mend}") from None
     accelerator.end_training()
     if signal:
-        say(f"stopped at step {run.progress.step}: continue with --resume_from_checkpoint latest")
-        raise SystemExit(128 + signal)
+        raise Stopped(run.progress.step, signal)
 
 
 class Run:

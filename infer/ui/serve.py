@@ -9,6 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from ...encode.base.console import say
 from ...encode.base.errors import EditError
 from ..config import InferConfig
 
@@ -44,7 +45,7 @@ def serve(config: InferConfig) -> int:
             # uvicorn passes a signal on once it has stopped: SIGTERM, too, must leave by way of the folder's removal.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             host, port = listener.getsockname()[:2]
-            print(f"ip2p-infer: the page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+            say(f"ip2p-infer: the page is at http://{host}:{port} (Ctrl-C ends it)")
             server.run([listener])
     return 0
 

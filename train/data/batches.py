@@ -19,8 +19,8 @@ import torch
 from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
 from ...encode.cache.shapes import shaped
+from ...encode.cached import Samples
 from ..objective import Batch, Null
-from .samples import Samples
 from .text import Texts
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance

@@ -14,10 +14,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
 from ...encode.cache.format import Cache
+from ...encode.cached import Samples
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.hub import is_hub_id
 from ..config import TrainConfig
-from ..data.samples import Samples
 from .resume import SETTINGS
 
 URL, OF_THIS_MACHINE = re.compile(r"\S+://\S+"), re.compile(r"(^|::)(file:|[/~])")
