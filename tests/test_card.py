@@ -18,9 +18,10 @@ from configs import train_config
 from hub import FILES, Handler, Hub, released, serve
 from ip2p.encode.base.files import read_record, write_record
 from ip2p.encode.cache.format import Cache
-from ip2p.encode.cached import Samples, hold_out
+from ip2p.encode.cached import Samples
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.train.__main__ import main
+from ip2p.train.data.keep import hold_out
 from ip2p.train.save.averages import FOLDER
 from ip2p.train.save.public import dataset, licence, public, told
 from test_safety import safety_parts
