@@ -109,11 +109,11 @@ def write_card(
     name = config.model.pretrained_model_name_or_path
     index = json.loads((output_dir / "model_index.json").read_text(encoding="utf-8"))
     names = {"name": repository or output_dir.resolve().name, "base": public(name), "pipeline": index["_class_name"]}
-    data, terms, last = progress.told["data"], licence(config, base), dict[str, float]()
+    told, terms, last = json.loads(progress.told), licence(config, base), dict[str, float]()
     lora = ["lora"] if config.lora.lora_rank else []
     header = ModelCardData(
         base_model=name if is_hub_id(name) else None,  # the Hub knows ids alone, and refuses others
-        datasets=list(dict.fromkeys(part["name"] for part in data if part["on_hub"])) or None,
+        datasets=list(dict.fromkeys(part["name"] for part in told["data"] if part["on_hub"])) or None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "image-to-image", *lora],
@@ -129,14 +129,14 @@ def write_card(
         checker=CHECKER.format(**names) if has_checker(base) else "",
         adapters=adapters(config, names, on_hub=bool(repository)) if lora else "",
         pictures=f"\n![Validation pictures](validation/{drawn[-1].name})\n" if drawn else "",
-        data="\n".join(map(row, data)),
+        data="\n".join(map(row, told["data"])),
         size=manifest["encoding"]["resolution"],
         mode=manifest["encoding"]["resize_mode"],
-        shapes=f" in {len(progress.seen)} shapes" if len(progress.seen) > 1 else "",
+        shapes=f" in {told['shapes']} shapes" if told["shapes"] > 1 else "",
         views=", ".join(dict.fromkeys(view for cache in caches for view in cache.views)),
         steps=progress.step,
         seen=progress.samples,
-        versions="; then ".join(progress.told["versions"]) or UNKNOWN,
+        versions="; then ".join(told["versions"]) or UNKNOWN,
         identity=table(manifest["identity"]),
         losses=table({name: f"{value:.4f}" for name, value in last.items() if "loss" in name or "validation" in name}),
         settings=table(settings(output_dir)),

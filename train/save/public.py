@@ -1,6 +1,7 @@
 """What a run tells others of itself: what it was trained on and with, and no place on this machine."""
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -50,21 +51,19 @@ def settings(output_dir: Path) -> dict[str, Any]:
     return {name: public(value) for name, value in recorded.items()}
 
 
-def told(
-    before: Mapping[str, Any], caches: Sequence[Cache], samples: Samples, held_out: Samples, *, trains: bool
-) -> dict[str, Any]:
-    """What checkpoints keep for the card of a pipeline that is made of them, now or later.
+def told(before: str, caches: Sequence[Cache], samples: Samples, held_out: Samples, *, trains: bool) -> str:
+    """What checkpoints keep for the card of a pipeline that is made of them, now or later: as JSON, all or nothing.
 
-    That are the versions that trained, in turn, and of each dataset its name, whether that is a Hub id, how many
-    samples are trained on and held out, and the version that encoded them.
+    That are the versions that trained, in turn; of each dataset its name, whether that is a Hub id, how many samples
+    are trained on and held out, and the version that encoded them; and how many shapes pictures have.
 
     Args:
         before: what the checkpoint has told; empty without one, or in one of an older version.
         trains: whether this run trains at all; what is told of another one is not changed.
     """
     if before and not trains:
-        return dict(before)
-    versions = list(before.get("versions", []))
+        return before
+    versions: list[str] = json.loads(before)["versions"] if before else []
     now = ", ".join(f"{name} {version(name)}" for name in ("ip2p", "torch", "diffusers"))
     if trains and versions[-1:] != [now]:
         versions.append(now)
@@ -74,7 +73,7 @@ def told(
         name, on_hub = dataset(cache.manifest)
         encoder = f"ip2p {cache.manifest['ip2p']}"
         data.append({"name": name, "on_hub": on_hub, "trained": trained, "held_out": held, "encoder": encoder})
-    return {"versions": versions, "data": data}
+    return json.dumps({"versions": versions, "data": data, "shapes": len(samples.by_shape())})
 
 
 def dataset(manifest: Mapping[str, Any]) -> tuple[str, bool]:
