@@ -8,6 +8,7 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -25,7 +26,8 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
+_PROT_NONE, _MAP_FIXED = 0, 0x10
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # others promise no memory to what is mapped for nothing
 _NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 _FAILED = ctypes.c_void_p(-1).value
 
