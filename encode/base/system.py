@@ -1,8 +1,21 @@
-"""What each operating system tells of a process in its own way."""
+"""What systems after POSIX tell of a process, each in its own way; on any other one this module cannot be imported."""
 
 import os
-import resource
 import sys
+
+from .errors import SettingsError
+
+try:
+    import fcntl as fcntl
+    import resource
+except ModuleNotFoundError:
+    raise SettingsError(
+        "caches are locked and mapped as Linux and macOS do it, which this system lacks: encode and train there "
+        "(WSL is Linux, too); ip2p-infer edits pictures here as well"
+    ) from None
+
+NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Flag of mmap(2) for addresses that no memory is set aside for; others than Linux set none aside anyway."""
 
 
 def cores() -> int:

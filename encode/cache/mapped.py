@@ -8,7 +8,6 @@ import ctypes
 import math
 import mmap
 import os
-import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
+from ..base.system import NORESERVE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -27,8 +27,7 @@ _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ct
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _PROT_NONE, _MAP_FIXED = 0, 0x10
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # others promise no memory to what is mapped for nothing
-_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 _FAILED = ctypes.c_void_p(-1).value
 
 
