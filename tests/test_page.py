@@ -31,7 +31,7 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 
-with_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed: ip2p[ui]")
+with_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
 with_browser = pytest.mark.skipif(
     not (CHROMIUM and importlib.util.find_spec("playwright")),
     reason="no browser to drive: apt-get install chromium, pip install playwright",
@@ -347,4 +347,4 @@ def test_without_gradio_the_page_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match="2"):
         main(["--ui", "--model", "out"])
-    assert capsys.readouterr().err == "ip2p-infer: --ui needs gradio: pip install 'ip2p[ui]'\n"
+    assert capsys.readouterr().err == "ip2p-infer: --ui needs gradio: pip install gradio\n"

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import zarr
-from zarr.core.buffer import Buffer
+from zarr.abc.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
