@@ -453,4 +453,4 @@ def test_without_peft_a_line_says_how_to_get_it(
     )
     with pytest.raises(SystemExit, match=r"^2$"):
         main(command(sd, cache, tmp_path / "out"))
-    assert capsys.readouterr().err.splitlines()[-1] == "ip2p-train: --lora_rank needs peft: pip install 'ip2p[lora]'"
+    assert capsys.readouterr().err.splitlines()[-1] == "ip2p-train: --lora_rank needs peft: pip install peft"

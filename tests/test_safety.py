@@ -156,7 +156,7 @@ print(shown[page.layout.note])
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed: ip2p[ui]")
+@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
 def test_the_page_shows_no_blacked_out_picture(checked: Path, photos: Path, tmp_path: Path) -> None:
     """It says so instead, and the history stays as it is."""
     command = [sys.executable, "-c", PAGE, str(checked), str(photos / "a.png"), str(tmp_path)]

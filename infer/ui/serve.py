@@ -21,7 +21,7 @@ def serve(config: InferConfig) -> int:
         EditError: gradio is missing, the port is taken, or the first model or an example cannot be loaded.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise EditError("--ui needs gradio: pip install 'ip2p[ui]'")
+        raise EditError("--ui needs gradio: pip install gradio")
     with _listen(config.page.host, config.page.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; gradio reads it on import
         import gradio
