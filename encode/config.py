@@ -11,6 +11,7 @@ from PIL import ImageColor
 
 from .base.errors import SettingsError
 from .base.flags import Count, Name, Whole, idle
+from .judging import PairScores
 
 TRAIN_ONLY = """
     output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps
@@ -26,12 +27,8 @@ NOT_NEEDED: dict[str, str] = dict.fromkeys(
 ) | {"local_rank": "is not needed: launchers tell it in another way"}
 REFUSED: dict[str, str] = NOT_NEEDED | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
 """diffusers' flags that `ip2p-encode` does not take, with what to do about them."""
-
-
 NO_FLIP = r"\b(left|right)(most|wards?|side|hand(ed)?)?\b|clockwise"
 """Instructions that are wrong in a mirror."""
-
-
 AUTO = "auto"  # as a column: which one is found
 
 
@@ -204,6 +201,7 @@ class EncodeConfig:
     dataset: Dataset = Dataset()
     pictures: Pictures = Pictures()
     run: Run = Run()
+    scores: PairScores = dataclasses.field(default_factory=PairScores)
 
     def __post_init__(self) -> None:
         if not (self.dataset.dataset_name or self.dataset.train_data_dir):
@@ -211,7 +209,7 @@ class EncodeConfig:
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""
-        yield from self.model.idle()
+        yield from (*self.model.idle(), *self.scores.idle())
         yield from self.dataset.idle(self.dataset.dataset_name or str(self.dataset.train_data_dir))
         if self.pictures.resizing != "random_crop":
             yield from idle(self.pictures, "belongs to --resize_mode random_crop: add that, or leave it out", "crops")
