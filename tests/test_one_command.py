@@ -326,3 +326,20 @@ def test_the_same_processes_encode_and_train(sd: Path, data: Path, tmp_path: Pat
     places = {"pretrained_model_name_or_path": sd, "cache": tmp_path / "cache", "output_dir": tmp_path / "two"}
     launched(line + shlex.join(tiny.arguments(places | FLAGS | STEPS)), tmp_path, HF_HUB_OFFLINE="1")
     assert_same(states(tmp_path / "out" / "checkpoint-6"), states(tmp_path / "two" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "encodes", "trains"),
+    [
+        ("--pair_scores", "clip", None),
+        ("--score_samples 2 --num_validation_samples 2", None, "clip"),
+        ("--pair_scores --score_samples 2 --num_validation_samples 2", "clip", "clip"),
+    ],
+)
+def test_a_clip_judges_pairs_or_edits_or_both(flags: str, encodes: str | None, trains: str | None) -> None:
+    """Where it can act; and scores decide nothing about where the cache lies."""
+    arguments = "--pretrained_model_name_or_path m --dataset_name d --clip_model clip"
+    encoding, config = read([*arguments.split(), *flags.split()])
+    assert encoding is not None
+    assert (encoding.scores.clip_model, config.watching.clip_model) == (encodes, trains)
+    assert place_of(encoding) == place_of(changed(encoding, pair_scores=False, clip_model=None))
