@@ -119,15 +119,15 @@ def _items(samples: pa.Table, of: pa.Array, captions: Sequence[pa.Array], number
 
 def _told(fresh: int, scores: pa.Table, reasons: pa.ChunkedArray, name: str) -> Iterator[str]:
     """What was done, and which samples lack which scores."""
-    yield f"judged {fresh:,} samples by {name}" if fresh else f"nothing to judge: {name} has judged all"
-    judged = len(scores) - scores["clip_image"].null_count
+    unread = scores["clip_image"].null_count
+    yield f"judged {fresh - unread:,} samples by {name}" if fresh else f"nothing to judge: {name} has judged all"
     for score, flags in {
         "clip_t": "--edited_caption_column",
         "clip_direction": "--original_caption_column and --edited_caption_column",
     }.items():
-        if lacking := judged - (len(scores) - scores[score].null_count):
+        if lacking := scores[score].null_count - unread:
             yield f"{lacking:,} samples have no {score}, which needs captions ({flags})"
-    if unread := scores["clip_image"].null_count:
+    if unread:
         yield f"{unread:,} samples could not be judged: {', '.join(reasons.unique().drop_null().to_pylist()[:3])}"
 
 

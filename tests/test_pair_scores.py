@@ -234,6 +234,8 @@ def test_conditions_spreads_and_previews_go_by_scores(
     said = capsys.readouterr().out
     assert "columns   score (number), clip_image (number), clip_direction (number), clip_t (number)\n" in said
     assert "  score: 1 2.25 5.5 8.75 10 (smallest, quartiles, largest; 2 samples have none)\n" in said
+    assert f"pair_scores\n  clip_model       {judges.clip}\n" in said
+    assert "  captions         original_prompt, edited_prompt\n" in said
     keeper(["info", str(cache), "--keep", condition, "--json"])
     told = json.loads(capsys.readouterr().out)
     assert told["kept"] == sum(expected)
@@ -283,7 +285,9 @@ def test_pairs_that_cannot_be_judged_are_counted_and_tried_again(
             encode(sd, judged / "data", cache, **flags, on_error="fail")
         assert "position 1 of the dataset: the disk is tired (--on_error quarantine" in capsys.readouterr().err
         encode(sd, judged / "data", cache, **flags)
-    assert "3 samples could not be judged: the disk is tired\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"judged 5 samples by {judges.clip}\n" in said
+    assert "3 samples could not be judged: the disk is tired\n" in said
     assert [row["clip_image"] is None for row in scores_of(cache)] == [n % 2 == 1 and n < 7 for n in range(8)]
     assert Cache.open(cache).manifest["counts"] == {"ok": 8}
     counted.clear()

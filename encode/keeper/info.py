@@ -12,7 +12,7 @@ from ..cache.format import SAMPLES, Cache
 from ..cache.keep import kept, kinds
 from ..cache.samples import Ledger, counts
 
-PARTS = "model", "identity", "dataset", "encoding"  # of the manifest
+PARTS = "model", "identity", "dataset", "encoding", "pair_scores"  # of the manifest; the last where pairs were judged
 QUARTILES = 0, 0.25, 0.5, 0.75, 1
 
 
@@ -43,7 +43,7 @@ def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, 
         found["kept"] = int(whole.sum())
     numbers = [name for name, kind in found["columns"].items() if kind == NUMBER]
     found["spread"] = dict(zip(numbers, map(spread, table.select(numbers).filter(whole).columns), strict=True))
-    found |= {part: cache.manifest[part] for part in PARTS}
+    found |= {part: cache.manifest[part] for part in PARTS if part in cache.manifest}
     if quarantined:
         rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
         found["quarantined"] = [row for row in rows if row.pop("status") == "quarantined"]

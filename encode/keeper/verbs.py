@@ -44,11 +44,11 @@ def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, 
         numbers = " ".join(f"{number:.4g}" for number in spread["quartiles"]) or "nothing"
         missing = f"; {spread['missing']:,} samples have none" if spread["missing"] else ""
         print(f"  {name}: {numbers} (smallest, quartiles, largest{missing})")
-    for part in PARTS:
+    for part in filter(found.get, PARTS):
         print(part)
         for field, value in found[part].items():
             if value is not None:
-                print(f"  {field:<16} {', '.join(value) if isinstance(value, list) else value}")
+                print(f"  {field:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     for sample in found.get("quarantined", []):
         print("{key}  position {position}: {reason} (instruction {instruction!r})".format_map(sample))
     return 0
