@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from common import Row, parser, report
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
@@ -167,6 +169,7 @@ def start(flags: dict[str, Any], *, background: bool = True) -> int:
     if process := os.fork():
         return process
     try:
+        tqdm.set_lock(threading.RLock())  # processes that are forked share one, and whoever is killed would keep it
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
         os.dup2(silence, 2)
