@@ -48,9 +48,9 @@ def test_a_threshold_leaves_nine_tenths_of_the_good_ones(
     for name, values in columns.items():
         samples = samples.append_column(name, [values])
     write_state(tmp_path, whole.manifest, samples, {})
-    monkeypatch.setattr(spoiled, "SCORES", ("planted",))
+    monkeypatch.setattr(spoiled, "CONDITIONS", {"planted": "planted >= {}"})
     monkeypatch.setattr(spoiled, "GOOD", 7 / 8)
     result = spoiled.found(Cache.open(tmp_path))["planted"]
     assert (result["good"], result["all"]) == (7 / 8, 0.5)
     assert [result[way] for way in spoiled.WAYS] == [1, 0]
-    assert 1 < float(result["condition"].split()[-1]) <= 2
+    assert 1 < float(result["condition"].removeprefix("planted >= ")) <= 2

@@ -41,8 +41,11 @@ SPOILED = 0.1  # of the pairs
 GOOD = 0.9  # of the good ones, which a threshold leaves
 APART = 3  # standard deviations that the planted score is lower by where a pair is spoiled
 WAYS = ("wrong target", "swapped instruction")
-UNCHANGED = "2 * (clip_image > 0.995)"  # what asks for what is there already changes in no direction, and is good
-SCORES = ("clip_image", "clip_t", "clip_direction", f"clip_direction + {UNCHANGED}", "planted")
+CONDITIONS = {  # what asks for what is there already is good, and changes in no direction
+    **{name: f"{name} >= {{}}" for name in ("clip_image", "clip_t", "clip_direction")},
+    "clip_direction, or unchanged": "clip_direction >= {} or clip_image > 0.995",
+    "planted": "planted >= {}",
+}
 SIDE, PATCH, WIDTH, BATCH = 64, 8, 96, 96  # of the CLIP's pictures, in pixels; of its layers; of what it learns from
 NAME = 0.8  # share of the texts that name a picture; the rest are instructions that it answers
 TRAIN_FILE, TEST_FILE = (f"{split}-00000-of-00001.parquet" for split in ("train", "test"))
@@ -159,13 +162,13 @@ def found(cache: Cache) -> dict[str, dict[str, Any]]:
     """For each score the condition that leaves `GOOD` of the good pairs, and which shares of the others it finds."""
     spoiled = cache.samples("spoiled")["spoiled"].to_numpy()
     results = {}
-    for name in SCORES:
+    for name, form in CONDITIONS.items():
         low, high = -10.0, 10.0
         for _ in range(30):
             middle = (low + high) / 2
-            mask = kept(cache, f"{name} >= {middle:.6f}")
+            mask = kept(cache, form.format(f"{middle:.6f}"))
             low, high = (middle, high) if mask[spoiled == ""].mean() >= GOOD else (low, middle)
-        condition = f"{name} >= {low:.6f}"
+        condition = form.format(f"{low:.6f}")
         mask = kept(cache, condition)
         shares = {way: float(1 - mask[spoiled == way].mean()) for way in WAYS}
         shares |= {"all": float(1 - mask[spoiled != ""].mean()), "good": float(mask[spoiled == ""].mean())}
