@@ -25,8 +25,6 @@ from ..models.judge import Judge
 
 TOLERANCE = 16
 """Rounding errors of half precision (or of the encoders', if coarser) by which two encodings of a sample may differ."""
-
-
 JUDGED = 0.01
 """By how much two scores of a pair may differ: where pictures differ little, rounding decides on the direction."""
 

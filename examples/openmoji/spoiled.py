@@ -5,10 +5,10 @@
 Half of the spoiled pairs have the edited picture of another pair; the instruction of the other half asks for another
 variant than the picture shows, and so does its caption. Two judges score all pairs: a tiny CLIP, which is trained
 first, on the names of emoji, as the starter's text encoder was; and a column `planted` of the dataset, a score that is
-known to tell the two apart. For each score the threshold leaves nine tenths of the good pairs. Then a model is trained on
-all pairs, one on what CLIP's best condition keeps, and, if that finds too few, one on what the planted score keeps, with
-several seeds each, and their losses on held-out pairs are compared. Whoever repeats the command goes on where it was
-stopped. `--seeds` without a number trains nothing.
+known to tell the two apart. For each score the threshold leaves nine tenths of the good pairs. Then a model is trained
+on all pairs, one on what CLIP's best condition keeps, and, if that finds too few, one on what the planted score keeps,
+with several seeds each, and their losses on held-out pairs are compared. Whoever repeats the command goes on where it
+was stopped. `--seeds` without a number trains nothing.
 """
 
 from __future__ import annotations
