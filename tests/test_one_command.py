@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from ip2p.train.command import place_of, read
 from ip2p.train.unet.load import load_unet
 from ip2p.train.watch.metrics import Metrics
 from test_interrupt import at_step
+from test_keep import files_of
+from test_scores import tiny_judges
 from test_train import FLAGS, assert_same, living_models, states
 
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 4, "checkpoints_total_limit": 0}
@@ -343,3 +346,30 @@ def test_a_clip_judges_pairs_or_edits_or_both(flags: str, encodes: str | None, t
     assert encoding is not None
     assert (encoding.scores.clip_model, config.watching.clip_model) == (encodes, trains)
     assert place_of(encoding) == place_of(changed(encoding, pair_scores=False, clip_model=None))
+
+
+def test_pairs_are_judged_in_the_cache_that_is_there(
+    sd: Path, data: Path, cache: Path, caches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shard of it is touched, CLIP is gone when the UNet comes, and training keeps pairs by what it said."""
+    judges, keep = tiny_judges(tmp_path / "judges"), "clip_image <= 1.1 and clip_t is null"
+    flags = {"max_train_steps": 1, "pair_scores": True, "clip_model": judges.clip, "keep": keep}
+    arguments = command(sd, data, tmp_path / "out", **flags)
+    encoding, _ = read(arguments)
+    assert encoding
+    place = Path(shutil.copytree(cache, place_of(encoding)))
+    files, living = files_of(place), list[str]()
+
+    def loading(*_: Any) -> Any:
+        living.extend(living_models().values())
+        return load_unet(*_)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ip2p.train.unet.make.load_unet", loading)
+        run(arguments)
+    said = capsys.readouterr().out
+    assert f"judged 10 samples by {judges.clip}\n" in said
+    assert f"--keep {keep}: 10 of 10 samples of {place}\n" in said
+    assert "CLIPModel" not in living
+    assert [*caches.iterdir()] == [place]
+    assert files_of(place) == files

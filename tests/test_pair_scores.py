@@ -335,6 +335,9 @@ def test_a_fresh_look_tells_wrong_scores_and_another_clip(
     with pytest.raises(SystemExit):
         keeper(["verify", str(cache.folder), "--reencode", "1", "--clip_model", other])
     assert f"was not judged by {other}: name its CLIP with --clip_model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        keeper(["verify", str(bare(judged, tmp_path)), "--reencode", "1", "--clip_model", other])
+    assert "no CLIP has judged the pairs of this cache: leave out --clip_model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("every", [False, True], ids=["first", "every"])

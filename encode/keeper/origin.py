@@ -41,11 +41,17 @@ RECORDED, ALL_RECORDED = Origin(), FullOrigin()
 
 
 def recorded_config(manifest: dict[str, Any], origin: Origin) -> EncodeConfig:
-    """The flags of the encode that made a cache, with those of `origin` that are given in their place."""
+    """The flags of the encode that made a cache, with those of `origin` that are given in their place.
+
+    Raises:
+        SettingsError: a CLIP is given, and none has judged.
+    """
     given = {name: value for name, value in vars(origin).items() if value is not None}
     if given.keys() & {"dataset_name", "train_data_dir"}:  # one takes the place of the other
         given = {"dataset_name": None, "train_data_dir": None} | given
     judged = manifest.get("pair_scores")  # by whichever encode, and the settings are of the last one
+    if not judged and "clip_model" in given:
+        raise SettingsError("no CLIP has judged the pairs of this cache: leave out --clip_model")
     names = judged["captions"] if judged else (None, None)
     scores = {"pair_scores": bool(judged), "clip_model": judged and judged["clip_model"]}
     scores |= dict(zip(("original_caption_column", "edited_caption_column"), names, strict=True))
