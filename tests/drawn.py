@@ -1,6 +1,7 @@
 """Batches of a run without a model, in this process or in one of several."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,8 +59,18 @@ def one_run(url: str, folder: Path, window: float, count: int, answer: Connectio
         answer.send(repr(error))
 
 
-def one_rank(url: str, rank: int, folder: Path, window: float, count: int, step: Any, answer: Connection) -> None:
+def one_rank(
+    environment: dict[str, str],
+    url: str,
+    rank: int,
+    folder: Path,
+    window: float,
+    count: int,
+    step: Any,
+    answer: Connection,
+) -> None:
     """Sends the batches of one of two processes that share a window, and step together, as gradients make them."""
+    os.environ |= environment
     found = []
     try:
         for batch, _ in draw(RemoteCache(url, folder), window, count, None, rank, 2, 1):

@@ -1,6 +1,7 @@
 """What users see while a command runs: bars and sentences, by the main process alone."""
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -55,6 +56,7 @@ def quiet_libraries() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are raised as well
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which asks for kernels that we have no use for
     warnings.simplefilter("ignore", FutureWarning, append=True)  # what will change in libraries concerns us
     warnings.filterwarnings("ignore", ".*deprecated", UserWarning, append=True)
     for module in filter(None, map(sys.modules.get, LOGGING)):
