@@ -94,9 +94,8 @@ def spoil(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 
 def make_data(output: Path, seed: int) -> Path:
     """The folder of the spoiled pairs, and of those to test with, which are as they were."""
-    made_by = key(
-        seed, *(Path(__file__).with_name(name).read_text() for name in ("spoiled.py", "dataset.py", "recipe.py"))
-    )
+    scripts = "spoiled.py dataset.py captions.py openmoji.py recipe.py".split()
+    made_by = key(seed, *(Path(__file__).with_name(name).read_text() for name in scripts))
     data, record = output / "data", output / "data" / ".made.json"
     if record.is_file() and json.loads(record.read_text()) == made_by:
         return data
@@ -195,7 +194,7 @@ def reached(output: Path, cache: Path, held_out: Path, condition: str, steps: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip_steps", type=int, default=1000, help="of the tiny CLIP's training (default 1000)")
+    parser.add_argument("--clip_steps", type=int, default=600, help="of the tiny CLIP's training (default 600)")
     parser.add_argument("--steps", type=int, default=300, help="of each training on the pairs (default 300)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of these (default 0 1 2)")
     parser.add_argument("--output", type=Path, default=Path("build/spoiled"), help="folder for everything")
