@@ -13,6 +13,7 @@ from .base.errors import SettingsError
 from .base.flags import Count, Name, Whole, idle
 from .base.keywords import configured
 from .base.refused import REFUSED
+from .judging import PairScores
 
 NO_FLIP = r"\b(left|right)(most|wards?|side|hand(ed)?)?\b|clockwise"
 """Instructions that are wrong in a mirror."""
@@ -188,6 +189,7 @@ class EncodeConfig:
     dataset: Dataset = Dataset()
     pictures: Pictures = Pictures()
     run: Run = Run()
+    scores: PairScores = dataclasses.field(default_factory=PairScores)
 
     def __post_init__(self) -> None:
         if not (self.dataset.dataset_name or self.dataset.train_data_dir):
@@ -200,7 +202,7 @@ class EncodeConfig:
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""
-        yield from self.model.idle()
+        yield from (*self.model.idle(), *self.scores.idle())
         yield from self.dataset.idle(self.dataset.dataset_name or str(self.dataset.train_data_dir))
         if self.pictures.resizing != "random_crop":
             yield from idle(self.pictures, "belongs to --resize_mode random_crop: add that, or leave it out", "crops")

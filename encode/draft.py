@@ -82,6 +82,7 @@ def begin(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes
         )
     manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     manifest["shard_rows"] = old.shard_rows
+    manifest |= {name: old.manifest[name] for name in ("pair_scores",) if name in old.manifest}
     known = old.manifest["dataset"] == manifest["dataset"] and old.is_sound()
     if known and config.run.retry_quarantined:  # what was out of reach when it was read must be read again
         known = -1 not in old.samples("row")["row"].to_pylist()

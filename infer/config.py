@@ -7,6 +7,7 @@ from pathlib import Path
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count, Name, idle
 from ..encode.config import Columns
+from ..encode.judging import CLIP
 from .editing import Editing, Loading
 
 
@@ -139,7 +140,7 @@ class Scoring:
     """Column with captions of the originals; default: original_prompt, or like it, if there is any."""
     edited_caption_column: Name | None = None
     """Column with captions of the edited pictures; default: edited_prompt, or like it, if there is any."""
-    clip_model: str = "openai/clip-vit-base-patch32"
+    clip_model: str = CLIP
     """CLIP's folder or Hub id. This is MagicBrush's; the paper's curve is of openai/clip-vit-large-patch14."""
     dino_model: str = "facebook/dino-vits16"
     """DINO's folder or Hub id."""

@@ -14,6 +14,7 @@ PACKAGES = ("encode", "infer", "train")
 # From the ground up: a module imports from its own room, or from floors below. This list is the architecture.
 FLOORS = """
     encode.base
+    encode.judging
     encode.config
     encode.cache
     encode.data  encode.models
@@ -23,6 +24,7 @@ FLOORS = """
     encode.draft
     encode.plan
     encode.pipeline
+    encode.scores
     encode.run
     encode.__main__  encode.keeper
     infer.editing  infer.lora

@@ -16,6 +16,7 @@ from ..base.errors import SettingsError, explained
 from .commits import pc
 from .condition import FUNCTIONS, NUMBER, TEXT, Condition, Kind, parse
 from .format import Cache
+from .tables import SAMPLES_FILE
 
 CALLED = {*FUNCTIONS, "like", "glob"}  # the latter two by the operators
 LONGEST = 2**24  # bytes of a text, which `replace` of `replace` could make of any length
@@ -37,12 +38,16 @@ def kept(cache: Cache, text: str) -> np.ndarray:
     Raises:
         SettingsError: the condition cannot be used; see `parse`.
     """
-    file = cache.folder / "samples.parquet"
+    condition = condition_on(cache, text)
+    return matching(pq.read_table(cache.folder / SAMPLES_FILE, columns=condition.columns), condition)
+
+
+def condition_on(cache: Cache, text: str) -> Condition:
+    """A condition on the samples of a cache, read; raises as `kept` does."""
     try:
-        condition = parse(text, kinds(pq.read_schema(file)))
+        return parse(text, kinds(pq.read_schema(cache.folder / SAMPLES_FILE)))
     except SettingsError as error:
         raise SettingsError(f"{cache.name}: {error}") from None
-    return matching(pq.read_table(file, columns=condition.columns), condition)
 
 
 def some_kept(cache: Cache, text: str) -> np.ndarray:

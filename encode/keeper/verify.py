@@ -20,7 +20,7 @@ from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.shapes import misfit
 from ..cache.tables import is_sealed
 from ..cache.writer import write_state
-from ..index import FOLDER
+from ..index import WAITING
 
 SMALL = re.compile(r"(samples|units)\.parquet|data\.zarr/(.*/)?zarr\.json")
 DAMAGED = "is damaged (its checksum differs from what was written)"
@@ -44,7 +44,7 @@ def verify(folder: Path) -> list[Finding]:
         CacheError: no cache there, or one of another format.
     """
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    files = {path for path in files if not path.startswith(f"{FOLDER}/")}  # of an encode that is yet to go on
+    files = {path for path in files if not path.startswith(WAITING)}  # of an encode that is yet to go on
     try:
         whole = "format" in read_record(folder / "manifest.json")
     except CacheError:
