@@ -17,6 +17,7 @@ from .data.pairs import Pairs
 from .geometry import Geometry, geometry_of
 from .index import Index
 from .models.checkpoint import Checkpoint
+from .models.hub import is_hub_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ def begin(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, processes
         )
     manifest["views"] = joined_views(old.views, manifest["views"])  # what is there stays, and what is new gets it
     manifest["shard_rows"] = old.shard_rows
+    manifest |= {name: old.manifest[name] for name in ("pair_scores",) if name in old.manifest}
     known = old.manifest["dataset"] == manifest["dataset"] and old.is_sound()
     if known and config.run.retry_quarantined:  # what was out of reach when it was read must be read again
         known = -1 not in old.samples("row")["row"].to_pylist()
@@ -124,7 +126,8 @@ def describe(
             "samples": len(source),
             "fingerprint": source.fingerprint(),
         },
-        "settings": dump(config) | {"processes": processes},  # how this run was started; decides nothing
+        # How this run was started, and what the dataset's name was then; decides nothing.
+        "settings": dump(config) | {"processes": processes, "dataset_on_hub": is_hub_id(source.name)},
         "shard_rows": {kind: shard_rows(kind, arrays.values(), len(source)) for kind, arrays in shapes.items()},
     }
 

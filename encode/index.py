@@ -1,7 +1,7 @@
 """What a dataset holds, by content: read once, in blocks that all processes share and that outlive a killed one."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,8 @@ from .cache.format import SAMPLES
 from .data.pairs import Pair, Pairs, unusable
 from .geometry import Geometry
 
-FOLDER = ".index"  # in the cache
+FOLDER, JUDGED = ".index", ".scores"  # in the cache, until the plan and the table have what lies there
+WAITING = f"{FOLDER}/", f"{JUDGED}/"
 BLOCK = 2**16  # positions whose identities are kept at once
 BATCH = 64  # of them that a worker reads at once
 
@@ -62,11 +63,7 @@ class Index:
 
     def keep(self, number: int, block: pa.Table) -> None:
         """Write a block."""
-        content = io.BytesIO()
-        pq.write_table(block.combine_chunks(), content, compression="zstd")
-        checksum = google_crc32c.value(content.getvalue())
-        with whole(self.folder / f"{self.fingerprint}-{number:06d}-{checksum:08x}.parquet") as unfinished:
-            unfinished.write_bytes(content.getvalue())
+        write_block(self.folder, f"{self.fingerprint}-{number:06d}", block)
 
     def read(self) -> pa.Table:
         """All blocks as a table of samples, in which none has a row yet; a `CacheError` if one is gone."""
@@ -83,8 +80,21 @@ class Index:
 
     def _file(self, number: int) -> Path | None:
         """The file of a block that is there and whole."""
-        files = self.folder.glob(f"{self.fingerprint}-{number:06d}-*.parquet")
-        return next((file for file in files if file.stem.endswith(file_record(file)["crc32c"])), None)
+        return next(whole_blocks(self.folder, f"{self.fingerprint}-{number:06d}"), None)
+
+
+def write_block(folder: Path, name: str, block: pa.Table) -> None:
+    """Write a table into a file that is called `name` and its checksum."""
+    content = io.BytesIO()
+    pq.write_table(block.combine_chunks(), content, compression="zstd")
+    checksum = google_crc32c.value(content.getvalue())
+    with whole(folder / f"{name}-{checksum:08x}.parquet") as unfinished:
+        unfinished.write_bytes(content.getvalue())
+
+
+def whole_blocks(folder: Path, name: str) -> Iterator[Path]:
+    """The files that `write_block` wrote under a name, as far as they are undamaged."""
+    return (file for file in folder.glob(f"{name}-*.parquet") if file.stem.endswith(file_record(file)["crc32c"]))
 
 
 def identify(source: Pairs, geometry: Geometry, positions: Sequence[int]) -> pa.Table:

@@ -62,8 +62,9 @@ def _collate(batch: list[tuple[Read, np.ndarray | None]]) -> tuple[list[Read], t
     return [read for read, _ in batch], stacked
 
 
-def _quiet_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered once, by the main process
+def quiet_worker(_: int) -> None:
+    """Let the main process alone answer Ctrl-C, once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Pipeline:
@@ -121,7 +122,7 @@ class Pipeline:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.encoders.device.type == "cuda",
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=quiet_worker,
         )
         begun = one_behind((reads, [self.encoders.moments(seen) for seen in pixels]) for reads, pixels in loader)
         for (units, _), those in zip(work, batches, strict=True):

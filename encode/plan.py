@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,11 +15,12 @@ import pyarrow as pa
 from .base.console import say
 from .base.errors import CacheError, SourceError
 from .base.files import file_record
+from .base.system import cores
 from .cache.commits import pc
 from .cache.format import SAMPLES, Cache, chunk_rows
 from .cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
 from .cache.shapes import RowShapes
-from .cache.tables import SAMPLES_FILE, is_sealed
+from .cache.tables import SAMPLES_FILE, SCORES, is_sealed
 from .config import NO_FLIP, EncodeConfig
 from .draft import Draft
 from .index import Index
@@ -79,13 +79,18 @@ def make_plan(config: EncodeConfig, draft: Draft, index: Index | None) -> Plan:
     """
     old, manifest = draft.old, draft.manifest
     ledger = Ledger(old.commits() if old else {}, manifest["shard_rows"], len(manifest["views"]))
-    before: Any = known_samples(old, config.dataset.keep_columns) if old else None
+    before: Any = known_samples(old, config) if old else None
+    if before is None:
+        manifest.pop("pair_scores", None)
     samples = index.read() if index else before
     if index and before:
         samples = carry(before, samples)
-        lacks = set(samples.column_names) - {*SAMPLES.names, *config.dataset.keep_columns}
-        if lacks and not pc.all(pc.is_in(samples["key"], before["key"].combine_chunks())).as_py():
-            say(f"new samples have nothing in {', '.join(sorted(lacks))}: --keep_columns gives it to them")
+        if not pc.all(pc.is_in(samples["key"], before["key"].combine_chunks())).as_py():
+            lacks = set(samples.column_names) - {*SAMPLES.names, *SCORES.names, *config.dataset.keep_columns}
+            if lacks:
+                say(f"new samples have nothing in {', '.join(sorted(lacks))}: --keep_columns gives it to them")
+            if "pair_scores" in manifest and not config.scores.pair_scores:
+                say("new samples have no scores: --pair_scores judges them")
     flips = config.pictures.no_flip_regex
     samples = placed(samples, ledger, flips, cache_text=config.run.cache_text, retry=config.run.retry_quarantined)
     if config.run.on_error == "fail" and (aside := samples.filter(samples["reason"].is_valid())[:1].to_pylist()):
@@ -111,11 +116,12 @@ def placed(
     return ledger.settle(mark_flips(assigned, no_flip_regex), keys.result())
 
 
-def known_samples(old: Cache, given: Collection[str]) -> pa.Table | None:
+def known_samples(old: Cache, config: EncodeConfig) -> pa.Table | None:
     """The table of a cache as its last encode wrote it, even if that was killed before it wrote the manifest.
 
-    None where it is damaged; which columns are lost with it, beyond those that are `given` anew, is said.
+    None where it is damaged; which columns are lost with it, beyond those that are asked for anew, is said.
     """
+    given = config.dataset.keep_columns
     file, manifest = old.folder / SAMPLES_FILE, old.manifest
     if is_sealed(file) or (file.is_file() and file_record(file) == manifest["files"].get(SAMPLES_FILE)):
         return old.samples()
@@ -124,6 +130,8 @@ def known_samples(old: Cache, given: Collection[str]) -> pa.Table | None:
     if lost := [name for name in kept if name not in given]:
         mend = f"--keep_columns {shlex.join([*lost, *given])} takes it from the dataset again"
         say(f"{file} is missing or damaged, and so is what it kept in {', '.join(lost)}: {mend}")
+    if "pair_scores" in manifest and not config.scores.pair_scores:
+        say(f"{file} is missing or damaged, and so are the scores of pairs: --pair_scores judges them again")
     return None
 
 
@@ -152,6 +160,6 @@ def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
 
 def workers(config: EncodeConfig) -> int:
     """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = config.run.dataloader_num_workers
-    return min(16, max(0, cores - 1)) if given is None else given
+    return min(16, max(0, share - 1)) if given is None else given

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +27,12 @@ from .data.places import check_place
 from .draft import begin
 from .geometry import check_resolution, geometry_of
 from .geometry import remarks as of_shapes
-from .index import FOLDER
+from .index import FOLDER, JUDGED
 from .models.checkpoint import Checkpoint, find_checkpoint
 from .plan import make_plan, workers
+
+if TYPE_CHECKING:
+    from .scores import Scored
 
 # Columns that something is said of in the end; the keys of a million samples take half a second to read.
 SAID = ("status", "reason", "instruction", "flip", "crop_top", "crop_left")
@@ -52,7 +56,7 @@ def encode(config: EncodeConfig, *, last: bool = True) -> None:
     with state.main_process_first():
         checkpoint = find_checkpoint(config.model, without=("unet",))
         check_resolution(geometry, checkpoint.vae_scale_factor)
-        source = open_pairs(config.dataset, config.model.cache_dir)
+        source = open_pairs(config.dataset, config.model.cache_dir, config.scores)
     main = state.is_main_process
     say(*of_shapes(geometry, checkpoint.vae_scale_factor, halvings=2 if checkpoint.is_sdxl else 3))
     with exclusive(config.cache) if main else nullcontext() as lock:
@@ -76,10 +80,15 @@ def encode(config: EncodeConfig, *, last: bool = True) -> None:
         with nullcontext() if main else exclusive(config.cache, shared=True):
             encode_missing(config, source, checkpoint, state)
             state.wait_for_everyone()
+            scored = None
+            if config.scores.pair_scores:
+                from .scores import judge_pairs  # CLIP takes seconds to import
+
+                scored = judge_pairs(config, source, state)
         if last:
             state.destroy_process_group()  # here alone: NCCL waits for all processes, so one that fails must not do it
         if main:
-            finish(Cache.open(config.cache), checkpoint)
+            finish(Cache.open(config.cache), checkpoint, scored)
     if not last:
         state.wait_for_everyone()
 
@@ -105,15 +114,20 @@ def encode_missing(config: EncodeConfig, source: Pairs, checkpoint: Checkpoint, 
         pipeline.run(mine, source, progress.update)
 
 
-def finish(cache: Cache, checkpoint: Checkpoint) -> None:
-    """Settle the samples table and say what the cache holds now."""
+def finish(cache: Cache, checkpoint: Checkpoint, scored: "Scored | None" = None) -> None:
+    """Settle the samples table, with what was found of all pairs, and say what the cache holds now."""
     found = before = cache.manifest["counts"]
-    samples = cache.samples(*(() if "pending" in before else SAID))
-    if "pending" in before:  # otherwise planning has settled it a moment ago
-        ledger = Ledger.of(cache)
+    changed = "pending" in before or scored is not None  # otherwise planning has settled it a moment ago
+    samples = cache.samples(*(() if changed else SAID))
+    if changed:
+        ledger, manifest = Ledger.of(cache), cache.manifest
+        if scored:
+            samples, manifest = scored.join(samples), manifest | {"pair_scores": scored.judge}
         samples = ledger.settle(samples)
-        write_state(cache.folder, cache.manifest, samples, ledger.commits)
+        write_state(cache.folder, manifest, samples, ledger.commits)
         found = counts(samples)
+    if scored:
+        shutil.rmtree(cache.folder / JUDGED, ignore_errors=True)
     if pending := found.get("pending", 0):
         raise CacheError(f"{pending:,} samples are still missing in {cache.folder}: run the same command again")
     fresh = found.get("ok", 0) - before.get("ok", 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count, Name, idle
 from ..encode.config import Columns
+from ..encode.judging import CLIP
 from .editing import Editing, Loading
 
 
@@ -20,6 +21,9 @@ class Inputs:
     """What to change, such as "make it snowy"; for all pictures, also of a table."""
     table: str | None = None
     """Instead of --image: JSONL, CSV or Parquet file (its paths start there), or any dataset that ip2p-encode opens."""
+    mask: str | None = None
+    """Picture that is white, or transparent, where the others may change, and black where nothing does; of a table,
+    --mask_column has one for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Page:
     """A page in the browser, to try models out."""
 
     ui: bool = False
-    """Open a page in the browser instead (pip install 'ip2p[ui]'); --image, --table and --prompt are its examples."""
+    """Open a page in the browser instead (pip install gradio); --image, --table and --prompt are its examples."""
     compare: tuple[str, ...] = ()
     """Further models for --ui, to compare."""
     host: str = "127.0.0.1"
@@ -95,6 +99,8 @@ class InferConfig:
             raise SettingsError("--compare is for --ui, or see `ip2p-infer evaluate --help`")
         if bool(self.inputs.image) == bool(self.inputs.table):
             raise SettingsError("give either --image or --table, which say what to edit")
+        if self.inputs.mask and self.columns.mask_column:
+            raise SettingsError("give either --mask or --mask_column, which say where pictures may change")
         if self.inputs.image and not (self.inputs.prompt or "").strip():
             raise SettingsError('give --prompt, which says what to change, such as "make it snowy"')
         if not self.outputs.output:
@@ -106,6 +112,8 @@ class InferConfig:
         if self.page.ui:
             one = "cannot act with --ui, which makes one picture at a time: leave it out"
             yield from (*idle(outputs, one, "num_images", "keep_blacked_out"), *idle(self.editing, one, "batch_size"))
+            of_page = "cannot act with --ui, where masks are chosen on the page: leave it out"
+            yield from (*idle(self.inputs, of_page, "mask"), *idle(self.columns, of_page, "mask_column"))
         else:
             yield from idle(self.page, "belongs to --ui: add that, or leave it out")
         if outputs.sweep:
@@ -132,7 +140,7 @@ class Scoring:
     """Column with captions of the originals; default: original_prompt, or like it, if there is any."""
     edited_caption_column: Name | None = None
     """Column with captions of the edited pictures; default: edited_prompt, or like it, if there is any."""
-    clip_model: str = "openai/clip-vit-base-patch32"
+    clip_model: str = CLIP
     """CLIP's folder or Hub id. This is MagicBrush's; the paper's curve is of openai/clip-vit-large-patch14."""
     dino_model: str = "facebook/dino-vits16"
     """DINO's folder or Hub id."""

@@ -1,6 +1,7 @@
 """Batches of a run without a model, in this process or in one of several."""
 
 import itertools
+import os
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,9 +13,9 @@ from configs import train_config
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.remote import RemoteCache
+from ip2p.encode.cached import Samples
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.sweep import sweep_over
 from ip2p.train.objective import Batch
 
@@ -58,8 +59,18 @@ def one_run(url: str, folder: Path, window: float, count: int, answer: Connectio
         answer.send(repr(error))
 
 
-def one_rank(url: str, rank: int, folder: Path, window: float, count: int, step: Any, answer: Connection) -> None:
+def one_rank(
+    environment: dict[str, str],
+    url: str,
+    rank: int,
+    folder: Path,
+    window: float,
+    count: int,
+    step: Any,
+    answer: Connection,
+) -> None:
     """Sends the batches of one of two processes that share a window, and step together, as gradients make them."""
+    os.environ |= environment
     found = []
     try:
         for batch, _ in draw(RemoteCache(url, folder), window, count, None, rank, 2, 1):

@@ -184,7 +184,7 @@ def seeds(folder: Path, pairs: list[Pair]) -> Flags:
         place = folder / f"{number // 4:07}"
         if number % 4 == 0:
             place.mkdir(parents=True)
-            (place / "prompt.json").write_text(json.dumps({"caption": "a cat", "edit": text, "output": "a dog"}))
+            (place / "prompt.json").write_text(json.dumps({"input": "a cat", "edit": text, "output": "a dog"}))
             listed.append((place.name, []))
         seed = str(1000 - number)
         listed[-1][1].append(seed)
@@ -217,7 +217,7 @@ def opened(flags: Flags, **more: object) -> Pairs:
     """The source that flags mean."""
     values: dict[str, Any] = {name: str(v) if name == "dataset_name" else v for name, v in (flags | more).items()}
     config = encode_config(**values)
-    return open_pairs(config.dataset, config.model.cache_dir)
+    return open_pairs(config.dataset, config.model.cache_dir, config.scores)
 
 
 @contextlib.contextmanager

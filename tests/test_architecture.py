@@ -14,21 +14,24 @@ PACKAGES = ("encode", "infer", "train")
 # From the ground up: a module imports from its own room, or from floors below. This list is the architecture.
 FLOORS = """
     encode.base
+    encode.judging
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry
+    encode.geometry  encode.cached
+    encode.dataset
     encode.index
     encode.draft
     encode.plan
     encode.pipeline
+    encode.scores
     encode.run
     encode.__main__  encode.keeper
     infer.editing  infer.lora
     infer.config
     infer.models  infer.jobs  infer.score.metrics
-    infer.denoise  infer.outputs  infer.export
-    infer.edit
+    infer.drawing  infer.outputs  infer.export
+    infer.edit  infer.summary
     infer.batch
     infer.score  infer.ui
     infer.__main__

@@ -107,10 +107,10 @@ def test_a_comparison_measures_both_settings_with_each_seed_and_keeps_what_it_me
     monkeypatch.setattr(compare, "make_pairs", lambda _, data: dataset.build(data))
     monkeypatch.setattr(recipe, "run", lambda title, *command: ran.append(title) or call(title, *command))
     ran: list[str] = []
-    flags = ["compare.py", "--output", str(tmp_path), "--steps", "12"]
+    flags = ["compare.py", "--output", str(tmp_path), "--steps", "30"]
     monkeypatch.setattr("sys.argv", [*flags, "--train", "--learning_rate 1e-9"])
     compare.main()
-    first = capfd.readouterr().out.partition("12 steps, seeds 0 1")[2]
+    first = capfd.readouterr().out.partition("30 steps, seeds 0 1")[2]
     plain, slow, difference = first.splitlines()[2:5]
     assert (plain[:8], slow[:20], difference[:10]) == ("as it is", "--learning_rate 1e-9", "difference")
     assert re.search(r"[+-]0\.\d+\*$", difference)  # the loss
@@ -119,7 +119,7 @@ def test_a_comparison_measures_both_settings_with_each_seed_and_keeps_what_it_me
         ("", 0), ("", 1), ("--learning_rate 1e-9", 0), ("--learning_rate 1e-9", 1)
     ]  # fmt: skip
     compare.main()
-    assert capfd.readouterr().out.partition("12 steps, seeds 0 1")[2] == first
+    assert capfd.readouterr().out.partition("30 steps, seeds 0 1")[2] == first
     assert (
         sorted(ran)
         == ["Edit held-out emoji"] * 4 + ["Encode it once"] * 2 + ["Score the edits"] * 4 + ["Train from the cache"] * 4

@@ -17,6 +17,8 @@ from forms import PAIRS
 from ip2p.encode.__main__ import main
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.data import columns
+from ip2p.encode.judging import CLIP
+from test_scores import tiny_judges
 
 TEXT = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
 SECTIONS = {section.splitlines()[0]: section for section in TEXT.split("\n## ")[1:]}
@@ -29,6 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, sd: Path) -> Path:
     """A folder with everything that the page names, so that its commands run as they stand."""
     world = tmp_path_factory.mktemp("world")
     shutil.copytree(sd, world / "stable-diffusion-v1-5" / "stable-diffusion-v1-5")
+    shutil.copytree(tiny_judges(tmp_path_factory.mktemp("judges")).clip, world / CLIP)
     for name in test_presets.SCHEMAS:
         test_presets.write(world / name, name)
     pq.write_table(pq.read_table(next((world / "osunlp" / "MagicBrush").glob("*.parquet"))), world / "pairs.parquet")
@@ -86,11 +89,13 @@ def test_every_section_about_a_source_has_an_example() -> None:
 
 def test_the_table_of_known_datasets_is_the_presets() -> None:
     """The page names each with its columns, and those that are refused."""
-    row = r"^\| (\S+/\S+) \| (\S+) \| (\S+) \| (\S+)(?: \(back: (\S+)\))?(?: \(masks: (\S+)\))? \|$"
+    row = r"^\| (\S+/\S+) \| (\S+) \| (\S+) \| (\S+)(?: \(back: (\S+)\))?(?: \(masks: (\S+)\))?"
+    row += r"(?: \((captions): input, output\))? \|$"
     rows = re.findall(row, TEXT, re.MULTILINE)
     table = {
-        name: columns.preset(a, b, text, *filter(None, [back]), mask=mask or None)
-        for name, a, b, text, back, mask in rows
+        name: {**columns.preset(a, b, text, *filter(None, [back]), mask=mask or None), **captions}
+        for name, a, b, text, back, mask, told in rows
+        for captions in [columns.CAPTIONS if told else {}]
     }
     assert table == columns.PRESETS
     assert all(name in TEXT for name in columns.EVALUATION_ONLY)

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -25,6 +27,8 @@ from ip2p.train.command import place_of, read
 from ip2p.train.unet.load import load_unet
 from ip2p.train.watch.metrics import Metrics
 from test_interrupt import at_step
+from test_keep import files_of
+from test_scores import tiny_judges
 from test_train import FLAGS, assert_same, living_models, states
 
 STEPS = {"max_train_steps": 6, "checkpointing_steps": 4, "checkpoints_total_limit": 0}
@@ -299,7 +303,8 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
     line = GUIDE.replace("$MODEL_NAME", MODEL).replace("$DATASET_ID", DATASET).replace("\n", " ") + SMALLER
     with hub.serve(tmp_path / "hub") as standin:
         first = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
-        uploaded = set(standin.uploaded)
+        uploaded, card = set(standin.uploaded), standin.uploaded["README.md"].decode()
+        assert standin.with_places() == []
         standin.uploaded.clear()
         standin.fetched.clear()
         second = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
@@ -312,6 +317,10 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
     assert standin.fetched == []
     assert {"model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= uploaded
     assert set(standin.uploaded) >= {"model_index.json", "README.md"}
+    said = yaml.safe_load(card.split("---")[1])
+    assert (said["base_model"], said["datasets"], said["license"]) == (MODEL, [DATASET], "creativeml-openrail-m")
+    assert 'from_pretrained("someone/instruct-pix2pix-model")' in card
+    assert f"| [{DATASET}](https://huggingface.co/datasets/{DATASET}) | 10 | 0 |" in card
     StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "instruct-pix2pix-model")
 
 
@@ -326,3 +335,47 @@ def test_the_same_processes_encode_and_train(sd: Path, data: Path, tmp_path: Pat
     places = {"pretrained_model_name_or_path": sd, "cache": tmp_path / "cache", "output_dir": tmp_path / "two"}
     launched(line + shlex.join(tiny.arguments(places | FLAGS | STEPS)), tmp_path, HF_HUB_OFFLINE="1")
     assert_same(states(tmp_path / "out" / "checkpoint-6"), states(tmp_path / "two" / "checkpoint-6"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "encodes", "trains"),
+    [
+        ("--pair_scores", "clip", None),
+        ("--score_samples 2 --num_validation_samples 2", None, "clip"),
+        ("--pair_scores --score_samples 2 --num_validation_samples 2", "clip", "clip"),
+    ],
+)
+def test_a_clip_judges_pairs_or_edits_or_both(flags: str, encodes: str | None, trains: str | None) -> None:
+    """Where it can act; and scores decide nothing about where the cache lies."""
+    arguments = "--pretrained_model_name_or_path m --dataset_name d --clip_model clip"
+    encoding, config = read([*arguments.split(), *flags.split()])
+    assert encoding is not None
+    assert (encoding.scores.clip_model, config.watching.clip_model) == (encodes, trains)
+    assert place_of(encoding) == place_of(changed(encoding, pair_scores=False, clip_model=None))
+
+
+def test_pairs_are_judged_in_the_cache_that_is_there(
+    sd: Path, data: Path, cache: Path, caches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No shard of it is touched, CLIP is gone when the UNet comes, and training keeps pairs by what it said."""
+    judges, keep = tiny_judges(tmp_path / "judges"), "clip_image <= 1.1 and clip_t is null"
+    flags = {"max_train_steps": 1, "pair_scores": True, "clip_model": judges.clip, "keep": keep}
+    arguments = command(sd, data, tmp_path / "out", **flags)
+    encoding, _ = read(arguments)
+    assert encoding
+    place = Path(shutil.copytree(cache, place_of(encoding)))
+    files, living = files_of(place), list[str]()
+
+    def loading(*_: Any) -> Any:
+        living.extend(living_models().values())
+        return load_unet(*_)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ip2p.train.unet.make.load_unet", loading)
+        run(arguments)
+    said = capsys.readouterr().out
+    assert f"judged 10 samples by {judges.clip}\n" in said
+    assert f"--keep {keep}: 10 of 10 samples of {place}\n" in said
+    assert "CLIPModel" not in living
+    assert [*caches.iterdir()] == [place]
+    assert files_of(place) == files

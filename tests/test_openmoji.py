@@ -43,6 +43,23 @@ def test_no_character_is_on_both_sides_of_the_split() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("1F44B-1F3FD", "waving hand sign, medium skin tone"),
+        ("1F44B-1F3FD~skin:dark", "waving hand sign, dark skin tone"),
+        ("1F44B-1F3FD~skin:medium-light~red:blue+blue:red", "waving hand sign, medium-light skin tone"),
+        ("1F44B-1F3FD~skin:yellow", "waving hand sign"),
+        ("1F468-200D-1F9B3~hair:red", "man"),
+        ("1F468-200D-1F9B1~hair:red", "man, curly hair"),
+        ("1F40E~mirror", "horse"),
+    ],
+)
+def test_names_say_what_is_drawn(key: str, name: str) -> None:
+    """Not what was there before something was filled in."""
+    assert openmoji.name_of(key) == name
+
+
+@pytest.mark.parametrize(
     ("code", "other"),
     [
         ("1F469-1F3FD-200D-1F393", "1F9D1-200D-1F393"),

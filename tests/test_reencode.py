@@ -14,8 +14,8 @@ from ip2p.encode.base.files import file_record, read_record, write_record
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.writer import write_state
 from ip2p.encode.keeper.__main__ import main
+from ip2p.encode.keeper.origin import FullOrigin, Origin, recorded_config
 from ip2p.encode.keeper.reencode import reencode
-from ip2p.encode.keeper.verbs import FullOrigin, Origin, recorded_config
 from ip2p.encode.keeper.verify import verify
 
 Encode = Callable[..., None]

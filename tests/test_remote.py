@@ -1,6 +1,7 @@
 """Tests of training straight from an object store: the same batches, from what a window of the cache holds."""
 
 import contextlib
+import os
 import re
 import shutil
 import time
@@ -29,11 +30,11 @@ from ip2p.encode.cache.remote import RemoteCache, open_caches
 from ip2p.encode.cache.tables import SHARDS_FILE
 from ip2p.encode.cache.window import GIB, at_least
 from ip2p.encode.cache.writer import write_state
+from ip2p.encode.cached import Samples
 from ip2p.encode.keeper.transfer import copy
 from ip2p.train.__main__ import main
 from ip2p.train.data.batches import gather
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.sweep import sweep_over
 from ranks import FORKS
 from test_train import assert_same, flags, states
@@ -198,8 +199,11 @@ def test_processes_of_a_machine_share_the_window(store: shelf.Shelf, shaped: Pat
     alone = sum(count for key, count in store.asked.items() if "/c/" in key)
     store.asked.clear()
     pairs, step = [FORKS.Pipe() for _ in range(2)], FORKS.Barrier(2)
-    given = [(URL, rank, tmp_path / "shared", window, epochs, step, answer) for rank, (_, answer) in enumerate(pairs)]
-    processes = [FORKS.Process(target=one_rank, args=arguments) for arguments in given]
+    more, there = (window, epochs, step), dict(os.environ)  # which the server of forks may be older than
+    processes = [
+        FORKS.Process(target=one_rank, args=(there, URL, rank, tmp_path / "shared", *more, answer))
+        for rank, (_, answer) in enumerate(pairs)
+    ]
     for process in processes:
         process.start()
     largest = 0

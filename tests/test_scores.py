@@ -29,7 +29,7 @@ class Judges(NamedTuple):
     dino: str
 
 
-def tiny_judges(folder: Path) -> Judges:
+def tiny_judges(folder: Path, seed: int = 0) -> Judges:
     """Save a CLIP with its tokenizer and processor, and a ViT, both with random weights."""
     judges = Judges(str(folder / "clip"), str(folder / "dino"))
     tokens = tiny.tokenizer(folder / "vocabulary")
@@ -42,7 +42,7 @@ def tiny_judges(folder: Path) -> Judges:
         "pad_token_id": tokens.pad_token_id,
     }
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         CLIPModel(CLIPConfig(text_config=text, vision_config=sight, projection_dim=12)).save_pretrained(judges.clip)
         ViTModel(ViTConfig(**sight), add_pooling_layer=False).save_pretrained(judges.dino)
     tokens.save_pretrained(judges.clip)

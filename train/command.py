@@ -24,6 +24,9 @@ UNDECIDED = """
     center_crop
 """.split()
 
+EITHER = {"clip_model": ("pair_scores", "score_samples")}
+"""Flags of both commands that act beside another one alone: of `ip2p-encode`, of `ip2p-train`."""
+
 
 def read(arguments: Sequence[str]) -> tuple[EncodeConfig | None, TrainConfig]:
     """What is to be encoded first, if a dataset is given, and what is to be trained.
@@ -87,12 +90,14 @@ def _name(argument: str) -> str | None:
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The flags of `ip2p-encode` with their values, and those of `ip2p-train`, to which is left what neither knows."""
-    known = flags_of(EncodeConfig), flags_of(TrainConfig)
+    known, given = (flags_of(EncodeConfig), flags_of(TrainConfig)), set(map(_name, arguments))
     encodes, trains = list[str](), list[str]()
     theirs, ours = False, True
     for argument in arguments:
         if name := _name(argument):
             theirs, ours = (name in flags or name.removeprefix("no_") in flags for flags in known)
+            if beside := EITHER.get(name):
+                theirs, ours = (flag in given for flag in beside)
         encodes += [argument] * theirs
         trains += [argument] * (ours or not theirs)
     return encodes, trains

@@ -33,6 +33,7 @@ FUNCTIONS: dict[str, tuple[tuple[Kind, ...], Kind]] = {
     **dict.fromkeys(("substr",), ((TEXT, NUMBER), TEXT)),
     **dict.fromkeys(("coalesce", "ifnull", "nullif", "min", "max"), ((None,), None)),
 }
+ADDED = "`ip2p-encode --keep_columns` adds the dataset's, --pair_scores CLIP's"
 TYPES = {"integer": NUMBER, "real": NUMBER, "text": TEXT}  # of cast
 TOKEN = re.compile(
     r"""(?P<space>\s+|--[^\n]*|/\*.*?(?:\*/|\Z))
@@ -193,7 +194,7 @@ class _Parser:
         if len(found) > 1:
             raise self.error(f"{name} may be {' or '.join(found)}: write the column as it is called")
         if not found:
-            mend = "text stands in 'single' quotes" if quoted else "`ip2p-encode --keep_columns` adds the dataset's"
+            mend = "text stands in 'single' quotes" if quoted else ADDED
             near = did_you_mean(name, self.kinds) or f"; {mend}"
             raise self.error(f"there is no column {name}, but {', '.join(self.kinds)}{near}")
         if found[0] not in self.columns:

@@ -11,9 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
+from ..base.console import say
 from ..base.errors import SettingsError, explained
+from .commits import pc
 from .condition import FUNCTIONS, NUMBER, TEXT, Condition, Kind, parse
 from .format import Cache
+from .tables import SAMPLES_FILE
 
 CALLED = {*FUNCTIONS, "like", "glob"}  # the latter two by the operators
 LONGEST = 2**24  # bytes of a text, which `replace` of `replace` could make of any length
@@ -35,12 +38,27 @@ def kept(cache: Cache, text: str) -> np.ndarray:
     Raises:
         SettingsError: the condition cannot be used; see `parse`.
     """
-    file = cache.folder / "samples.parquet"
+    condition = condition_on(cache, text)
+    return matching(pq.read_table(cache.folder / SAMPLES_FILE, columns=condition.columns), condition)
+
+
+def condition_on(cache: Cache, text: str) -> Condition:
+    """A condition on the samples of a cache, read; raises as `kept` does."""
     try:
-        condition = parse(text, kinds(pq.read_schema(file)))
+        return parse(text, kinds(pq.read_schema(cache.folder / SAMPLES_FILE)))
     except SettingsError as error:
         raise SettingsError(f"{cache.name}: {error}") from None
-    return matching(pq.read_table(file, columns=condition.columns), condition)
+
+
+def some_kept(cache: Cache, text: str) -> np.ndarray:
+    """As `kept`, and say how many that are; a SettingsError also where it keeps no usable sample."""
+    mask = kept(cache, text)
+    usable = pc.equal(cache.samples("status")["status"], "ok").to_numpy()
+    left, there = int((mask & usable).sum()), int(usable.sum())
+    if there and not left:
+        raise SettingsError(f"--keep {text}: that is true of none of the {there:,} samples of {cache.name}")
+    say(f"--keep {text}: {left:,} of {there:,} samples of {cache.name}")
+    return mask
 
 
 def matching(table: pa.Table, condition: Condition) -> np.ndarray:

@@ -13,6 +13,14 @@ from .commits import DIGITS, Commit, inside
 SAMPLES_FILE, SHARDS_FILE = "samples.parquet", "units.parquet"
 KEYS = ("key", "pair")  # 16 bytes each on the disk
 SEAL = b"ip2p.crc32c"  # in the metadata of each file
+SCORES = pa.schema(  # of pairs by CLIP, beside the columns that are kept of the dataset
+    [
+        ("clip_image", pa.float32()),
+        ("clip_direction", pa.float32()),
+        ("clip_t", pa.float32()),
+        ("clip_of", pa.binary(DIGITS // 2)),  # identity of what was judged: both files and their captions
+    ]
+)
 SHARDS = pa.schema([("path", pa.string()), ("bytes", pa.int64()), ("crc32c", pa.string())])
 
 

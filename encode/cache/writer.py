@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +10,16 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import zarr
-from zarr.core.buffer import Buffer
+from zarr.abc.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
+from ..base.system import fcntl
 from .commits import Commit, pc, write_commit
 from .format import FORMAT, SAMPLES, Cache, Unit, chunk_rows
 from .samples import Ledger, counts
 from .shapes import RowShapes
-from .tables import SAMPLES_FILE, SHARDS_FILE, write_samples, write_shards
+from .tables import SAMPLES_FILE, SCORES, SHARDS_FILE, write_samples, write_shards
 
 
 @contextlib.contextmanager
@@ -102,7 +102,7 @@ def write_state(folder: Path, manifest: Mapping[str, Any], samples: pa.Table, co
     write_shards(folder / SHARDS_FILE, commits)
     small = [folder / SAMPLES_FILE, folder / SHARDS_FILE, *sorted((folder / "data.zarr").glob("**/zarr.json"))]
     files = {str(path.relative_to(folder)): file_record(path) for path in small}
-    kept = [name for name in samples.column_names if name not in SAMPLES.names]
+    kept = [name for name in samples.column_names if name not in {*SAMPLES.names, *SCORES.names}]
     state = {"format": FORMAT, "counts": counts(samples), "files": files, "kept": kept}
     write_record(folder / "manifest.json", {**manifest, **state})
 

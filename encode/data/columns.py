@@ -28,6 +28,7 @@ class Role(NamedTuple):
     what: str
     holds: str
     names: str
+    beside: bool = False  # the pairs: what identifies a dataset leaves it out
 
 
 # fmt: off
@@ -41,9 +42,9 @@ INVERSE = Role("inverse_prompt_column", "instructions that lead back", TEXT,
                "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse")
 MASK = Role("mask_column", "masks", IMAGES, "mask edit_mask")
 BEFORE = Role("original_caption_column", "captions of the originals", TEXT,
-              "original_prompt original_caption source_caption input_caption")
+              "original_prompt original_caption source_caption input_caption", beside=True)
 AFTER = Role("edited_caption_column", "captions of the edited images", TEXT,
-             "edited_prompt edited_caption target_caption output_caption")
+             "edited_prompt edited_caption target_caption output_caption", beside=True)
 # fmt: on
 
 Columns = Mapping[Role, str]
@@ -97,17 +98,18 @@ def preset(*names: str, mask: str | None = None) -> Columns:
     return dict(zip((ORIGINAL, EDITED, PROMPT, INVERSE), names, strict=False)) | ({MASK: mask} if mask else {})
 
 
-PRESETS = {
+CAPTIONS = {BEFORE: "input", AFTER: "output"}  # as the original project calls them
+PRESETS: dict[str, Columns] = {
     "fusing/instructpix2pix-1000-samples": preset("input_image", "edited_image", "edit_prompt"),
     "timbrooks/instructpix2pix-clip-filtered": preset("original_image", "edited_image", "edit_prompt"),
     "osunlp/MagicBrush": preset("source_img", "target_img", "instruction", mask="mask_img"),
     "BleachNick/UltraEdit": preset("source_image", "edited_image", "edit_prompt"),
     "BleachNick/UltraEdit_500k": preset("source_image", "edited_image", "edit_prompt"),
     "BleachNick/UltraEdit_Region_Based_100k": preset("source_image", "edited_image", "edit_prompt", mask="mask_image"),
-    "UCSC-VLAA/HQ-Edit": preset("input_image", "output_image", "edit", "inverse_edit"),
+    "UCSC-VLAA/HQ-Edit": {**preset("input_image", "output_image", "edit", "inverse_edit"), **CAPTIONS},
     "McGill-NLP/AURORA": preset("input", "output", "instruction"),
     "TIGER-Lab/OmniEdit-Filtered-1.2M": preset("src_img", "edited_img", "edited_prompt_list"),
-    "Bin1117/AnyEdit": preset("image_file", "edited_file", "edit_instruction"),
+    "Bin1117/AnyEdit": {**preset("image_file", "edited_file", "edit_instruction"), **CAPTIONS},
     "instruction-tuning-sd/cartoonization": preset("original_image", "cartoonized_image", "edit_prompt"),
 }
 """Columns of the datasets that people bring."""
@@ -194,12 +196,11 @@ def _only(role: Role, found: list[str], name: str, kinds: Kinds) -> str:
 
 def _check(role: Role, column: str, name: str, kinds: Kinds) -> None:
     if column not in kinds:
-        there = f"it has {', '.join(kinds)}: choose with --{role.flag}"
-        raise SourceError(f"{name} has no column {column}; {there}{did_you_mean(column, kinds)}")
-    fits = {c: set(found) - {IMAGES} if role.holds == VALUES else role.holds in found for c, found in kinds.items()}
-    if not fits[column]:
-        fitting = ", ".join(c for c, fit in fits.items() if fit)
-        choice = f"choose from {fitting} with --{role.flag}" if fitting else "no column does"
+        how = f"choose with --{role.flag}{did_you_mean(column, kinds)}"
+        raise SourceError(f"{name} has no column {column}; it has {', '.join(kinds)}: {how}")
+    fits = [c for c, found in kinds.items() if (set(found) - {IMAGES} if role.holds == VALUES else role.holds in found)]
+    if column not in fits:
+        choice = f"choose from {', '.join(fits)} with --{role.flag}" if fits else "no column does"
         held = next(iter(kinds[column]))
         raise SourceError(f"column {column} of {name} holds {held}, expected {role.holds}: {choice}")
 

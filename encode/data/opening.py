@@ -6,8 +6,10 @@ from pathlib import Path
 
 from ..base.errors import SourceError
 from ..cache.format import SAMPLES
+from ..cache.tables import SCORES
 from ..config import AUTO, Dataset
-from .columns import EDITED, INVERSE, MASK, ORIGINAL, PROMPT, VALUES, Role, Rows, choose, evaluation_only
+from ..judging import PairScores
+from .columns import AFTER, BEFORE, EDITED, INVERSE, MASK, ORIGINAL, PROMPT, VALUES, Role, Rows, choose, evaluation_only
 from .pairs import Pairs
 from .places import in_seeds, in_tars, is_saved, name_of
 
@@ -20,17 +22,22 @@ NOT_THERE = {
 """Flags that cannot act on tar files, seeds.json and what `save_to_disk` wrote, and what these lack."""
 
 
-def open_pairs(dataset: Dataset, cache_dir: Path | None) -> Pairs:
+def open_pairs(dataset: Dataset, cache_dir: Path | None, scores: PairScores | None = None) -> Pairs:
     """Open the pairs of images and instructions that the flags name, those of the split train unless one is named.
+
+    Their captions are opened, too, where the dataset has some and pairs are to be judged.
 
     Raises:
         SourceError: no such dataset, split or column; the message names those there are.
     """
     needed = [ORIGINAL, EDITED, PROMPT, *([INVERSE] * dataset.reverse_pairs), *([MASK] * bool(dataset.mask_column))]
-    kept = {Role("keep_columns", "values to keep", VALUES, name): name for name in dataset.keep_columns}
-    if taken := [name for name in kept.values() if name.lower() in SAMPLES.names]:
+    kept = {Role("keep_columns", "values to keep", VALUES, name, beside=True): name for name in dataset.keep_columns}
+    if taken := [name for name in kept.values() if name.lower() in {*SAMPLES.names, *SCORES.names}]:
         raise SourceError(f"--keep_columns {taken[0]}: the table of samples has a column of that name, rename this one")
-    rows = open_rows(dataset, cache_dir, (*needed, *kept), named=kept, default_split="train")
+    judged = scores is not None and scores.pair_scores
+    captions = {role: getattr(scores, role.flag) for role in (BEFORE, AFTER)} if judged else {}
+    named = kept | captions
+    rows = open_rows(dataset, cache_dir, (*needed, *kept), tuple(captions), named=named, default_split="train")
     return Pairs(rows, name_of(dataset), every=dataset.prompt_choice == "all", limit=dataset.max_train_samples)
 
 

@@ -12,7 +12,8 @@ import pyarrow.types as types
 
 from ..base.errors import SourceError
 from ..base.files import content_key, storable
-from .columns import EDITED, MASK, ORIGINAL, TEXT, VALUES, Rows
+from ..cache.commits import pc
+from .columns import AFTER, BEFORE, EDITED, MASK, ORIGINAL, TEXT, VALUES, Role, Rows
 from .messages import instruction_in, is_message
 
 KEPT = {types.is_boolean: pa.bool_(), types.is_integer: pa.int64(), types.is_floating: pa.float64()}
@@ -88,15 +89,16 @@ class Pairs:
     """
 
     def __init__(self, rows: Rows, name: str, *, every: bool = False, limit: int | None = None):
-        self.name, self.columns = name, tuple(c for role, c in rows.columns.items() if role.holds != VALUES)
+        self.name, self.columns = name, tuple(c for role, c in rows.columns.items() if not role.beside)
         self._rows, self._every, self.masks = rows, every, MASK in rows.columns
-        self._texts = [role for role in rows.columns if role.holds == TEXT]
+        self._texts = [role for role in rows.columns if role.holds == TEXT and not role.beside]
         self._latest: tuple[int, tuple[Any, ...]] = (-1, ())
         samples = len(rows) * len(self._texts)
         if every:
             values = zip(*map(rows.texts, self._texts), strict=True)
-            counts = (sum(len(texts_of(value, every=True)) for value in row) for row in values)
-            self._ends = np.fromiter(counts, np.int64, len(rows)).cumsum()
+            counts = (len(texts_of(value, every=True)) for row in values for value in row)
+            counts = np.fromiter(counts, np.int64, samples).reshape(len(rows), -1)
+            self._ends, self._forward = counts.sum(axis=1).cumsum(), counts[:, 0]
             samples = int(self._ends[-1]) if len(rows) else 0
         self._length = min(samples, limit or samples)
 
@@ -145,6 +147,27 @@ class Pairs:
             samples = samples.drop_columns(name) if name in samples.column_names else samples
             samples = samples.append_column(name, values.take(pa.array(rows)))
         return samples
+
+    def column(self, role: Role) -> str | None:
+        """The column that plays a role, if there is one."""
+        return self._rows.columns.get(role)
+
+    def captions(self, positions: np.ndarray) -> list[pa.Array]:
+        """Captions of the originals and of the edited images of samples, two of (N,) text; null where there is none.
+
+        No image is read for them.
+        """
+        rows, sample = self._locate(positions)
+        back = pa.array(sample >= (self._forward[rows] if self._every else 1))  # whose pair is reversed
+        one, other = (self._captions(role).take(pa.array(rows)) for role in (BEFORE, AFTER))
+        return [pc.if_else(back, other, one), pc.if_else(back, one, other)]
+
+    def _captions(self, role: Role) -> pa.Array:
+        """The captions of all rows in one role."""
+        if role not in self._rows.columns:
+            return pa.nulls(len(self._rows), pa.string())
+        texts = (texts_of(value)[0] for value in self._rows.texts(role))
+        return pa.array([None if no_instruction(text) else text for text in texts], pa.string())
 
     def fingerprint(self) -> str:
         """Changes whenever the data may have changed; found without reading the images."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state, storable
-from .columns import IMAGES, ORIGINAL, TEXT, VALUES, Pick, Role, Rows, image_columns, preset
+from .columns import CAPTIONS, IMAGES, ORIGINAL, TEXT, Pick, Role, Rows, image_columns, preset
 from .pictures import read_file
 
 FILES = "{seed}_0.jpg", "{seed}_1.jpg"  # original, edited
@@ -34,7 +34,7 @@ class Seeds(Rows):
             with contextlib.suppress(SampleError):
                 values |= self._prompt(row)
         kinds = dict.fromkeys(FILES, (IMAGES,)) | dict.fromkeys(values or ["edit"], (TEXT,))
-        self.columns = pick(kinds, known=preset(*FILES, "edit"))
+        self.columns = pick(kinds, known={**preset(*FILES, "edit"), **CAPTIONS})
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -55,7 +55,7 @@ class Seeds(Rows):
 
     def fingerprint(self) -> str:
         """Changes with size or time of any file."""
-        names = tuple(column for role, column in self.columns.items() if role.holds != VALUES)
+        names = tuple(column for role, column in self.columns.items() if not role.beside)
         digest = hashlib.blake2b(repr(names).encode(), digest_size=16)
         for directory, seed in self._samples:
             for name in (*image_columns(self.columns), "prompt.json"):

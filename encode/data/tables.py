@@ -19,7 +19,7 @@ from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state
 from ..config import Dataset
 from .cells import column_kinds, file_bytes, file_in, known_value, outside, value_of, values_of
-from .columns import IMAGES, MASK, ORIGINAL, VALUES, Columns, Pick, Role, Rows, image_columns
+from .columns import IMAGES, MASK, ORIGINAL, Columns, Pick, Role, Rows, image_columns
 from .places import READERS, data_file, is_saved, reader_of_url
 
 GLANCE = 16  # rows that show what the columns hold
@@ -37,17 +37,16 @@ class Table(Rows):
     def __init__(self, table: datasets.Dataset, columns: Columns, folder: Path):
         self.columns, self._folder = columns, folder
         # As Arrow nothing is decoded: an Image is a struct of the file's bytes and its path.
-        kept = {role: column for role, column in columns.items() if role.holds == VALUES}
-        pairs = dict.fromkeys(column for role, column in columns.items() if role not in kept)
-        self._table: Any = table.select_columns(list(pairs)).with_format("arrow")  # its fingerprint is of these alone
-        self._kept: Any = table.select_columns(list(dict.fromkeys(kept.values()))).with_format("arrow")
+        parts = [dict.fromkeys(c for role, c in columns.items() if role.beside == beside) for beside in (False, True)]
+        self._tables: Any = [table.select_columns(list(part)).with_format("arrow") for part in parts]
+        self._table = self._tables[False]  # of which alone the fingerprint is
 
     def __len__(self) -> int:
         return len(self._table)
 
     def read(self, row: int, *roles: Role) -> tuple[Any, ...]:
-        values = self._table[row]
-        cells = [(role, value_of(values[self.columns[role]][0])) for role in roles]
+        values = {beside: self._tables[beside][row] for beside in {role.beside for role in roles}}
+        cells = [(role, value_of(values[role.beside][self.columns[role]][0])) for role in roles]
         found = tuple(file_bytes(cell, self._folder) if role.holds == IMAGES else cell for role, cell in cells)
         for (role, cell), content in zip(cells, found, strict=True):
             if role is MASK and content is None and file_in(cell):  # a sample may be without, but not so
@@ -55,8 +54,7 @@ class Table(Rows):
         return found
 
     def texts(self, role: Role) -> Iterator[Any]:
-        table = self._kept if role.holds == VALUES else self._table
-        for batch in table.select_columns(self.columns[role]).iter(1000):
+        for batch in self._tables[role.beside].select_columns(self.columns[role]).iter(1000):
             yield from values_of(batch[self.columns[role]])
 
     def name(self, row: int) -> str | None:

@@ -2,21 +2,25 @@
 
 from typing import Any
 
+import pyarrow as pa
 from pyarrow.types import is_boolean
 
 from ..base.files import folder_bytes
+from ..cache.commits import pc
+from ..cache.condition import NUMBER
 from ..cache.format import SAMPLES, Cache
 from ..cache.keep import kept, kinds
 from ..cache.samples import Ledger, counts
 
-PARTS = "model", "identity", "dataset", "encoding"  # of the manifest
+PARTS = "model", "identity", "dataset", "encoding", "pair_scores"  # of the manifest; the last where pairs were judged
+QUARTILES = 0, 0.25, 0.5, 0.75, 1
 
 
 def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, Any]:
-    """Samples by status, views, bytes, arrays, samples by shape, columns that are kept of the dataset, and `PARTS`.
+    """Samples by status, views, bytes, arrays, samples by shape, columns beside these with their spread, and `PARTS`.
 
     Args:
-        keep: a condition, to count the samples that it keeps as `kept`.
+        keep: a condition, to count the samples that it keeps as `kept`; the spread is that of these.
         quarantined: list the samples that stand aside, too.
     """
     table = Ledger.of(cache).settle(cache.samples())
@@ -33,10 +37,22 @@ def describe(cache: Cache, keep: str | None, *, quarantined: bool) -> dict[str, 
     found["columns"] = {
         name: "boolean" if is_boolean(table.field(name).type) else kind for name, kind in beside.items()
     }
-    found |= {part: cache.manifest[part] for part in PARTS}
+    whole = table["status"].to_numpy() == "ok"
     if keep is not None:
-        found["kept"] = int((kept(cache, keep) & (table["status"].to_numpy() == "ok")).sum())
+        whole &= kept(cache, keep)
+        found["kept"] = int(whole.sum())
+    numbers = [name for name, kind in found["columns"].items() if kind == NUMBER]
+    found["spread"] = dict(zip(numbers, map(spread, table.select(numbers).filter(whole).columns), strict=True))
+    found |= {part: cache.manifest[part] for part in PARTS if part in cache.manifest}
     if quarantined:
         rows = table.select(["key", "position", "instruction", "reason", "status"]).to_pylist()
         found["quarantined"] = [row for row in rows if row.pop("status") == "quarantined"]
     return found
+
+
+def spread(values: pa.ChunkedArray) -> dict[str, Any]:
+    """The smallest number of a column, its quartiles and the largest one, and how many samples have none."""
+    there = values.drop_null().cast(pa.float64())
+    there = there.filter(pc.invert(pc.is_nan(there)))
+    found = pc.quantile(there, QUARTILES).to_pylist() if len(there) else []
+    return {"quartiles": found, "missing": len(values) - len(there)}

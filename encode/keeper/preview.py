@@ -11,8 +11,8 @@ from PIL import Image
 
 from ..base.console import bar
 from ..base.errors import CacheError
-from ..cache.format import Cache
-from ..cache.keep import kept
+from ..cache.format import SAMPLES, Cache
+from ..cache.keep import condition_on, kept
 from ..cache.shapes import latents_of
 from ..config import EncodeConfig
 from ..data.sheet import TILE, contact_sheet
@@ -24,7 +24,7 @@ def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = N
 
     Args:
         config: names the model whose VAE decodes.
-        keep: the condition on samples that are shown; default: all.
+        keep: the condition on samples that are shown, with what they have in the columns that it names; default: all.
 
     Raises:
         CacheError: no sample is encoded, or numbers are missing.
@@ -40,11 +40,14 @@ def preview(cache: Cache, config: EncodeConfig, count: int, keep: str | None = N
     sides = ("original", "edited", "mask") if cache.manifest.get("masks") else ("original", "edited")
     labels = [f"{side}, {view}" for view in cache.views for side in sides]
     side = max(TILE, cache.manifest["encoding"]["resolution"])  # no pixel is left out
-    return contact_sheet(_rows(cache, vae, [samples[n] for n in chosen]), labels, side)
+    names = [name for name in condition_on(cache, keep).columns if name not in SAMPLES.names] if keep else []
+    return contact_sheet(_rows(cache, vae, [samples[n] for n in chosen], names), labels, side)
 
 
-def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[Image.Image]]]:
-    """The instruction of each sample, and its pictures in all views."""
+def _rows(
+    cache: Cache, vae: Any, samples: Sequence[dict[str, Any]], names: Sequence[str]
+) -> Iterator[tuple[str, list[Image.Image]]]:
+    """The instruction of each sample with what it has in some columns, and its pictures in all views."""
     for sample in bar(samples, "decode", "sample"):
         held = latents_of(cache, sample)
         if not all(np.isfinite(part).all() for part in held.values()):
@@ -52,7 +55,13 @@ def _rows(cache: Cache, vae: Any, samples: Sequence[dict[str, Any]]) -> Iterator
         pictures = [[_decode(vae, latent) for latent in held["original"]]]
         pictures += [[_decode(vae, moments[: len(moments) // 2]) for moments in held["edited"]]]
         pictures += [[_gray(share, pictures[0][0].size) for (share,) in held["mask"]]] if "mask" in held else []
-        yield sample["instruction"], list(chain.from_iterable(zip(*pictures, strict=True)))
+        values = ", ".join(f"{name} {_shown(sample[name])}" for name in names)
+        told = f"{sample['instruction']} ({values})" if names else sample["instruction"]
+        yield told, list(chain.from_iterable(zip(*pictures, strict=True)))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _gray(share: np.ndarray, size: tuple[int, int]) -> Image.Image:

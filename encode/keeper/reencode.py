@@ -1,6 +1,9 @@
-"""Encodes a few samples of a cache afresh and measures how far the cached numbers are from that."""
+"""Encodes and judges a few samples of a cache afresh and measures how far the cached numbers are from that."""
 
+import math
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +17,21 @@ from ..cache.shapes import latents_of
 from ..config import EncodeConfig
 from ..data.opening import open_pairs
 from ..data.pairs import Pairs
+from ..data.pictures import open_picture
 from ..geometry import Geometry, Shape
 from ..models.checkpoint import find_checkpoint
 from ..models.encoders import DTYPES, Encoders
+from ..models.judge import Judge
 
 TOLERANCE = 16
 """Rounding errors of half precision (or of the encoders', if coarser) by which two encodings of a sample may differ."""
+JUDGED = 0.01
+"""By how much two scores of a pair may differ: where pictures differ little, rounding decides on the direction."""
 
 
 class Deviation(NamedTuple):
-    """The worst difference in one array. The relative one is to the value, or to its row's RMS where that is larger."""
+    """The worst difference in one array, or of one score. The relative one is to the value, or to its row's RMS where
+    that is larger; of scores, which are cosines, to 1."""
 
     absolute: float
     relative: float
@@ -35,14 +43,14 @@ class Deviation(NamedTuple):
 
 
 def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviation]:
-    """Compare `count` random samples, always the same, in all views with a fresh encoding; by array.
+    """Compare `count` random samples, always the same, in all views with a fresh encoding; by array and score.
 
     Args:
         cache: a sound cache.
         config: names the model and the dataset it was made from.
 
     Raises:
-        CacheMismatch: the model is another one.
+        CacheMismatch: the model is another one, or the CLIP.
         SourceError: the dataset is another one.
     """
     checkpoint = find_checkpoint(config.model, without=("unet",))
@@ -51,20 +59,42 @@ def reencode(cache: Cache, config: EncodeConfig, count: int) -> dict[str, Deviat
         made = f"{cache.folder} was not made by {config.model.pretrained_model_name_or_path}"
         mend = "name its model with --pretrained_model_name_or_path"
         raise CacheMismatch("\n".join([f"{made}: {mend}", *lines]))
-    source = open_pairs(config.dataset, config.model.cache_dir)
+    source = open_pairs(config.dataset, config.model.cache_dir, config.scores)
     encoding = cache.manifest["encoding"]
     text_dtype, vae_dtype = DTYPES[encoding["mixed_precision"]], DTYPES[encoding["vae_precision"]]
     encoders = Encoders(checkpoint, torch.device(PartialState().device or "cpu"), text_dtype, vae_dtype)
     samples = [sample for sample in cache.samples().to_pylist() if sample["status"] == "ok"]
-    worst: dict[str, Deviation] = {}
-    for sample in bar(random.Random(0).sample(samples, min(count, len(samples))), "re-encode", "sample"):
+    chosen, worst = random.Random(0).sample(samples, min(count, len(samples))), dict[str, Deviation]()
+    for sample in bar(chosen, "re-encode", "sample"):
         cached, fresh = _cached(cache, sample), _fresh(cache, encoders, source, sample)
         for name, values in fresh.items():
             dtype = text_dtype if name in ("text", "pooled") else encoders.vae_dtype
             tolerated = TOLERANCE * max(torch.finfo(dtype).eps, torch.finfo(torch.float16).eps)
             found = Deviation(*_difference(cached[name], values), tolerated)
             worst[name] = Deviation(*map(max, found, worst.get(name, found)))
-    return worst
+    return worst | _rejudged(cache, config, source, [sample for sample in chosen if sample.get("clip_of")])
+
+
+def _rejudged(
+    cache: Cache, config: EncodeConfig, source: Pairs, samples: Sequence[dict[str, Any]]
+) -> dict[str, Deviation]:
+    """The same of the scores of samples that were judged, and that the dataset still holds in their places."""
+    if not samples:
+        return {}
+    name, worst = str(config.scores.clip_model), defaultdict[str, float](float)
+    judge, background = Judge(name, None), cache.manifest["encoding"]["background"]
+    if judge.identity != cache.manifest["pair_scores"]["clip"]:
+        raise CacheMismatch(f"{cache.folder} was not judged by {name}: name its CLIP with --clip_model")
+    captions = source.captions(np.array([sample["position"] for sample in samples]))
+    texts = zip(*(column.to_pylist() for column in captions), strict=True)
+    for sample, told in bar([*zip(samples, texts, strict=True)], "judge", "sample"):
+        pictures = [open_picture(file or b"", background) for file in source[sample["position"]][:2]]
+        original, edited = judge.see(pictures)[:, None]
+        for score, (fresh,) in judge.compare(original, edited, [told]).items():
+            known = sample[score]
+            other = 0 if known is fresh else math.inf  # where one of them is None
+            worst[score] = max(worst[score], other if None in (known, fresh) else abs(known - (fresh or 0)))
+    return {score: Deviation(found, found, JUDGED) for score, found in worst.items()}
 
 
 def _cached(cache: Cache, sample: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,59 +1,23 @@
 """The verbs of `ip2p-cache`: each prints what it finds, and returns the exit status."""
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
-from typing import Any
 
 from ..base.errors import SettingsError
 from ..base.files import check_file
-from ..base.flags import Count, Whole, build, idle
-from ..config import EncodeConfig
+from ..base.flags import Count, Whole, idle
+from .origin import ALL_RECORDED, RECORDED, FullOrigin, Origin, recorded_config
 
 # The rest is imported by the verb that needs it: `info` shall not wait for torch, nor `push` for diffusers.
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Where the model of a cache is now; by default where it was when the cache was made."""
-
-    pretrained_model_name_or_path: str | None = None
-    """The model that made the cache. Default: as recorded."""
-    pretrained_vae_model_name_or_path: str | None = None
-    """The other VAE that made it, if there was one. Default: as recorded."""
-    cache_dir: Path | None = None
-    """Where the datasets and huggingface_hub libraries keep downloads. Default: as recorded."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FullOrigin(Origin):
-    """Where model and dataset of a cache are now; by default where they were when the cache was made."""
-
-    dataset_name: str | None = None
-    """The dataset that was encoded. Default: as recorded."""
-    train_data_dir: Path | None = None
-    """The folder of images that was encoded. Default: as recorded."""
-
-    def __post_init__(self) -> None:
-        if self.dataset_name and self.train_data_dir:
-            raise SettingsError("give either --dataset_name or --train_data_dir: what was encoded")
-
-
-def recorded_config(manifest: dict[str, Any], origin: Origin) -> EncodeConfig:
-    """The flags of the encode that made a cache, with those of `origin` that are given in their place."""
-    given = {name: value for name, value in vars(origin).items() if value is not None}
-    if given.keys() & {"dataset_name", "train_data_dir"}:  # one takes the place of the other
-        given = {"dataset_name": None, "train_data_dir": None} | given
-    return build(EncodeConfig, manifest["settings"] | given)
 
 
 def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, json: bool = False) -> int:
     """Show what a cache holds: samples, shapes, sizes on disk, kept columns, model, dataset, encoding.
 
     Args:
-        keep: Count the samples that `ip2p-train --keep` would train on.
+        keep: Count the samples that `ip2p-train --keep` would train on, and show the spread of columns among them.
         quarantined: List the samples that stand aside, with their reasons.
         json: Print JSON.
     """
@@ -76,18 +40,22 @@ def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, 
         print("  columns  ", ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))
     if keep is not None:
         print(f"  --keep    {found['kept']:,} of {status.get('ok', 0):,} samples: {keep}")
-    for part in PARTS:
+    for name, spread in found["spread"].items():
+        numbers = " ".join(f"{number:.4g}" for number in spread["quartiles"]) or "nothing"
+        missing = f"; {spread['missing']:,} samples have none" if spread["missing"] else ""
+        print(f"  {name}: {numbers} (smallest, quartiles, largest{missing})")
+    for part in filter(found.get, PARTS):
         print(part)
         for field, value in found[part].items():
             if value is not None:
-                print(f"  {field:<16} {', '.join(value) if isinstance(value, list) else value}")
+                print(f"  {field:<16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     for sample in found.get("quarantined", []):
         print("{key}  position {position}: {reason} (instruction {instruction!r})".format_map(sample))
     return 0
 
 
 def verify(
-    cache: Path, /, *, repair: bool = False, reencode: Whole = 0, json: bool = False, origin: FullOrigin = FullOrigin()
+    cache: Path, /, *, repair: bool = False, reencode: Whole = 0, json: bool = False, origin: FullOrigin = ALL_RECORDED
 ) -> int:
     """Check every file of a cache against its checksum, the numbers, and the samples against the shards.
 
@@ -138,7 +106,7 @@ def preview(
     output: Path = Path("preview.png"),
     samples: Count = 8,
     keep: str | None = None,
-    origin: Origin = Origin(),
+    origin: Origin = RECORDED,
 ) -> int:
     """Decode samples to a contact sheet: original and edited with the instruction, in every view.
 

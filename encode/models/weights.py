@@ -66,14 +66,18 @@ def hash_weights(files: Iterable[Path]) -> str:
 
     Names do not enter it: libraries rename parameters when they save a checkpoint anew, and the numbers stay.
     """
+    return hash_tensors(item for file in files for item in read_weights(file).items())
+
+
+def hash_tensors(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of parameters by name, on the CPU."""
     digests = []
-    for file in files:
-        for name, tensor in read_weights(file).items():
-            if name.endswith("position_ids"):  # a constant that only old checkpoints store
-                continue
-            digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            digests.append(digest.digest())
+    for name, tensor in parameters:
+        if name.endswith("position_ids"):  # a constant that only old checkpoints store
+            continue
+        digest = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.digest())
     return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
 
 

@@ -187,12 +187,20 @@ def is_held_out(key: str) -> bool:
 
 
 def name_of(key: str) -> str:
-    """The English name, from Unicode: `waving hand sign, medium skin tone`; "" where Unicode names none."""
+    """The English name, from Unicode: `waving hand sign, medium skin tone`; "" where Unicode names none.
+
+    Skin that was filled in another tone has that one, and hair that was filled has no color here.
+    """
     names = []
-    for part in key.partition("~")[0].split("-"):
-        if part in {"FE0F", "200D"}:
+    code, *changes = key.split("~")
+    filled = {kind: value for kind, _, value in (change.partition(":") for change in changes)}
+    tone = filled.get("skin", "")
+    for part in code.split("-"):
+        if part in {"FE0F", "200D"} or (tone == "yellow" and part in TONES):
             continue
-        name = TONES[part] + " skin tone" if part in TONES else unicodedata.name(chr(int(part, 16)), "").lower()
+        if "hair" in filled and HAIR_STYLES.get(part) in HAIR_COLORS:
+            continue
+        name = f"{tone or TONES[part]} skin tone" if part in TONES else unicodedata.name(chr(int(part, 16)), "").lower()
         if not name:
             return ""
         drawn = {**SIGNS, RIGHT: "facing right", "1F9D1": "person"}.get(part)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...encode.base.console import bar, warn
+from ...encode.base.console import bar, say, warn
 from ...encode.base.errors import EditError
 from ...encode.base.files import check_folder, whole
 from ...encode.base.flags import dump
@@ -24,6 +24,7 @@ from ..jobs import Job, find_jobs
 from ..models import check_model
 from ..outputs import model_stamp, output_paths, settings_in
 from .curve import draw_curve
+from .memory import Memory
 from .metrics import Edit, measure
 
 # Image guidance along the paper's curve, as in the original project's metrics/compute_metrics.py.
@@ -62,24 +63,30 @@ def evaluate(config: EvaluateConfig) -> int:
     left_out = _missing_columns(jobs[0])
     if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
-    judge = Judge(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
+    judge = Memory(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
     scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
-    for model in config.model:
-        load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
-        for scale in scales:
-            warn(f"{model}, image guidance {scale:g}, text guidance {text:g}")
-            place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{scale:g}_text_{text:g}"
-            check_folder(place, "--output")
-            place.mkdir(parents=True, exist_ok=True)
-            run = config.infer(model, scale, place)
-            work = list(zip(jobs, output_paths(run, jobs), strict=True))
-            done, _ = edit_all(run, work, load)
-            records = score_all(config, judge, [(job, path) for job, (path,) in done], place / "scores.jsonl")
-            if not records:
-                warn("ip2p-infer: no pair could be scored")
-                return 1
-            jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
-            scored.append((model, scale, records))
+    with bar(None, "editing", "picture", total=len(config.model) * len(scales) * len(jobs)) as shown:
+        for model in config.model:
+            say(f"{model}, image guidance {', '.join(f'{scale:g}' for scale in scales)}, text guidance {text:g}")
+            name = re.sub(r"[^\w.-]+", "_", model).strip("_.")
+            places = [folder / name / f"image_{scale:g}_text_{text:g}" for scale in scales]
+            for place in places:
+                check_folder(place, "--output")
+                place.mkdir(parents=True, exist_ok=True)
+            runs = [config.infer(model, scale, place) for scale, place in zip(scales, places, strict=True)]
+            load = functools.cache(functools.partial(load_editor, runs[0]))
+            edits, _ = edit_all(
+                [(run, list(zip(jobs, output_paths(run, jobs), strict=True))) for run in runs], load, shown
+            )
+            for scale, place, done in zip(scales, places, edits, strict=True):
+                stems = {job.stem for job in jobs}
+                there = [(job, path) for job, (path,) in done if job.stem in stems]
+                records = score_all(config, judge, there, place / "scores.jsonl")
+                if not records:
+                    warn("ip2p-infer: no pair could be scored")
+                    return 1
+                jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
+                scored.append((model, scale, records))
     results: list[dict[str, Any]] = []
     for model, scale, records in scored:
         means = {
@@ -168,7 +175,7 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
     print(_table(results))
     for lack in sorted(set(left_out.values())):
         titles = ", ".join(SCORES[name][0] for name in left_out if left_out[name] == lack)
-        print(f"left out: {titles}; the dataset has no {lack}")
+        say(f"left out: {titles}; the dataset has no {lack}")
     content = {"settings": dump(config), "left_out": left_out, "results": results}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -178,7 +185,7 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
             point = row["clip_direction"], row["clip_image"], f"{row['image_guidance_scale']:.1f}"
             lines[row["model"]].append(point)
         draw_curve(lines, "CLIP text-image direction similarity", "CLIP image similarity").save(folder / "curve.png")
-    print("->", folder / "results.json")
+    say(f"-> {folder / 'results.json'}")
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

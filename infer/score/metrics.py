@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn.functional import cosine_similarity
 
 # CLIP and DINO are imported where they are loaded: for PSNR alone nobody shall wait for them.
 if TYPE_CHECKING:
@@ -34,14 +32,8 @@ def measure(judge: "Judge | None", edits: Sequence[Edit]) -> list[dict[str, floa
 
     - `l1`, `l2`: mean absolute and squared difference of values from 0 to 1; `psnr`: the latter in dB.
     - `clip_i`, `dino`: cosine similarity of the two pictures' embeddings by CLIP and by DINO.
-    - `clip_t`: cosine similarity of the edited picture and the target's caption by CLIP.
 
-    Against the original, as the InstructPix2Pix paper does (arXiv 2211.09800, section 4.2 and
-    `metrics/clip_similarity.py`), embedded by CLIP:
-
-    - `clip_direction`: cosine similarity between the change of the picture and the change of its caption, 0
-      where either does not change.
-    - `clip_image`: cosine similarity of the original and the edited picture.
+    Against the original and the captions: `clip_t`, `clip_direction` and `clip_image`, as `Judge.compare` defines them.
     """
     scores: dict[str, Sequence[float]] = {}
     targets = [edit.target for edit in edits if edit.target is not None]
@@ -59,19 +51,12 @@ def _embedded(judge: "Judge", edits: Sequence[Edit], targets: Sequence[Image.Ima
     scores = dict[str, list[float]]()
     edited = judge.see([edit.edited for edit in edits])
     if targets:
-        scores["clip_i"] = _cosine(edited, judge.see(targets))
+        scores["clip_i"] = judge.similarity(edited, judge.see(targets))
         if judge.dino:
-            scores["dino"] = _cosine(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets))
-    original = judge.see([edit.original for edit in edits])
-    befores, afters = ([text for edit in edits if (text := edit.captions[side]) is not None] for side in (0, 1))
-    if afters:
-        after = judge.read(afters)
-        scores["clip_t"] = _cosine(edited, after)
-        if befores:
-            change = _unit(after) - _unit(judge.read(befores))
-            scores["clip_direction"] = _cosine(_unit(edited) - _unit(original), change)
-    scores["clip_image"] = _cosine(original, edited)
-    return scores
+            scores["dino"] = judge.similarity(judge.see_dino([edit.edited for edit in edits]), judge.see_dino(targets))
+    compared = judge.compare(judge.see([edit.original for edit in edits]), edited, [edit.captions for edit in edits])
+    told = {name: [value for value in values if value is not None] for name, values in compared.items()}
+    return scores | {name: values for name, values in told.items() if values}
 
 
 def distances(picture: Image.Image, target: Image.Image) -> tuple[float, float]:
@@ -88,12 +73,3 @@ def psnr(picture: Image.Image, target: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB of two RGB pictures, at most `EQUAL`. Resizes as `distances`."""
     _, error = distances(picture, target)
     return min(EQUAL, -10 * math.log10(error)) if error else EQUAL
-
-
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors.double() / vectors.double().norm(dim=1, keepdim=True)
-
-
-def _cosine(one: torch.Tensor, other: torch.Tensor) -> list[float]:
-    """B numbers of (B, d) each; in float64, so that equal vectors give 1."""
-    return cosine_similarity(one.double(), other.double()).tolist()
