@@ -51,8 +51,16 @@ def edit(config: InferConfig) -> int:
     if not config.outputs.sweep:
         print_psnr(done)
     counts = {"edited": len(done) - kept, "already there": kept, "skipped": len(work) - len(done)}
-    print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.outputs.output)
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    print(f"{told} -> {config.outputs.output} ({described(config)})")
     return 0 if done else 1
+
+
+def described(config: InferConfig) -> str:
+    """Steps and scales, as the results are reported with."""
+    if not config.outputs.sweep:
+        return config.editing.described
+    return f"{config.editing.num_inference_steps} steps, a grid over both scales"
 
 
 def edit_all(config: InferConfig, work: Work, load: Callable[[], "Editor"]) -> tuple[Work, int]:

@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..encode.base.arguments import expand
 from ..encode.base.errors import SettingsError
 from ..encode.base.files import content_key
-from ..encode.base.flags import changed, expand, flags_of, parse
+from ..encode.base.flags import changed, flags_of, parse
 from ..encode.config import EncodeConfig
 from ..encode.data.places import in_tars
 from .config import TrainConfig, refused

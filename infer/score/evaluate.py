@@ -1,6 +1,7 @@
 """ip2p-infer evaluate: edits held-out pairs with each model, scores the edits, compares the models."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -67,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> int:
     for model in config.model:
         load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
         for scale in scales:
-            warn(f"{model}, image guidance {scale:g}, text guidance {text:g}")
+            warn(f"{model}, {dataclasses.replace(config.editing, image_guidance_scale=scale).described}")
             place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{scale:g}_text_{text:g}"
             check_folder(place, "--output")
             place.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,8 @@ def evaluate(config: EvaluateConfig) -> int:
         means = {
             name: statistics.fmean(records[job.stem][name] for job in jobs) for name in SCORES if name not in left_out
         }
-        results.append({"model": model, "image_guidance_scale": scale, "pairs": len(jobs), **means})
+        how = {"num_inference_steps": config.editing.num_inference_steps, "image_guidance_scale": scale}
+        results.append({"model": model, **how, "guidance_scale": text, "pairs": len(jobs), **means})
     report(config, results, left_out)
     return 0
 
@@ -183,7 +185,8 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:
     """One line for each result, under titles."""
-    titles = {"model": "model", "image_guidance_scale": "image guidance", "pairs": "pairs"}
+    titles = {"model": "model", "num_inference_steps": "steps", "image_guidance_scale": "image guidance"}
+    titles |= {"guidance_scale": "text guidance", "pairs": "pairs"}
     titles |= {name: title for name, (title, _) in SCORES.items() if name in results[0]}
     rows = [[f"{result[name]:.4f}" if name in SCORES else str(result[name]) for name in titles] for result in results]
     rows.insert(0, list(titles.values()))
