@@ -82,6 +82,10 @@ class Columns:
     """Column of the edited images. Default: likewise, edited_image."""
     edit_prompt_column: Name | None = None
     """Column of the edit instructions. Default: likewise, edit_prompt."""
+    mask_column: Name | None = None
+    """Column of masks: white or transparent where the edit is. ip2p-encode caches them beside the pictures, and
+    ip2p-train --edit_weight goes by them; ip2p-infer changes nothing outside. auto takes that of a known dataset, else
+    the only one with a name that says so. Default: no masks."""
 
     def idle(self, dataset: str) -> Iterator[str]:
         """What is said of flags that are set and cannot act on a dataset of this name."""
@@ -108,10 +112,6 @@ class Dataset(Columns):
     """Which instruction of a list is taken; with `all`, each makes a sample of its own."""
     reverse_pairs: bool = False
     """Add each pair reversed, with the instruction that leads back."""
-    mask_column: Name | None = None
-    """Column of masks, which are cached beside the pictures: white or transparent where the edit is, and ip2p-train
-    --edit_weight goes by them. auto takes that of a known dataset, else the only one with a name that says so. Default:
-    no masks."""
     inverse_prompt_column: Name | None = None
     """Column of the instructions that lead back. Default: likewise, inverse_edit."""
     keep_columns: tuple[Name, ...] = ()

@@ -22,6 +22,9 @@ class Inputs:
     table: str | None = dataclasses.field(default=None, metadata=also("dataset_name train_data_dir dataset"))
     """Instead of --image: JSONL, CSV or Parquet file (its paths start there), or any dataset that ip2p-encode opens.
     Also --dataset_name or --train_data_dir, as there."""
+    mask: str | None = None
+    """Picture that is white, or transparent, where the others may change, and black where nothing does; of a table,
+    --mask_column has one for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +104,8 @@ class InferConfig:
             raise SettingsError("--compare is for --ui, or see `ip2p-infer evaluate --help`")
         if bool(self.inputs.image) == bool(self.inputs.table):
             raise SettingsError("give either --image or --table, which say what to edit")
+        if self.inputs.mask and self.columns.mask_column:
+            raise SettingsError("give either --mask or --mask_column, which say where pictures may change")
         if self.inputs.image and not (self.inputs.prompt or "").strip():
             raise SettingsError('give --prompt, which says what to change, such as "make it snowy"')
         if not self.outputs.output:
@@ -112,6 +117,8 @@ class InferConfig:
         if self.page.ui:
             one = "cannot act with --ui, which makes one picture at a time: leave it out"
             yield from (*idle(outputs, one, "num_images", "keep_blacked_out"), *idle(self.editing, one, "batch_size"))
+            of_page = "cannot act with --ui, where masks are chosen on the page: leave it out"
+            yield from (*idle(self.inputs, of_page, "mask"), *idle(self.columns, of_page, "mask_column"))
         else:
             yield from idle(self.page, "belongs to --ui: add that, or leave it out")
         if outputs.sweep:

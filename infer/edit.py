@@ -11,12 +11,10 @@ from PIL import Image
 
 from ..encode.base.errors import EditError
 from ..encode.data.pictures import Picture, open_picture
-from .denoise import Guidance, decode, denoise, encode
-from .models import SDXL, check_kind, load, scheduler_like
-
-
-class TooLarge(EditError):
-    """There is not memory enough for the pictures that are edited at once."""
+from .drawing.denoise import Task, draw
+from .drawing.guidance import Guidance, Told
+from .drawing.mask import Mask, Masks, read_mask
+from .models import check_kind, load, scheduler_like
 
 
 class Editor:
@@ -42,6 +40,8 @@ class Editor:
 
     Attributes:
         pipeline: the diffusers pipeline underneath.
+        known: what the latest batches were encoded to, for a next call with the same pictures and prompts. None, as at
+            first, keeps nothing; a pipeline that is changed needs a new one.
 
     Raises:
         EditError: the model cannot be loaded, or is no InstructPix2Pix model; the scheduler does not fit it.
@@ -65,6 +65,7 @@ class Editor:
             unet = getattr(model, "unet", None)
             check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)
         self.pipeline: DiffusionPipeline = model
+        self.known: dict[Any, Told] | None = None
         if scheduler is not None:
             self.pipeline.scheduler = scheduler_like(self.pipeline.scheduler, scheduler)
 
@@ -92,6 +93,7 @@ class Editor:
         images: Picture | Sequence[Picture],
         prompts: str | Sequence[str],
         *,
+        masks: Masks = None,
         seed: int = 0,
         num_images: int = 1,
         num_inference_steps: int = 20,
@@ -110,6 +112,8 @@ class Editor:
         Args:
             images: picture or pictures: PIL images, paths, or bytes of image files, of any mode and size.
             prompts: instruction or instructions; a single picture or prompt goes with each of the other.
+            masks: where a picture may change, white or transparent there (see `Mask`), else everywhere; one for all, or
+                a list of as many as `images`. Outside, pixels stay as they are.
             seed: the k-th picture of each pair is drawn with `seed + k`.
             num_images: how many different pictures each pair gives.
             num_inference_steps: denoising steps.
@@ -128,56 +132,26 @@ class Editor:
         Raises:
             EditError: a picture cannot be read, a prompt is empty, or a setting makes no sense.
         """
-        pairs = _pair(images, prompts)
         guidance = Guidance(guidance_scale, image_guidance_scale, guidance_rescale, guidance_interval)
         self._check(seed, num_images, num_inference_steps, batch_size)
-        inputs = [open_picture(image) for image, _ in pairs]
-        sizes = [self.working_size(image.size, resolution) for image in inputs]
+        tasks = [self._task(*given, resolution) for given in _together(images, prompts, masks)]
         edited: dict[tuple[int, int], Image.Image] = {}
-        for batch in _batches(sizes, num_images, batch_size):
-            pictures = self._edit(
-                [inputs[index].resize(sizes[index], Image.Resampling.LANCZOS) for index, _ in batch],
-                [pairs[index][1] for index, _ in batch],
-                [seed + k for _, k in batch],
-                guidance,
-                negative_prompt,
-                num_inference_steps,
-            )
-            for (index, k), picture in zip(batch, pictures, strict=True):
-                edited[index, k] = picture.resize(inputs[index].size, Image.Resampling.LANCZOS)
+        for batch in _batches([task.size for task in tasks], num_images, batch_size):
+            drawn = [tasks[index]._replace(seed=seed + k) for index, k in batch]
+            pictures = draw(self.pipeline, drawn, guidance, negative_prompt, num_inference_steps, self.known)
+            edited |= zip(batch, pictures, strict=True)
         return [edited[key] for key in sorted(edited)]
+
+    def _task(self, image: Picture, prompt: str, mask: Mask | None, resolution: int | None) -> Task:
+        picture = open_picture(image)
+        shares = None if mask is None else read_mask(mask, picture.size)
+        return Task(picture, prompt, shares, self.working_size(picture.size, resolution))
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that is longer than the text encoder reads; empty where it reads all."""
         tokenizer: Any = self.pipeline.tokenizer
         tokens, most = tokenizer(prompt).input_ids, tokenizer.model_max_length
         return tokenizer.decode(tokens[most - 1 : -1]) if len(tokens) > most else ""  # without start and end
-
-    @torch.no_grad()
-    def _edit(
-        self,
-        images: list[Image.Image],
-        prompts: list[str],
-        seeds: list[int],
-        guidance: Guidance,
-        negative: str | None,
-        steps: int,
-    ) -> list[Image.Image]:
-        """Edit pictures of one size at once, each by its own prompt and with its own seed."""
-        pipeline, vae, half = self.pipeline, self.pipeline.vae, self.pipeline.vae.dtype
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        try:
-            if half == torch.float16 and vae.config.force_upcast and type(pipeline).__name__ == SDXL:
-                torch.nn.Module.to(vae, torch.float32)  # it overflows; diffusers' own `to` warns of nothing
-            told = encode(pipeline, images, prompts, negative)
-            return decode(pipeline, denoise(pipeline, told, guidance, generators, steps))
-        except torch.OutOfMemoryError:
-            width, height = images[0].size
-            found = f"out of memory with {len(images)} pictures of {width} x {height} at once"
-            raise TooLarge(f"{found}: lower --batch_size or --resolution") from None
-        finally:
-            torch.nn.Module.to(vae, half)
-            pipeline.maybe_free_model_hooks()
 
     def _check(self, seed: int, num_images: int, steps: int, batch_size: int) -> None:
         scheduler = self.pipeline.scheduler
@@ -201,12 +175,18 @@ def _batches(sizes: Sequence[tuple[int, int]], num_images: int, batch_size: int)
         yield from (entries[i : i + batch_size] for i in range(0, len(entries), batch_size))
 
 
-def _pair(images: Picture | Sequence[Picture], prompts: str | Sequence[str]) -> list[tuple[Picture, str]]:
+def _together(
+    images: Picture | Sequence[Picture], prompts: str | Sequence[str], masks: Masks
+) -> list[tuple[Picture, str, Mask | None]]:
     pictures = [images] if isinstance(images, (Image.Image, bytes, str, os.PathLike)) else list(images)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    covers: list[Any] = list(masks) if isinstance(masks, (list, tuple)) else [masks] * len(pictures)
     if not all(text.strip() for text in texts):
         raise EditError("the prompt is empty: say what to change, such as 'make it snowy'")
+    if len(covers) != len(pictures):
+        raise EditError(f"{len(pictures)} pictures and {len(covers)} masks: give as many, or one mask")
     count = max(len(pictures), len(texts))
     if {len(pictures), len(texts)} - {1, count}:
         raise EditError(f"{len(pictures)} pictures and {len(texts)} prompts: give as many, or one of either")
-    return list(zip(pictures * (count // max(1, len(pictures))), texts * (count // max(1, len(texts))), strict=True))
+    several = count // max(1, len(pictures))
+    return list(zip(pictures * several, texts * (count // max(1, len(texts))), covers * several, strict=True))

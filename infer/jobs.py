@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..encode.base.errors import EditError, SampleError
+from ..encode.base.errors import EditError, ImageError, SampleError
 from ..encode.base.files import content_key, storable
 from ..encode.config import Dataset
-from ..encode.data.columns import AFTER, BEFORE, EDITED, ORIGINAL, PROMPT, Role, Rows, is_image_name
+from ..encode.data.columns import AFTER, BEFORE, EDITED, MASK, ORIGINAL, PROMPT, Role, Rows, is_image_name
 from ..encode.data.opening import open_rows
 from ..encode.data.pairs import no_instruction, texts_of
+from ..encode.data.pictures import open_mask
 from .config import InferConfig
 
 LONGEST = 223
@@ -31,6 +32,7 @@ class Job:
     prompt: Any  # text, unless its row is a bad one
     image: Callable[[], bytes]  # gives the bytes of an image file; raises EditError where there are none
     target: Callable[[], bytes] | None = None  # likewise
+    mask: Callable[[], bytes | None] | None = None  # likewise; where there is none, all of it may change
     path: Path | None = None  # the picture's own file, if it is one
     captions: tuple[str | None, str | None] = (None, None)  # of original and edited picture; None: no such column
 
@@ -51,7 +53,8 @@ def find_jobs(config: InferConfig, captions: tuple[str | None, str | None] | Non
     paths = [path for pattern in config.inputs.image for path in _pictures(pattern)]
     prompt = config.inputs.prompt or ""
     named = zip(_unique(map(_stem, paths)), paths, strict=True)
-    return [Job(str(path), stem, prompt, partial(_read_file, path), path=path) for stem, path in named]
+    mask = _mask_of_all(config)
+    return [Job(str(path), stem, prompt, partial(_read_file, path), mask=mask, path=path) for stem, path in named]
 
 
 def _pictures(pattern: str) -> list[Path]:
@@ -67,7 +70,7 @@ def _pictures(pattern: str) -> list[Path]:
 
 
 def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, str | None] | None) -> list[Job]:
-    needed = [ORIGINAL] if config.inputs.prompt is not None else [ORIGINAL, PROMPT]
+    needed = [ORIGINAL, *([PROMPT] * (config.inputs.prompt is None)), *([MASK] * bool(config.columns.mask_column))]
     wanted = [EDITED] if captions is None else [EDITED, BEFORE, AFTER]
     named = dict(zip((BEFORE, AFTER), captions or (), strict=False))
     # Without a default split: scores over pairs that were trained on would say nothing.
@@ -84,6 +87,7 @@ def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, 
             prompt=text if prompt is None else prompt,
             image=partial(_read_cell, rows, row, ORIGINAL),
             target=partial(_read_cell, rows, row, EDITED) if EDITED in rows.columns else None,
+            mask=partial(_read, rows, row, MASK) if MASK in rows.columns else _mask_of_all(config),
             captions=(_caption(before, rows, BEFORE), _caption(after, rows, AFTER)),
         )
         for row, (stem, (text, before, after)) in enumerate(zip(stems, texts, strict=True))
@@ -123,11 +127,28 @@ def _unique(stems: Iterable[str]) -> Iterator[str]:
         yield name
 
 
-def _read_cell(rows: Rows, row: int, role: Role) -> bytes:
+def _mask_of_all(config: InferConfig) -> Callable[[], bytes] | None:
+    """What gives the mask of all pictures, if there is one; raises EditError where it is none."""
+    if not config.inputs.mask:
+        return None
+    read = partial(_read_file, Path(config.inputs.mask))
+    try:
+        open_mask(read())
+    except ImageError as error:
+        raise EditError(f"--mask {config.inputs.mask}: {error}") from None
+    return read
+
+
+def _read(rows: Rows, row: int, role: Role) -> bytes | None:
     try:
         (content,) = rows.read(row, role)
     except SampleError as error:
         raise EditError(f"the picture in column {rows.columns[role]} cannot be read: {error}") from None
+    return content
+
+
+def _read_cell(rows: Rows, row: int, role: Role) -> bytes:
+    content = _read(rows, row, role)
     if content is None:
         name = rows.name(row) if role == ORIGINAL else None
         raise EditError(f"no picture in column {rows.columns[role]}" + (f": {name} is not there" if name else ""))

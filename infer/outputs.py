@@ -88,7 +88,9 @@ def _finds(pattern: str, path: Path) -> bool:
     return any(letter in pattern for letter in "*?[") and path.absolute().match(str(Path(pattern).absolute()))
 
 
-def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: str) -> list[str]:
+def settings_of(
+    config: InferConfig, model: str | None, picture: bytes, prompt: str, mask: bytes | None = None
+) -> list[str]:
     """What each of a job's pictures was made with, as JSON; `model` is the stamp of `config.model`."""
     flags = dump(config)
     made = {name: flags[name] for name in SETTINGS}
@@ -100,6 +102,7 @@ def settings_of(config: InferConfig, model: str | None, picture: bytes, prompt: 
     if lora := config.loading.lora:
         stamps = [_stamp(Path(folder), Path(folder).glob("*.safetensors")) for folder in lora]
         made |= {"lora": lora, "lora_weights": config.loading.lora_weights, "lora_files": stamps}
+    made |= {"mask": hashlib.sha256(mask).hexdigest()} if mask else {}
     made |= {"model_files": model, "input": hashlib.sha256(picture).hexdigest(), "prompt": prompt}
     seeds = range(config.editing.seed, config.editing.seed + config.outputs.num_images)
     return [json.dumps(made | {"seed": seed}, ensure_ascii=False) for seed in seeds]

@@ -27,8 +27,8 @@ FLOORS = """
     infer.editing  infer.lora
     infer.config
     infer.models  infer.jobs  infer.score.metrics
-    infer.denoise  infer.outputs  infer.export
-    infer.edit
+    infer.drawing  infer.outputs  infer.export
+    infer.edit  infer.summary
     infer.batch
     infer.score  infer.ui
     infer.__main__

@@ -15,11 +15,13 @@ import pytest
 from PIL import Image, ImageColor
 
 import tiny
+from ip2p.encode.base.console import bar
 from ip2p.encode.base.flags import parse
 from ip2p.encode.data.pictures import open_picture
 from ip2p.encode.models.judge import Judge
 from ip2p.infer.__main__ import main
 from ip2p.infer.config import EvaluateConfig
+from ip2p.infer.drawing import denoise
 from ip2p.infer.score import evaluate as scoring
 from ip2p.infer.score.curve import COLORS
 from ip2p.infer.score.evaluate import CURVE
@@ -225,6 +227,7 @@ def test_every_setting_of_an_edit_reaches_it(evaluate: Evaluate, out: Path) -> N
     assert settings_of(picture).items() >= settings.items()
     (result,) = results(out)
     assert (result["image_guidance_scale"], result["pairs"]) == (0.5, 1)
+    assert (result["num_inference_steps"], result["guidance_scale"]) == (2, 3)
 
 
 def test_bad_pairs_are_reported_once_and_left_out(
@@ -276,6 +279,27 @@ def test_the_curve_compares_models_over_the_papers_scales(
     settings = [settings_of(path) for path in out.glob("*/*/00000.png")]
     assert {setting["guidance_scale"] for setting in settings} == {7.5}
     assert {setting["image_guidance_scale"] for setting in settings} == set(CURVE)
+
+
+def test_what_the_scales_of_a_curve_share_is_computed_once(
+    evaluate: Evaluate, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures and texts that are edited, and those that CLIP and DINO see; one bar counts the edits of all scales."""
+    encoded, seen, bars = list[int](), list[int](), dict[str, int]()
+    encode, see = denoise.encode, Judge.see
+    monkeypatch.setattr(denoise, "encode", lambda *given: encoded.append(len(given[1])) or encode(*given))
+    monkeypatch.setattr(Judge, "see", lambda self, pictures: seen.append(len(pictures)) or see(self, pictures))
+
+    def counted(items: Any, what: str, unit: str, total: int) -> Any:
+        bars[what] = max(total, bars.get(what, 0))
+        return bar(items, what, unit, total=total)
+
+    monkeypatch.setattr(scoring, "bar", counted)
+    assert evaluate(curve=True, batch_size=3) == 0
+    assert encoded == [3, 1]
+    assert sum(seen) <= 4 + 4 + 7 * 4, "originals, targets, edits"
+    assert bars == {"editing": 7 * 4, "scoring": 4}
+    assert len(results(out)) == 7
 
 
 def test_defaults_are_the_papers() -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 
 import tiny
 from ip2p.infer import EditError, Editor
-from ip2p.infer.denoise import Guidance, Told, guided
+from ip2p.infer.drawing import denoise
+from ip2p.infer.drawing.guidance import Guidance, Told, guided
 from ip2p.infer.models import scheduler_like
 
 STEPS = 3
@@ -253,6 +254,23 @@ def test_outside_the_interval_one_pass_is_enough(editor: Editor) -> None:
     assert rows == [1] * 10
     assert apart(none, edit(0, 1, guidance_scale=1, image_guidance_scale=1)) == 0
     assert min(apart(part, whole), apart(part, none), apart(whole, none)) > 0
+
+
+def test_what_was_encoded_is_known_for_the_next_scale_alone(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another picture, prompt or negative prompt is encoded anew, and by itself an editor keeps nothing."""
+    encoded: list[str] = []
+    encode = denoise.encode
+    monkeypatch.setattr(denoise, "encode", lambda *given: encoded.append(given[2][0]) or encode(*given))
+    scales: list[dict[str, Any]] = [{}, {"image_guidance_scale": 2.0}, {"negative_prompt": "blue"}]
+    plain = [editor.edit(picture(4), "make it red", num_inference_steps=STEPS, **more)[0] for more in scales]
+    assert len(encoded) == 3
+    editor.known = {}
+    again = [editor.edit(picture(4), "make it red", num_inference_steps=STEPS, **more)[0] for more in scales]
+    assert len(encoded) == 5
+    assert [apart(*both) for both in zip(again, plain, strict=True)] == [0] * 3
+    for seed in range(denoise.KEPT + 2):
+        editor.edit(picture(seed), "make it blue", num_inference_steps=1)
+    assert len(editor.known) == denoise.KEPT
 
 
 def test_half_precision_edits_nearly_as_float32(editor: Editor, kind: str) -> None:

@@ -132,6 +132,21 @@ def test_the_page_gives_the_picture_that_editor_gives(
 
 @with_gradio
 @with_browser
+def test_a_mask_says_where_a_picture_may_change(
+    ready: Visit, folder: Path, expected: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    """It is a second picture; the edit is the one that `Editor` gives."""
+    mask = Image.new("L", (16, 12))
+    mask.paste(255, (8, 0, 16, 12))
+    mask.save(tmp_path / "mask.png")
+    ready.cover(tmp_path / "mask.png")
+    (edited,) = ready.edit()
+    assert apart(edited, expected(masks=mask)) == 0
+    assert apart(edited, expected()) > 0
+
+
+@with_gradio
+@with_browser
 def test_every_control_reaches_the_model(ready: Visit, expected: Callable[..., Image.Image]) -> None:
     """Steps, both scales and the seed give the picture of the `Editor` arguments of those names."""
     for name, value in {"steps": "3", "keep": "1", "follow": "4", "seed": "7"}.items():

@@ -3,6 +3,7 @@
 import colorsys
 import io
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,19 +244,12 @@ REFUSED = {
 }
 
 
-class Mirror(Editor):
-    """Gives back what it sees of a picture that it is to edit."""
-
-    def working_size(self, size: tuple[int, int], resolution: int | None = None) -> tuple[int, int]:
-        return size
-
-    def _edit(self, images: list[Image.Image], *_: Any, **options: Any) -> list[Image.Image]:
-        return images
-
-
 @pytest.fixture(scope="module")
-def mirror(model: str) -> Mirror:
-    return Mirror(model)
+def mirror(model: str) -> Iterator[Editor]:
+    """Gives back what it sees of a picture that it is to edit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ip2p.infer.edit.draw", lambda _, tasks, *rest: [task.picture for task in tasks])
+        yield Editor(model)
 
 
 def check(seen: Image.Image, kind: Kind) -> None:
@@ -268,7 +262,7 @@ def check(seen: Image.Image, kind: Kind) -> None:
 @pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, where this test opens a file by it
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
-    kind: str, mirror: Mirror, tmp_path: Path
+    kind: str, mirror: Editor, tmp_path: Path
 ) -> None:
     """The right pixels are those that the file was made of, whichever way it is read."""
     data = FILES[kind].picture
@@ -280,14 +274,14 @@ def test_a_file_is_seen_alike_by_encoding_and_editing_and_as_people_see_it(
 
 
 @pytest.mark.parametrize("kind", MEMORY)
-def test_a_picture_in_memory_is_seen_as_people_see_it(kind: str, mirror: Mirror) -> None:
+def test_a_picture_in_memory_is_seen_as_people_see_it(kind: str, mirror: Editor) -> None:
     """Editing takes pictures in all modes of Pillow, those among them that no file has."""
     check(mirror.edit(MEMORY[kind].picture, "make it red")[0], MEMORY[kind])
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_seen_rightly_is_refused_with_the_same_words_each_time(
-    kind: str, mirror: Mirror, tmp_path: Path
+    kind: str, mirror: Editor, tmp_path: Path
 ) -> None:
     """No guess is made. Reasons are counted by their text, so no address of an object may stand in them."""
     data, reason = REFUSED[kind]
@@ -305,7 +299,7 @@ def test_what_cannot_be_seen_rightly_is_refused_with_the_same_words_each_time(
     assert "0x" not in messages.pop()
 
 
-def test_what_is_damaged_unknown_or_missing_is_refused(mirror: Mirror, tmp_path: Path) -> None:
+def test_what_is_damaged_unknown_or_missing_is_refused(mirror: Editor, tmp_path: Path) -> None:
     """One that Pillow has opened but not read yet, one of floating point numbers, and a file that is not there."""
     with pytest.raises(EditError, match="truncated"):
         mirror.edit(Image.open(io.BytesIO(truncated("PNG"))), "make it red")

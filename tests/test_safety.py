@@ -145,7 +145,7 @@ from ip2p.infer.ui.page import Page
 
 model, picture, folder = sys.argv[1:]
 page = Page(parse(InferConfig, ["--model", model, "--ui"], "ip2p-infer"), Path(folder))
-shown = page.edit(None, [], [model], False, picture, "make it red", 1, 1.5, 7.5, 0)
+shown = page.edit(None, [], [model], False, picture, None, "make it red", 1, 1.5, 7.5, 0)
 assert set(shown) == {page.layout.note}
 print(shown[page.layout.note])
 """

@@ -61,6 +61,10 @@ class Visit:
     def upload(self, file: Path) -> None:
         self.page.locator("#picture input[type=file]").set_input_files(file)
 
+    def cover(self, mask: Path) -> None:
+        self.page.locator("#mask input[type=file]").set_input_files(mask)
+        self.page.locator("#mask img").wait_for()
+
     def prepare(self, file: Path, instruction: str) -> None:
         self.upload(file)
         self.page.locator("#picture img").wait_for()

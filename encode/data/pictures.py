@@ -50,12 +50,6 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
         ImageError: the file cannot be read, is empty, truncated or no image, has more than 8 bits where white is not
             known, or is so large that Pillow suspects a decompression bomb.
     """
-    if isinstance(picture, str | os.PathLike):
-        try:
-            picture = Path(picture).read_bytes()
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ImageError(f"{os.fspath(picture)} cannot be read: {why}") from None
     image = _eight_bits(picture)
     with _quiet(), _decoding():
         seen = _rgb(image, background)
@@ -63,17 +57,17 @@ def open_picture(picture: Picture, background: str = "white") -> Image.Image:
     return seen
 
 
-def open_mask(file: bytes) -> np.ndarray:
+def open_mask(mask: Picture) -> np.ndarray:
     """Decode a mask as it is meant to be seen, float32 (height, width): the share of each pixel that is edited.
 
     If anything in it is transparent, that is edited, as far as it is; else what is white, as far as it is. Where
     nothing is brighter than 1 of 255, as segmentation tools write masks, 1 is white.
 
     Raises:
-        ImageError: the file cannot be decoded, as in `open_picture`.
+        ImageError: it cannot be decoded, as in `open_picture`.
     """
     try:
-        image = _eight_bits(file)
+        image = _eight_bits(mask)
         with _quiet(), _decoding():
             alpha = np.asarray(image.convert("RGBA").getchannel("A")) if image.has_transparency_data else None
             gray = np.asarray(image.convert("L"))
@@ -100,8 +94,14 @@ def pooled(shares: np.ndarray, cells: tuple[int, int], box: tuple[float, float, 
     return weights[0] @ shares @ weights[1].T
 
 
-def _eight_bits(picture: Image.Image | bytes) -> Image.Image:
+def _eight_bits(picture: Picture) -> Image.Image:
     """A picture upright and with at most 8 bits a channel, in any mode, with the format of its file."""
+    if isinstance(picture, str | os.PathLike):
+        try:
+            picture = Path(picture).read_bytes()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ImageError(f"{os.fspath(picture)} cannot be read: {why}") from None
     if not picture:
         raise ImageError("the image is empty")
     with _quiet():

@@ -1,7 +1,6 @@
 """ip2p-infer evaluate: edits held-out pairs with each model, scores the edits, compares the models."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ from ..jobs import Job, find_jobs
 from ..models import check_model
 from ..outputs import model_stamp, output_paths, settings_in
 from .curve import draw_curve
+from .memory import Memory
 from .metrics import Edit, measure
 
 # Image guidance along the paper's curve, as in the original project's metrics/compute_metrics.py.
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> int:
     The output folder gets MODEL/image_1.5_text_7.5/ with the edits and, in scores.jsonl, the scores of each;
     results.json with their means; and curve.png, if `config.scoring.curve`.
     """
-    scoring, text = config.scoring, config.editing.guidance_scale
+    scoring, text, steps = config.scoring, config.editing.guidance_scale, config.editing.num_inference_steps
     folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
     check_folder(folder, "--output")
     check_place(Dataset(dataset_name=config.dataset), folder, "--output")
@@ -63,30 +63,37 @@ def evaluate(config: EvaluateConfig) -> int:
     left_out = _missing_columns(jobs[0])
     if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
-    judge = Judge(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
+    judge = Memory(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
     scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
-    for model in config.model:
-        load = functools.cache(functools.partial(load_editor, config.infer(model, scales[0], folder)))
-        for scale in scales:
-            warn(f"{model}, {dataclasses.replace(config.editing, image_guidance_scale=scale).described}")
-            place = folder / re.sub(r"[^\w.-]+", "_", model).strip("_.") / f"image_{scale:g}_text_{text:g}"
-            check_folder(place, "--output")
-            place.mkdir(parents=True, exist_ok=True)
-            run = config.infer(model, scale, place)
-            work = list(zip(jobs, output_paths(run, jobs), strict=True))
-            done, _ = edit_all(run, work, load)
-            records = score_all(config, judge, [(job, path) for job, (path,) in done], place / "scores.jsonl")
-            if not records:
-                warn("ip2p-infer: no pair could be scored")
-                return 1
-            jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
-            scored.append((model, scale, records))
+    with bar(None, "editing", "picture", total=len(config.model) * len(scales) * len(jobs)) as shown:
+        for model in config.model:
+            shown_scales = ", ".join(f"{scale:g}" for scale in scales)
+            warn(f"{model}, {steps} steps, image guidance {shown_scales}, text guidance {text:g}")
+            name = re.sub(r"[^\w.-]+", "_", model).strip("_.")
+            places = [folder / name / f"image_{scale:g}_text_{text:g}" for scale in scales]
+            for place in places:
+                check_folder(place, "--output")
+                place.mkdir(parents=True, exist_ok=True)
+            runs = [config.infer(model, scale, place) for scale, place in zip(scales, places, strict=True)]
+            load = functools.cache(functools.partial(load_editor, runs[0]))
+            edits, _ = edit_all(
+                [(run, list(zip(jobs, output_paths(run, jobs), strict=True))) for run in runs], load, shown
+            )
+            for scale, place, done in zip(scales, places, edits, strict=True):
+                stems = {job.stem for job in jobs}
+                there = [(job, path) for job, (path,) in done if job.stem in stems]
+                records = score_all(config, judge, there, place / "scores.jsonl")
+                if not records:
+                    warn("ip2p-infer: no pair could be scored")
+                    return 1
+                jobs = [job for job in jobs if job.stem in records]  # what is bad is said once, and left out for all
+                scored.append((model, scale, records))
     results: list[dict[str, Any]] = []
     for model, scale, records in scored:
         means = {
             name: statistics.fmean(records[job.stem][name] for job in jobs) for name in SCORES if name not in left_out
         }
-        how = {"num_inference_steps": config.editing.num_inference_steps, "image_guidance_scale": scale}
+        how = {"num_inference_steps": steps, "image_guidance_scale": scale}
         results.append({"model": model, **how, "guidance_scale": text, "pairs": len(jobs), **means})
     report(config, results, left_out)
     return 0

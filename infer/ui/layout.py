@@ -42,7 +42,7 @@ class Layout:
 
     Attributes:
         blocks: the whole.
-        controls: picture, prompt, steps, image guidance, text guidance, seed: what an edit depends on.
+        controls: picture, mask, prompt, steps, image guidance, text guidance, seed: what an edit depends on.
         everything: all that a reset puts back.
     """
 
@@ -68,7 +68,7 @@ class Layout:
                     self._results()
                     if examples:
                         gr.Examples([list(pair) for pair in examples], [self.picture, self.prompt], elem_id="examples")
-        self.controls = (self.picture, self.prompt, self.steps, self.keep, self.follow, self.seed)
+        self.controls = (self.picture, self.mask, self.prompt, self.steps, self.keep, self.follow, self.seed)
         results = (self.result, self.caption, self.pictures, self.left, self.right)
         self.everything = [*self.controls, self.fresh, self.models, self.note, *results]
 
@@ -78,6 +78,9 @@ class Layout:
         )
         # gradio would open the file before any code here sees it, and call a broken one a mere "Error".
         self.picture.preprocess = lambda payload: payload and payload.path
+        label = "Mask: where it may change, white or transparent (optional)"
+        self.mask = gr.Image(label=label, type="filepath", sources=["upload"], buttons=[], height=120, elem_id="mask")
+        self.mask.preprocess = self.picture.preprocess
         self.prompt = gr.Textbox(label="Instruction", placeholder="make it snowy", elem_id="instruction")
 
     def _settings(self, config: InferConfig) -> None:

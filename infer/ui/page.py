@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...encode.base.errors import EditError, Ip2pError
 from ...encode.base.flags import changed
-from ...encode.data.pictures import open_picture
+from ...encode.data.pictures import open_mask, open_picture
 from ..batch import blacked_out, edit_with, load_editor
 from ..config import InferConfig
 from ..jobs import find_jobs
@@ -37,7 +37,7 @@ class Edit:
     @property
     def caption(self) -> str:
         """The instruction and the settings in a line."""
-        _, prompt, steps, image, text, seed = self.controls
+        _, _, prompt, steps, image, text, seed = self.controls
         return f"{prompt} · seed {seed} · {steps} steps · image {image:g} · text {text:g}"
 
 
@@ -60,6 +60,7 @@ class Page:
         at = self.layout
         with at.blocks:
             at.picture.upload(self.check, at.picture, [at.picture, at.note])
+            at.mask.upload(self.check_mask, at.mask, [at.mask, at.note])
             gr.on(
                 [at.edit.click, at.prompt.submit],
                 self.edit,
@@ -82,6 +83,16 @@ class Page:
             return {at.picture: path, at.note: ""}
         except Ip2pError as error:
             return {at.picture: None, at.note: _problem(error)}
+
+    def check_mask(self, path: str | None) -> Any:
+        """Look at a mask at once, and show what counts of it: white where the picture may change."""
+        at = self.layout
+        try:
+            if path is not None:
+                path = self._save(Image.fromarray((255 * open_mask(path)).round().astype("uint8")), Path(path).stem)
+            return {at.mask: path, at.note: ""}
+        except Ip2pError as error:
+            return {at.mask: None, at.note: _problem(error)}
 
     def edit(self, _progress: Any = PROGRESS, *values: Any) -> Any:
         """Edit with each chosen model; one that fails is named, and the others' pictures are shown."""
@@ -114,17 +125,20 @@ class Page:
         return {part: part.value for part in at.everything} | {at.left: hidden, at.right: hidden}
 
     def _edit(self, model: str, controls: tuple[Any, ...]) -> Edit:
-        path, prompt, steps, image, text, seed = controls
+        path, mask, prompt, steps, image, text, seed = controls
         if not path:
             raise EditError("choose a picture")
         if not prompt.strip():
             raise EditError('say what to change, such as "make it snowy"')
         scales = {"image_guidance_scale": image, "guidance_scale": text}
         config = changed(self.config, model=model, num_inference_steps=steps, seed=seed, **scales)
-        (edited,) = edit_with(self.editor(model), config, [open_picture(path)], [prompt])
+        shares = open_mask(mask) if mask else None
+        (edited,) = edit_with(self.editor(model), config, [open_picture(path)], [prompt], [shares])
         if blacked_out(edited):
             raise EditError(f"the safety checker of {model} blacked this out: another seed or instruction may do")
-        (settings,) = settings_of(config, model_stamp(model), Path(path).read_bytes(), prompt)
+        (settings,) = settings_of(
+            config, model_stamp(model), Path(path).read_bytes(), prompt, mask and Path(mask).read_bytes()
+        )
         return Edit(controls, model, self._save(edited, f"{prompt} {seed}", settings))
 
     def _show(self, shelf: list[Edit], chosen: Edit) -> dict[Any, Any]:

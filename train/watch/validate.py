@@ -24,7 +24,8 @@ from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
 from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
-from ...infer.edit import Editor, TooLarge
+from ...infer.drawing.denoise import TooLarge
+from ...infer.edit import Editor
 from ...infer.score.metrics import Edit
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
