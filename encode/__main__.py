@@ -8,6 +8,7 @@ from .base.console import quiet_libraries
 from .base.errors import user_errors
 from .base.flags import parse
 from .config import REFUSED, EncodeConfig
+from .early import check
 
 PROG = "ip2p-encode"
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors(PROG):
         arguments = sys.argv[1:] if argv is None else argv
         config = parse(EncodeConfig, arguments, PROG, REFUSED)
+        check(config)
         quiet_libraries()
         from .run import encode  # only now: torch takes seconds to import, and --help shall not
 

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
+from ..encode.config import Dataset
+from ..encode.data.places import check_dataset
 from .config import EvaluateConfig, InferConfig
+from .kind import check_local
 
 PROG = "ip2p-infer"
 
@@ -21,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         if arguments and arguments[0] == "evaluate":
             scoring = parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate")
+            check_local(scoring.model, scoring.loading.lora)
+            check_dataset(Dataset(dataset_name=scoring.dataset))
             quiet_libraries()
             from .score.evaluate import evaluate
 
@@ -29,9 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .export import ExportConfig, export
 
             exporting = parse(ExportConfig, arguments[1:], f"{PROG} export")
+            check_local([exporting.model], exporting.weights.lora)
             quiet_libraries()
             return export(exporting)
         config = parse(InferConfig, arguments, PROG)
+        check_local([config.model], config.loading.lora)
+        if config.inputs.table:
+            check_dataset(Dataset(dataset_name=config.inputs.table))
         quiet_libraries()
         if config.page.ui:
             from .ui.serve import serve

@@ -17,7 +17,7 @@ FLOORS = """
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry
+    encode.geometry  encode.early
     encode.index
     encode.draft
     encode.plan
@@ -25,7 +25,7 @@ FLOORS = """
     encode.run
     encode.__main__  encode.keeper
     infer.editing  infer.lora
-    infer.config
+    infer.config  infer.kind
     infer.models  infer.jobs  infer.score.metrics
     infer.drawing  infer.outputs  infer.export
     infer.edit  infer.summary

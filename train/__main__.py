@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
-from .command import PROG, read
+from .command import PROG, look, read
 
 LIBRARY = "libcudart.so.12"
 
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
         encoding, config = read(sys.argv[1:] if argv is None else argv)
+        look(encoding, config)
         quiet_libraries()
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported

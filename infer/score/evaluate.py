@@ -21,7 +21,7 @@ from ...encode.models.judge import Judge
 from ..batch import edit_all, load_editor, skipping
 from ..config import EvaluateConfig
 from ..jobs import Job, find_jobs
-from ..models import check_model
+from ..kind import check_model
 from ..outputs import model_stamp, output_paths, settings_in
 from .curve import draw_curve
 from .memory import Memory
