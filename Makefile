@@ -4,6 +4,7 @@ BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO := .venv/demo
 INSTALLED := .venv/installed
+BENCHMARKS := arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality
 
 .PHONY: help install demo test slow gpu check bench format clean
 .DEFAULT_GOAL := help
@@ -42,9 +43,10 @@ check: install  ## lint, format and types, as CI runs them
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
 
-bench: install  ## measure everything, and write docs/performance.md's tables anew
-	for name in arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality summary; do \
-		$(BIN)/python bench/$$name.py || exit; done
+bench: install  ## measure everything from a clean tree, unattended, and write the docs' tables anew
+	@failed=; for name in $(BENCHMARKS); do \
+		echo "== $$name"; $(BIN)/python bench/$$name.py || failed="$$failed $$name"; done; \
+	$(BIN)/python bench/summary.py; test -z "$$failed" || { echo "not measured:$$failed"; exit 1; }
 
 format: install  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
