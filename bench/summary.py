@@ -43,7 +43,7 @@ def table(file: Path, pattern: str) -> str:
     found: dict[str, dict[str, Any]] = {}
     for line in measured:
         found |= line["rows"]
-    rows = [Row(**{name: row.get(name) for name in Row._fields}) for row in found.values()]
+    rows = [Row(**{name: row[name] for name in Row._fields if name in row}) for row in found.values()]
     where = place(lines[-1])[0]
     commits = " and ".join(dict.fromkeys(str(line["commit"]) for line in measured))
     load = f", load {max(line['machine']['load'] for line in measured):g}" if where != PAPER else ""

@@ -242,6 +242,9 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
 
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("ip2p.train.run.open_caches", None)
+    for folder in ("model", "cache"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cache" / "manifest.json").touch()
     with pytest.raises(SystemExit, match="2"):
         main(flags(tmp_path / "model", tmp_path / "cache", tmp_path / "run" / "out", report_to="tensorboard"))
     (line,) = capsys.readouterr().err.splitlines()
