@@ -27,9 +27,11 @@ def as_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_quiet_command_prints_errors_alone(
-    sd: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    sd: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither messages nor bars, of libraries too; the cache is the same, and without the flag it is told of."""
+    """Neither messages nor bars; the cache is the same, and without the flag it is told of."""
+    for library in ("HF_HUB", "HF_DATASETS"):
+        monkeypatch.setenv(f"{library}_DISABLE_PROGRESS_BARS", "0")  # which is left as it is, so that nothing remains
     main(flags(sd, data, tmp_path / "cache", "--quiet"))
     assert capfd.readouterr() == ("", "")
     main(flags(sd, data, tmp_path / "cache"))
@@ -51,7 +53,7 @@ def test_a_file_can_ask_for_quiet_and_a_later_flag_takes_it_back(tmp_path: Path)
 def test_what_was_asked_for_is_printed_all_the_same(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`ip2p-cache info` has nothing else to do."""
     keep(["info", str(cache), "--quiet"])
-    assert "10 samples" in capsys.readouterr().out
+    assert "10 ok; views: plain, flip" in capsys.readouterr().out
 
 
 def test_warnings_go_to_stderr_and_stay(capsys: pytest.CaptureFixture[str]) -> None:
