@@ -91,7 +91,7 @@ def test_batches_have_one_shape_and_an_epoch_each_sample_once(shapes: Path) -> N
         assert sorted(number for batch in batches for number in batch) == list(range(9))
         assert max(map(len, batches)) == 2
         for batch in batches:
-            assert len({dataset[number]["original"].shape for number in batch}) == 1  # type: ignore[union-attr]
+            assert len({dataset[number]["original"].shape for number in batch}) == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
