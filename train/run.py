@@ -64,7 +64,8 @@ def train(config: TrainConfig) -> None:
         raise TrainError(f"out of memory: {mend}") from None
     accelerator.end_training()
     if signal:
-        say(f"stopped at step {run.progress.step}: continue with --resume_from_checkpoint latest")
+        again = "--resume_from_checkpoint latest, or on a dataset with the same command"
+        say(f"stopped at step {run.progress.step}: continue with {again}")
         raise SystemExit(128 + signal)
 
 
