@@ -40,7 +40,8 @@ class Stopped(TrainError):
     """A training run that ended early by a signal, after a checkpoint."""
 
     def __init__(self, step: int, signal: int):
-        super().__init__(f"stopped at step {step}: continue with --resume_from_checkpoint latest")
+        again = "--resume_from_checkpoint latest, or on a dataset with the same command"
+        super().__init__(f"stopped at step {step}: continue with {again}")
         self.signal = signal
 
 
