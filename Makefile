@@ -4,8 +4,9 @@ BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 DEMO := .venv/demo
 INSTALLED := .venv/installed
+COMPAT := .venv/compat
 
-.PHONY: help install demo test slow gpu check bench format clean
+.PHONY: help install demo test slow gpu check compat bench format clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -16,12 +17,13 @@ install: $(INSTALLED)  ## prepare .venv with everything pinned; does nothing whe
 $(DEMO): pyproject.toml constraints.txt
 	@echo "== Installing into .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) -e '.[demo]'
+	@$(PIP) pip  # the one of Python 3.11 knows no groups
+	@$(PIP) --group demo -e .
 	@mkdir -p .venv/typing && ln -sfn ../.. .venv/typing/ip2p
 	@touch $@
 
 $(INSTALLED): $(DEMO)
-	@$(PIP) -e '.[test,demo,dev,ui]'
+	@$(PIP) --group test --group dev -e '.[ui]'
 	@touch $@
 
 demo: $(DEMO)  ## encode, train and edit real pictures, and end with a contact sheet
@@ -37,10 +39,19 @@ gpu: install  ## on a machine with one: the tests that need it, and bench/gpu.py
 	$(BIN)/pytest -m gpu || test $$? -eq 5
 	$(BIN)/python bench/gpu.py --out bench/results
 
-check: install  ## lint, format and types, as CI runs them
+check: install  ## lint, format, types and licences, as CI runs them
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/basedpyright
+	$(BIN)/reuse lint --quiet
+
+compat:  ## the tests with the oldest versions that are allowed, and on Python 3.12 and 3.13: 20 GB, no part of CI
+	@$(PYTHON) -m venv $(COMPAT)/uv && $(COMPAT)/uv/bin/python -m pip install --quiet -c constraints.txt uv
+	@for how in '3.11 --resolution=lowest-direct' '3.12 --constraints=constraints.txt' '3.13 --constraints=constraints.txt'; do \
+		set -- $$how; echo "== Python $$1 $$2"; \
+		$(COMPAT)/uv/bin/uv venv --quiet --clear --seed --python $$1 $(COMPAT)/$$1 && \
+		$(COMPAT)/uv/bin/uv pip install --quiet --python $(COMPAT)/$$1 $$2 --group test -e '.[ui]' && \
+		$(COMPAT)/$$1/bin/python -m pytest -W default -m "not slow" -n auto --maxprocesses 8 --dist loadfile || exit; done
 
 bench: install  ## measure everything, and write docs/performance.md's tables anew
 	for name in arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality summary; do \

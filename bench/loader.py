@@ -21,11 +21,11 @@ from synthetic import build, forget
 from ip2p.encode.base.flags import build as flags_into
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.encode.geometry import Shape, shapes
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 
 SHAPES = {"sd256": SIZES["sd15"].rows(256), "sd512": SIZES["sd15"].rows(512), "sdxl1024": SIZES["sdxl"].rows(1024)}
 

@@ -22,12 +22,12 @@ from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import SAMPLES, Cache
 from ip2p.encode.cache.samples import Ledger
 from ip2p.encode.cache.shapes import row_shapes
+from ip2p.encode.cached import Samples
 from ip2p.encode.config import NO_FLIP, EncodeConfig
 from ip2p.encode.geometry import Geometry
 from ip2p.encode.index import Index
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.plan import placed
-from ip2p.train.data.samples import Samples
 
 PIXELS = 16
 ROWS = {"images": 8192, "text": 2304}  # of the shards of a cache of this size, at 256 pixels

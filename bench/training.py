@@ -22,10 +22,10 @@ from torch import Tensor
 from ip2p.encode.base.flags import build
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order, Turns
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.text import Texts
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.machine import make_accelerator

@@ -1,13 +1,14 @@
 """`ip2p-encode`: a dataset and a Stable Diffusion checkpoint in, a cache out."""
 
 import gc
-import sys
 from collections.abc import Sequence
 
+from .base.begin import begin
 from .base.console import quiet_libraries
 from .base.errors import user_errors
 from .base.flags import parse
-from .config import REFUSED, EncodeConfig
+from .base.refused import REFUSED
+from .config import EncodeConfig
 
 PROG = "ip2p-encode"
 
@@ -15,8 +16,7 @@ PROG = "ip2p-encode"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
-        arguments = sys.argv[1:] if argv is None else argv
-        config = parse(EncodeConfig, arguments, PROG, REFUSED)
+        config = parse(EncodeConfig, begin(argv), PROG, REFUSED)
         quiet_libraries()
         from .run import encode  # only now: torch takes seconds to import, and --help shall not
 

@@ -5,28 +5,16 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import ImageColor
 
 from .base.errors import SettingsError
 from .base.flags import Count, Name, Whole, idle
+from .base.keywords import configured
+from .base.refused import REFUSED
 from .judging import PairScores
 
-TRAIN_ONLY = """
-    output_dir logging_dir report_to seed train_batch_size num_train_epochs max_train_steps
-    gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
-    conditioning_dropout_prob use_ema non_ema_revision use_8bit_adam allow_tf32 adam_beta1 adam_beta2
-    adam_weight_decay adam_epsilon max_grad_norm checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-    enable_xformers_memory_efficient_attention val_image_url val_image_url_or_path validation_prompt
-    num_validation_images validation_epochs validation_steps push_to_hub hub_token hub_model_id
-""".split()
-"""Names of diffusers' training flags that belong to `ip2p-train`."""
-NOT_NEEDED: dict[str, str] = dict.fromkeys(
-    ("crops_coords_top_left_h", "crops_coords_top_left_w"), "is not needed: SDXL is trained with each sample's own crop"
-) | {"local_rank": "is not needed: launchers tell it in another way"}
-REFUSED: dict[str, str] = NOT_NEEDED | dict.fromkeys(TRAIN_ONLY, "belongs to ip2p-train: give it there")
-"""diffusers' flags that `ip2p-encode` does not take, with what to do about them."""
 NO_FLIP = r"\b(left|right)(most|wards?|side|hand(ed)?)?\b|clockwise"
 """Instructions that are wrong in a mirror."""
 AUTO = "auto"  # as a column: which one is found
@@ -206,6 +194,11 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if not (self.dataset.dataset_name or self.dataset.train_data_dir):
             raise SettingsError("give either --dataset_name or --train_data_dir: where the image pairs come from")
+
+    @classmethod
+    def of(cls, **flags: Any) -> "EncodeConfig":
+        """A configuration by the flags of `ip2p-encode`: `EncodeConfig.of(cache="cache", …)`; or SettingsError."""
+        return configured(cls, "ip2p-encode", REFUSED, flags)
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""

@@ -17,6 +17,7 @@ from .data.pairs import Pairs
 from .geometry import Geometry, geometry_of
 from .index import Index
 from .models.checkpoint import Checkpoint
+from .models.hub import is_hub_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ def describe(
             "samples": len(source),
             "fingerprint": source.fingerprint(),
         },
-        "settings": dump(config) | {"processes": processes},  # how this run was started; decides nothing
+        # How this run was started, and what the dataset's name was then; decides nothing.
+        "settings": dump(config) | {"processes": processes, "dataset_on_hub": is_hub_id(source.name)},
         "shard_rows": {kind: shard_rows(kind, arrays.values(), len(source)) for kind, arrays in shapes.items()},
     }
 

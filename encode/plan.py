@@ -15,6 +15,7 @@ import pyarrow as pa
 from .base.console import say
 from .base.errors import CacheError, SourceError
 from .base.files import file_record
+from .base.system import cores
 from .cache.commits import pc
 from .cache.format import SAMPLES, Cache, chunk_rows
 from .cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
@@ -159,6 +160,6 @@ def mark_flips(samples: pa.Table, pattern: str) -> pa.Table:
 
 def workers(config: EncodeConfig) -> int:
     """Processes that read images, for each process that encodes: it keeps one of its share of the cores."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     given = config.run.dataloader_num_workers
-    return min(16, max(0, cores - 1)) if given is None else given
+    return min(16, max(0, share - 1)) if given is None else given

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from ..encode.base.begin import begin
 from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # The rest is imported once flags are read: torch takes seconds to import, and --help shall not.
     with user_errors(PROG):
-        arguments = sys.argv[1:] if argv is None else argv
+        arguments = begin(argv)
         if arguments and arguments[0] == "evaluate":
             scoring = parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate")
             quiet_libraries()

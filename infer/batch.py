@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..encode.base.console import bar, warn
+from ..encode.base.console import bar, is_quiet, say, warn
 from ..encode.base.errors import EditError, Ip2pError
 from ..encode.base.files import check_file
 from ..encode.base.flags import changed
@@ -52,7 +52,8 @@ def edit(config: InferConfig) -> int:
     if not config.outputs.sweep:
         print_psnr(done)
     counts = {"edited": len(done) - kept, "already there": kept, "skipped": len(work) - len(done)}
-    print(", ".join(f"{count} {what}" for what, count in counts.items() if count), "->", config.outputs.output)
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    say(f"{told} -> {config.outputs.output}")
     return 0 if done else 1
 
 
@@ -158,7 +159,8 @@ def load_editor(config: InferConfig) -> "Editor":
 
     editor = Editor(config.model, **vars(config.loading))
     editor.known = {}  # a command asks for the same pictures at several scales
-    editor.pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False, delay=5)  # seconds
+    shown = {"desc": "denoising", "position": 1, "leave": False, "delay": 5}  # seconds
+    editor.pipeline.set_progress_bar_config(**shown, disable=is_quiet())
     return editor
 
 

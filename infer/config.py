@@ -59,7 +59,7 @@ class Page:
     """A page in the browser, to try models out."""
 
     ui: bool = False
-    """Open a page in the browser instead (pip install 'ip2p[ui]'); --image, --table and --prompt are its examples."""
+    """Open a page in the browser instead (pip install gradio); --image, --table and --prompt are its examples."""
     compare: tuple[str, ...] = ()
     """Further models for --ui, to compare."""
     host: str = "127.0.0.1"

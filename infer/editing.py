@@ -50,7 +50,7 @@ class Weights:
     """Branch, tag or commit of a model on the Hub."""
     lora: tuple[str, ...] = ()
     """Folder or folders that ip2p-train saved with --lora_rank, whose adapters are added to each model (pip install
-    'ip2p[lora]'): the one that they were trained from, which may be a plain Stable Diffusion."""
+    peft): the one that they were trained from, which may be a plain Stable Diffusion."""
     lora_weights: tuple[float, ...] = ()
     """What adapters are multiplied by, one number for each --lora. Default: 1."""
 

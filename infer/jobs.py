@@ -3,6 +3,8 @@
 import glob
 import itertools
 import os
+import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -106,7 +108,7 @@ def _caption(text: Any, rows: Rows, role: Role) -> str | None:
 
 def _stem(path: Path) -> str:
     """What outputs of a file are named after: its stem, if a file can be called so, and else what is left of that."""
-    stem = path.stem.replace("\0", "_")
+    stem = re.sub(r'[\0<>:"|?*]' if sys.platform == "win32" else "\0", "_", path.stem)
     try:
         fits = len(os.fsencode(stem)) <= LONGEST
     except UnicodeEncodeError:

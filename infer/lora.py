@@ -45,7 +45,7 @@ class Base(NamedTuple):
 def need_peft(kind: type[Ip2pError], flag: str) -> None:
     """Raise an error of a `kind` where peft is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise kind(f"{flag} needs peft: pip install 'ip2p[lora]'")
+        raise kind(f"{flag} needs peft: pip install peft")
 
 
 def read_base(folders: Sequence[str]) -> Base:

@@ -42,6 +42,14 @@ def _fresh_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _messages() -> None:
+    """Print what is said, as commands do, also where a test calls a part of them."""
+    from ip2p.encode.base.console import show_messages
+
+    show_messages()
+
+
 @pytest.fixture(scope="session")
 def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion 1.x checkpoint."""

@@ -13,9 +13,9 @@ from configs import train_config
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.remote import RemoteCache
+from ip2p.encode.cached import Samples
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.sweep import sweep_over
 from ip2p.train.objective import Batch
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ class Hub:
     Attributes:
         url: what HF_ENDPOINT has to be.
         fetched: the files that were downloaded, as OWNER/NAME/FILE.
+        created: repositories that were made here, or are to be here already, and whether they are private.
         uploaded: the files that were committed, by their names in the repository.
         tokens: what requests to upload were signed with.
         stumbles: how many of the next requests fail.
@@ -37,10 +39,16 @@ class Hub:
     def __init__(self, folder: Path, port: int):
         self.folder, self.url = folder, f"http://127.0.0.1:{port}"
         self.fetched: list[str] = []
+        self.created: dict[str, bool] = {}
         self.uploaded: dict[str, bytes] = {}
         self.tokens: set[str | None] = set()
         self.stumbles = 0
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+    def with_places(self) -> list[str]:
+        """The uploaded files that name a place on this machine: an absolute path, anywhere in their bytes."""
+        roots = "|".join(["home", "root", "tmp", "usr", "var", "opt", "mnt", "Users", tempfile.gettempdir().strip("/")])
+        return [name for name, content in self.uploaded.items() if re.search(rf"/({roots})/".encode(), content)]
 
     def files_of(self, repository: str) -> list[str]:
         """What was downloaded of a repository, in its own names."""
@@ -68,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         if file := re.fullmatch(r"(datasets/)?([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)", path):
             return self.send_file(file[1] or "models/", file[2], file[3])
         found = re.fullmatch(r"api/(models|datasets)/([\w.-]+/[\w.-]+)(/revision/[^/]+)?(/tree/[^/]+(/.*)?)?", path)
+        if found and found[2] in self.hub.created and not found[4]:
+            return self.answer({"id": found[2], "sha": COMMIT, "private": self.hub.created[found[2]], "siblings": []})
         if not found or not (root := self.hub.folder / found[1] / found[2]).is_dir():
             return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if found[4]:
@@ -103,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+            self.hub.created.setdefault(name, asked.get("visibility") == "private")
             return {"url": f"{self.hub.url}/{name}", "name": name}
         if self.path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
@@ -195,6 +206,7 @@ def released(folder: Path, *, sdxl: bool = False) -> Path:
         (folder / "unet" / name).write_text("weights before averaging")
     for name in ("v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt", "v1-inference.yaml", "README.md"):
         (folder / name).write_text("not in diffusers' layout")
+    (folder / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\nA card")
     if sdxl:
         return folder
     index = json.loads((folder / "model_index.json").read_text())

@@ -18,7 +18,8 @@ FLOORS = """
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry
+    encode.geometry  encode.cached
+    encode.dataset
     encode.index
     encode.draft
     encode.plan

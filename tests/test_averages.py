@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 import tiny
 from ip2p.train.__main__ import main
 from ip2p.train.save.averages import AVERAGES, FOLDER, SNAPSHOTS, Averages, Profile, product, solve
+from ip2p.train.save.best import BEST, read
+from ip2p.train.save.checkpoint import AVERAGE
 from ip2p.train.unet.make import make_update
 from ip2p.train.unet.weights import LENGTHS, PowerAverage, Precision, exponent
 from test_lora import ADAPTERS
@@ -125,8 +127,15 @@ def test_a_run_that_goes_on_has_the_same_averages_bit_for_bit(
     assert_same(load_file(unet_file(again)), load_file(unet_file(output)))
 
 
-def test_who_goes_another_way_leaves_the_snapshots_of_the_first(sd: Path, cache: Path, tmp_path: Path) -> None:
-    """In the same folder they are deleted, in another one those from before are copied."""
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_who_goes_another_way_leaves_the_snapshots_of_the_first(
+    sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same folder they are deleted, and named, once checkpoints that have them are renamed; in another one those
+    from before are copied."""
     first = tmp_path / "first"
     run(sd, cache, first, checkpoints_total_limit=0)
     before = kept(first)
@@ -137,7 +146,18 @@ def test_who_goes_another_way_leaves_the_snapshots_of_the_first(sd: Path, cache:
     others = kept(tmp_path / "second")
     assert {name: others.pop(name) for name in common} == common
     assert [name.split("-")[0] for name in sorted(others)] == ["6", "7"]
-    run(sd, cache, first, resume_from_checkpoint="checkpoint-5", learning_rate=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(Averages, "begin", stop)
+        with pytest.raises(SystemExit):
+            run(sd, cache, first, resume_from_checkpoint="checkpoint-5", learning_rate=0.02)
+    assert kept(first) == before
+    assert {path.name for path in first.glob("*checkpoint-*")} == {
+        *("checkpoint-5", "abandoned-checkpoint-10", "abandoned-checkpoint-15", "abandoned-checkpoint-16")
+    }
+    capsys.readouterr()
+    run(sd, cache, first, resume_from_checkpoint="latest", learning_rate=0.02)
+    gone = ", ".join(sorted(before.keys() - common.keys()))
+    assert f"snapshots of averages that are not of this run are deleted: {gone}\n" in capsys.readouterr().out
     after = kept(first)
     assert before.items() & after.items() == common.items()
     assert len(after) == len(before)
@@ -171,3 +191,30 @@ def test_another_length_is_saved_afterwards(
         again = shutil.copytree(output, tmp_path / "again")
         run(sd, cache, again, resume_from_checkpoint="latest", **own | {"ema_length": 0.1})
         assert_same(load_file(unet_file(again)), second)
+
+
+def test_the_best_pipeline_has_what_was_validated_and_the_last_one_the_length(
+    sd: Path, cache: Path, tmp_path: Path
+) -> None:
+    """With --keep_best beside --ema_length; another length, saved afterwards, leaves the best one as it is."""
+    watched = {"num_validation_samples": 3, "validation_steps": 4, "num_validation_images": 1, "keep_best": "loss"}
+    steps = {"max_train_steps": 8, "checkpointing_steps": 4}
+    run(sd, cache, tmp_path, **steps, **watched, ema_length=0.07)
+    record = read(tmp_path / BEST)
+    assert record["score"] == "ema_validation_loss"
+    best, last = load_file(unet_file(tmp_path / BEST)), load_file(unet_file(tmp_path))
+    average = torch.load(tmp_path / f"checkpoint-{record['step']}" / AVERAGE)["shadow_params"]
+    tracked = torch.load(tmp_path / "checkpoint-8" / AVERAGES)["tracked"]
+    for name, *expected in zip(dict(tiny.unet(8).named_parameters()), average, *shadows(tracked), strict=True):
+        assert torch.equal(best[name], expected[0])
+        assert not any(torch.equal(last[name], other) for other in expected)
+    run(sd, cache, tmp_path, **steps, **watched, ema_length=0.1, resume_from_checkpoint="latest")
+    assert_same(load_file(unet_file(tmp_path / BEST)), best)
+    assert read(tmp_path / BEST) == record
+    longer = load_file(unet_file(tmp_path))
+    for name, mean in zip(dict(tiny.unet(8).named_parameters()), shadows(tracked)[1], strict=True):
+        torch.testing.assert_close(longer[name], mean, rtol=0, atol=1e-6)
+
+
+def shadows(tracked: list[dict[str, Any]]) -> list[list[torch.Tensor]]:
+    return [state["shadow_params"] for state in tracked]

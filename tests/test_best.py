@@ -20,11 +20,11 @@ import tiny
 from configs import train_config
 from ip2p.encode.base.errors import TrainError
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cached import Samples
 from ip2p.encode.data.columns import AFTER, BEFORE
 from ip2p.infer.__main__ import main as infer
 from ip2p.infer.score.metrics import Edit, measure
 from ip2p.train.__main__ import main
-from ip2p.train.data.samples import Samples
 from ip2p.train.save import best
 from ip2p.train.save.best import BEST, FORMER, LOWEST, UNFINISHED, go_back, keep, read
 from ip2p.train.save.checkpoint import AVERAGE

@@ -11,10 +11,10 @@ import torch
 from ip2p.encode.base.errors import CacheError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.train.data import batches as data
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order, Turns
-from ip2p.train.data.samples import Samples
 from ip2p.train.objective import Batch
 
 CPU = torch.device("cpu")

@@ -48,6 +48,10 @@ def read(**flags: object) -> TrainConfig:
             {"report_to": "none", "logging_dir": "elsewhere"},
             "--logging_dir elsewhere does nothing with --report_to none",
         ),
+        (
+            {"hub_private_repo": True},
+            "--hub_private_repo does nothing without --push_to_hub: add that, or leave it out",
+        ),
         ({"hub_token": "hf_secret"}, "--hub_token does nothing without --push_to_hub: add that, or leave it out"),
         (
             {"pretrained_model_name_or_path": "tests", "revision": "main"},
@@ -101,7 +105,7 @@ def test_flags_that_act_are_taken_and_read_again(tmp_path: Path) -> None:
         EDITED | {"validation_epochs": 2, "num_validation_images": 1},
         {"num_validation_samples": 4, "validation_steps": 2, "num_validation_images": 1, "keep_best": "loss"},
         {"num_validation_samples": 4, "score_samples": 4, "clip_model": "x", "keep_best": "clip_t"},
-        {"push_to_hub": True, "hub_token": "hf_secret"},
+        {"push_to_hub": True, "hub_token": "hf_secret", "hub_private_repo": True, "hub_license": "mit"},
         {"revision": "main", "non_ema_revision": "other", "max_train_steps": 3, "num_train_epochs": 2},
     ):
         config = read(**flags)

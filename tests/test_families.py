@@ -24,13 +24,13 @@ from configs import train_config
 from ip2p.encode.base.errors import CacheMismatch, ModelError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.weights import hash_weights, weight_files
 from ip2p.infer.__main__ import main as infer
 from ip2p.train.__main__ import main as train
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order, Turns
-from ip2p.train.data.samples import Samples
 from test_train import assert_same, flags, unet_file
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ import yaml
 
 from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import build, dump, flags_of, parse
-from ip2p.encode.config import REFUSED, TRAIN_ONLY, EncodeConfig
+from ip2p.encode.base.refused import REFUSED, TRAIN_ONLY
+from ip2p.encode.config import EncodeConfig
 from ip2p.infer.config import EvaluateConfig, InferConfig
 from ip2p.train.command import read as both
 from ip2p.train.config import TrainConfig, refused

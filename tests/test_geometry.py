@@ -12,11 +12,11 @@ import tiny
 from ip2p.encode.base.errors import CacheMismatch, SettingsError
 from ip2p.encode.base.flags import parse
 from ip2p.encode.cache.format import Cache, View
+from ip2p.encode.cached import Samples
 from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.geometry import Geometry
 from ip2p.train.data.order import Order
-from ip2p.train.data.samples import Samples
 
 CROPS = {"resize_mode": "random_crop", "crops": 3}
 

@@ -19,10 +19,10 @@ import tiny
 from configs import train_config
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.train.__main__ import main, preload
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 from ip2p.train.save.checkpoint import HostCopies
 from ip2p.train.unet import make, norm
 from ip2p.train.unet.load import check_gradients

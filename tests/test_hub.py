@@ -28,7 +28,7 @@ SMALLER = {
     "ip2p-infer": "--num_inference_steps 2",
 }
 OURS = r"(identify samples|encode|train|editing|denoising): +(\d+%|.* row/s)|[\d,]+ of [\d,]+ samples to encode: "
-OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |\d+ edited -> "
+OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |the safety checker of the base is |\d+ edited -> "
 OF_DOWNLOADS = r"Fetching \d+ files: |Generating train split: "
 
 

@@ -28,13 +28,13 @@ from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.samples import with_columns
 from ip2p.encode.cache.tables import write_samples
 from ip2p.encode.cache.writer import write_state
+from ip2p.encode.cached import Samples
 from ip2p.encode.data.pairs import Pairs
 from ip2p.encode.keeper.__main__ import main as keeper
 from ip2p.encode.keeper.verify import repair, verify
 from ip2p.train import agree
 from ip2p.train.__main__ import main
 from ip2p.train.data import keep
-from ip2p.train.data.samples import Samples
 from test_train import flags
 
 Encode = Callable[..., None]
@@ -355,7 +355,7 @@ def test_one_process_evaluates_and_tells_the_others(kept: Path, monkeypatch: pyt
     with pytest.raises(SettingsError, match="true of none"):
         keep.choose(caches, "score > 100")
     assert len(told) == 2
-    monkeypatch.setattr(keep, "kept", lambda *_: pytest.fail("asked by a process that is not the main one"))
+    monkeypatch.setattr(keep, "some_kept", lambda *_: pytest.fail("asked by a process that is not the main one"))
     monkeypatch.setattr(agree.PartialState, "is_main_process", property(lambda _: False))
 
     def receive(objects: list[object]) -> None:

@@ -344,7 +344,9 @@ def test_the_card_and_the_upload_tell_of_lora(sd: Path, cache: Path, tmp_path: P
     assert "LoRA of rank 2 and alpha 7 on all attention, and of full rank on `conv_in`" in card
     assert 'load_lora_weights("someone/editor", weight_name="pytorch_lora_weights.safetensors")' in card
     assert {ADAPTERS, CONV_IN, "unet/diffusion_pytorch_model.safetensors"} <= hub.uploaded.keys()
+    assert 'load_file(hf_hub_download("someone/editor", "conv_in.safetensors"))' in card
     assert not [name for name in hub.uploaded if "checkpoint" in name]
+    assert hub.with_places() == []
 
 
 @pytest.mark.parametrize(
@@ -451,4 +453,4 @@ def test_without_peft_a_line_says_how_to_get_it(
     )
     with pytest.raises(SystemExit, match=r"^2$"):
         main(command(sd, cache, tmp_path / "out"))
-    assert capsys.readouterr().err.splitlines()[-1] == "ip2p-train: --lora_rank needs peft: pip install 'ip2p[lora]'"
+    assert capsys.readouterr().err.splitlines()[-1] == "ip2p-train: --lora_rank needs peft: pip install peft"

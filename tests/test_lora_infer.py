@@ -259,5 +259,5 @@ def test_without_peft_a_line_says_how_to_get_it(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     monkeypatch.setattr(Checkpoint, "network", None)
-    with pytest.raises(EditError, match=r"^--lora needs peft: pip install 'ip2p\[lora\]'$"):
+    with pytest.raises(EditError, match=r"^--lora needs peft: pip install peft$"):
         editor(sd, outputs[0])

@@ -21,6 +21,7 @@ from ip2p.encode.base.errors import CacheMismatch, ImageError, SourceError
 from ip2p.encode.cache.format import Cache, View
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.shapes import latents_of
+from ip2p.encode.cached import Samples
 from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.data.pictures import open_mask, pooled
 from ip2p.encode.data.sheet import TILE
@@ -29,7 +30,6 @@ from ip2p.encode.keeper.__main__ import main as keep
 from ip2p.encode.keeper.verify import verify
 from ip2p.train.__main__ import main
 from ip2p.train.data.batches import gather
-from ip2p.train.data.samples import Samples
 from test_train import assert_same, flags
 
 Encode = Callable[..., None]

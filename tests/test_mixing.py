@@ -70,7 +70,9 @@ def test_an_epoch_of_two_caches_is_every_sample_of_both_once(
     assert yaml.safe_load((tmp_path / "train.yaml").read_text())["cache"] == [str(cache), str(other)]
     places = [json.loads((folder / "manifest.json").read_text())["dataset"]["name"] for folder in (cache, other)]
     names = [Path(place).name for place in places]
-    assert f"16 samples of {names[0]} and {names[1]} at 16 px" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| {names[0]} (a local dataset) | 10 | 0 |" in card
+    assert f"| {names[1]} (a local dataset) | 6 | 0 |" in card
 
 
 def test_a_run_by_weights_goes_on_exactly(

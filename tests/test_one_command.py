@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -302,7 +303,8 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
     line = GUIDE.replace("$MODEL_NAME", MODEL).replace("$DATASET_ID", DATASET).replace("\n", " ") + SMALLER
     with hub.serve(tmp_path / "hub") as standin:
         first = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
-        uploaded = set(standin.uploaded)
+        uploaded, card = set(standin.uploaded), standin.uploaded["README.md"].decode()
+        assert standin.with_places() == []
         standin.uploaded.clear()
         standin.fetched.clear()
         second = launched(line, tmp_path, **standin.environment, HF_TOKEN="hf_x")
@@ -315,6 +317,10 @@ def test_the_command_of_diffusers_guide_runs_with_one_word_changed(tmp_path: Pat
     assert standin.fetched == []
     assert {"model_index.json", "README.md", "unet/diffusion_pytorch_model.safetensors"} <= uploaded
     assert set(standin.uploaded) >= {"model_index.json", "README.md"}
+    said = yaml.safe_load(card.split("---")[1])
+    assert (said["base_model"], said["datasets"], said["license"]) == (MODEL, [DATASET], "creativeml-openrail-m")
+    assert 'from_pretrained("someone/instruct-pix2pix-model")' in card
+    assert f"| [{DATASET}](https://huggingface.co/datasets/{DATASET}) | 10 | 0 |" in card
     StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "instruct-pix2pix-model")
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from configs import train_config
 from ip2p.encode.base.errors import SettingsError
+from ip2p.encode.cached import Samples
 from ip2p.train.config import TrainConfig
 from ip2p.train.data.order import FINE, Mix, Order, Turns, identity, make_order
-from ip2p.train.data.samples import Samples
 
 
 def positions(order: Order, start: int, count: int) -> list[int]:

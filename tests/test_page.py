@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,9 +33,12 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 
-with_gradio = pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed: ip2p[ui]")
+REQUIRED = os.environ.get("IP2P_BROWSER") == "required"  # as CI says: then nothing here is skipped
+with_gradio = pytest.mark.skipif(
+    not REQUIRED and not importlib.util.find_spec("gradio"), reason="gradio is not installed"
+)
 with_browser = pytest.mark.skipif(
-    not (CHROMIUM and importlib.util.find_spec("playwright")),
+    not REQUIRED and not (CHROMIUM and importlib.util.find_spec("playwright")),
     reason="no browser to drive: apt-get install chromium, pip install playwright",
 )
 
@@ -355,6 +360,20 @@ def test_what_keeps_the_page_from_opening_is_said_in_one_line(
     assert said in line
 
 
+@pytest.mark.slow
+@with_gradio
+def test_where_a_browser_is_required_its_absence_is_no_skip(tmp_path: Path) -> None:
+    """CI says IP2P_BROWSER=required: without one the page's tests fail."""
+    one = f"{__file__}::test_every_control_reaches_the_model"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'inner'}", one]
+    environment = os.environ | {"PATH": "", "PLAYWRIGHT_BROWSERS_PATH": str(tmp_path)}
+    for required, expected in {"": "1 skipped", "required": "1 error"}.items():
+        environment["IP2P_BROWSER"] = required
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert expected in process.stdout.splitlines()[-1]
+        assert bool(process.returncode) == bool(required)
+
+
 def test_without_gradio_the_page_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,4 +381,4 @@ def test_without_gradio_the_page_says_what_to_install(
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match="2"):
         main(["--ui", "--model", "out"])
-    assert capsys.readouterr().err == "ip2p-infer: --ui needs gradio: pip install 'ip2p[ui]'\n"
+    assert capsys.readouterr().err == "ip2p-infer: --ui needs gradio: pip install gradio\n"

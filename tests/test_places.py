@@ -48,7 +48,11 @@ def test_what_can_be_a_folder_is_taken(odd: Path) -> None:
 
 def test_a_folder_that_may_not_be_written_in_is_refused(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the operating system says; root, which tests may be, may write anywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != odd)
+
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     with pytest.raises(SettingsError, match=r"--output .*/new cannot be written: Permission denied"):
         check_folder(odd / "new", "--output")
 

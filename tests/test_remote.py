@@ -30,11 +30,11 @@ from ip2p.encode.cache.remote import RemoteCache, open_caches
 from ip2p.encode.cache.tables import SHARDS_FILE
 from ip2p.encode.cache.window import GIB, at_least
 from ip2p.encode.cache.writer import write_state
+from ip2p.encode.cached import Samples
 from ip2p.encode.keeper.transfer import copy
 from ip2p.train.__main__ import main
 from ip2p.train.data.batches import gather
 from ip2p.train.data.order import make_order
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.sweep import sweep_over
 from ranks import FORKS
 from test_train import assert_same, flags, states

@@ -167,8 +167,9 @@ def test_what_nothing_is_trained_with_is_recorded_nowhere(
     """The record, and the card, of a pipeline that is made of a checkpoint are those of the run that trained it."""
     recorded = (run / "train.yaml").read_text()
     for output, wanted in ((run, "latest"), (tmp_path / "new", run / "checkpoint-9")):
-        go_on(output, wanted, learning_rate=0.5, train_batch_size=1)
+        go_on(output, wanted, learning_rate=0.5, train_batch_size=1, max_train_samples=3)
         assert (output / "train.yaml").read_text() == recorded
+        assert " | 8 | 2 | ip2p " in (output / "README.md").read_text()
         assert "| learning_rate | 0.5 |" not in (output / "README.md").read_text()
 
 
@@ -383,6 +384,8 @@ def test_random_damage_to_a_checkpoint_changes_nothing_or_is_named(sd: Path, cac
         except Ip2pError as error:
             problem = str(error)
         if problem is None:
+            if what.endswith(" without told"):  # as older versions wrote it
+                parts[PROGRESS].told = expected[PROGRESS]["told"]
             assert_same({name: part.state_dict() for name, part in parts.items() if part}, expected, what)
         else:
             assert str(path) in problem, what

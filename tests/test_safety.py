@@ -25,18 +25,23 @@ from test_scores import SIDE, tiny_judges
 STEPS = ["--num_inference_steps", "1"]
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline with a real safety checker that likes nothing."""
-    folder = tmp_path_factory.mktemp("models")
-    pipeline: Any = DiffusionPipeline.from_pretrained(tiny.pipeline(folder / "sd"))
+def safety_parts() -> dict[str, Any]:
+    """A real safety checker, tiny, that likes nothing, and what prepares pictures for it, as parts of a pipeline."""
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     checker = StableDiffusionSafetyChecker(
         CLIPConfig(vision_config=layers | {"image_size": SIDE, "patch_size": 7}, projection_dim=12)
     )
     checker.concept_embeds_weights.data.fill_(-2)  # which every cosine is above
     sizes: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    pipeline.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessorPil(**sizes))
+    return {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(**sizes)}
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with a real safety checker that likes nothing."""
+    folder = tmp_path_factory.mktemp("models")
+    pipeline: Any = DiffusionPipeline.from_pretrained(tiny.pipeline(folder / "sd"))
+    pipeline.register_modules(**safety_parts())
     pipeline.save_pretrained(folder / "checked")
     return folder / "checked"
 
@@ -151,7 +156,7 @@ print(shown[page.layout.note])
 """
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed: ip2p[ui]")
+@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
 def test_the_page_shows_no_blacked_out_picture(checked: Path, photos: Path, tmp_path: Path) -> None:
     """It says so instead, and the history stays as it is."""
     command = [sys.executable, "-c", PAGE, str(checked), str(photos / "a.png"), str(tmp_path)]

@@ -1,4 +1,4 @@
-"""Tests of train/data/samples.py: the samples of one cache and of several."""
+"""Tests of encode/cached.py: the samples of one cache and of several."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
+from ip2p.encode.cached import Samples
 from ip2p.train.data.batches import Batches
 from ip2p.train.data.order import Order, Turns
-from ip2p.train.data.samples import Samples
 
 CPU = torch.device("cpu")
 

@@ -14,13 +14,13 @@ from accelerate.state import AcceleratorState
 import tiny
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.encode.keeper.__main__ import main as keeper
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.models.encoders import TextEncoders
 from ip2p.train.__main__ import main
 from ip2p.train.data.batches import Batches, null_conditioning
 from ip2p.train.data.order import Order, Turns
-from ip2p.train.data.samples import Samples
 from ip2p.train.data.text import Texts
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.need import Model

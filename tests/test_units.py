@@ -19,10 +19,10 @@ from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.samples import Ledger
 from ip2p.encode.cache.tables import read_shards, write_shards
 from ip2p.encode.cache.writer import exclusive, write_state
+from ip2p.encode.cached import Samples
 from ip2p.encode.data.pairs import Pair
 from ip2p.encode.keeper.transfer import Place, copy
 from ip2p.encode.keeper.verify import repair, verify
-from ip2p.train.data.samples import Samples
 
 
 @pytest.fixture

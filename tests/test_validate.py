@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 import tiny
 from ip2p.encode.base.errors import EditError, SettingsError
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.cached import Samples
 from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.infer import Editor
 from ip2p.train.__main__ import main
-from ip2p.train.data.samples import Samples, hold_out
+from ip2p.train.data.keep import hold_out
 from ip2p.train.watch import frozen, validate
 from ip2p.train.watch.validate import BANDS
 from test_train import assert_same, flags, states, unet_file

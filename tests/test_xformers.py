@@ -50,7 +50,7 @@ def test_an_xformers_that_cannot_run_is_answered_in_a_line(
         load_unet(config, Checkpoint(sd))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        f"ip2p-train: {FLAG}: {reason}; pip install 'ip2p[gpu]', or leave the flag out: "
+        f"ip2p-train: {FLAG}: {reason}; pip install xformers nvidia-cuda-runtime-cu12, or leave the flag out: "
         "PyTorch's own attention is the same kernel\n"
     )
 

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..encode.base.console import quiet_libraries
-from ..encode.base.errors import user_errors
+from ..encode.base.begin import begin
+from ..encode.base.console import quiet_libraries, say
+from ..encode.base.errors import Stopped, user_errors
 from .command import PROG, read
 
 LIBRARY = "libcudart.so.12"
@@ -16,7 +17,7 @@ LIBRARY = "libcudart.so.12"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
-        encoding, config = read(sys.argv[1:] if argv is None else argv)
+        encoding, config = read(begin(argv))
         quiet_libraries()
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
@@ -24,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .run import train
         from .setup import encode_first
 
-        train(encode_first(encoding, config) if encoding else config)
+        try:
+            train(encode_first(encoding, config) if encoding else config)
+        except Stopped as stopped:
+            say(str(stopped))
+            raise SystemExit(128 + stopped.signal) from None
 
 
 def preload() -> None:

@@ -4,12 +4,14 @@ import dataclasses
 import math
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..encode.base.errors import SettingsError
 from ..encode.base.files import is_url
 from ..encode.base.flags import SECRET, Amount, Count, Whole, flags_of
-from ..encode.config import NOT_NEEDED, EncodeConfig, Model
+from ..encode.base.keywords import configured
+from ..encode.base.refused import NOT_NEEDED
+from ..encode.config import EncodeConfig, Model
 from .demands import check, idle
 from .learning import Lora, Machine, Objective, Optimizer, Steps
 
@@ -90,6 +92,11 @@ class Saving:
     """Upload the finished pipeline to the Hub."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the name of the output folder."""
+    hub_private_repo: bool = False
+    """Let nobody see the repository but its owner."""
+    hub_license: str | None = None
+    """Licence on the model card, as the Hub calls it, such as creativeml-openrail-m. Default: the base's, where the
+    card of that names one."""
     hub_token: str | None = dataclasses.field(default=None, metadata=SECRET)
     """Token for the Hub. Default: that of `hf auth login`. It is written nowhere."""
 
@@ -154,10 +161,14 @@ class TrainConfig:
     __post_init__ = check
     idle = idle
 
+    @classmethod
+    def of(cls, **flags: Any) -> "TrainConfig":
+        """A configuration by the flags of `ip2p-train`: `TrainConfig.of(cache="cache", …)`; or SettingsError."""
+        return configured(cls, "ip2p-train", refused("give it to EncodeConfig, and `encode` comes first"), flags)
 
-def refused() -> dict[str, str]:
+
+def refused(mend: str = "give it there, or a --dataset_name here as well") -> dict[str, str]:
     """Flags that `ip2p-train` does not take, with what to do about them."""
     others = flags_of(EncodeConfig).keys() - flags_of(TrainConfig).keys()
     renamed = {"rank": "is called --lora_rank here"}  # in diffusers' scripts for LoRA
-    elsewhere = "belongs to ip2p-encode: give it there, or a --dataset_name here as well"
-    return NOT_NEEDED | renamed | dict.fromkeys(others, elsewhere)
+    return NOT_NEEDED | renamed | dict.fromkeys(others, f"belongs to ip2p-encode: {mend}")

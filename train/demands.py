@@ -94,7 +94,8 @@ def idle(config: Any) -> Iterator[str]:
         why = "does nothing with --lr_scheduler constant: take constant_with_warmup, or 0 steps"
         yield from flags.idle(optimizer, why, "lr_warmup_steps")
     if not saving.push_to_hub:
-        yield from flags.idle(saving, "does nothing without --push_to_hub: add that, or leave it out", "hub_token")
+        why = "does nothing without --push_to_hub: add that, or leave it out"
+        yield from flags.idle(saving, why, "hub_token", "hub_private_repo")
     if not watching.image:
         why = "does nothing without a picture to edit: add --val_image_url_or_path, or leave it out"
         yield from flags.idle(watching, why, "validation_prompt")

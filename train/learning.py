@@ -87,7 +87,7 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Training small adapters instead of all weights (LoRA, arXiv 2106.09685); needs pip install 'ip2p[lora]'."""
+    """Training small adapters instead of all weights (LoRA, arXiv 2106.09685); needs pip install peft."""
 
     lora_rank: Count | None = None
     """Train adapters of this rank, such as 16, beside the frozen UNet; `conv_in` always gets one of full rank."""

@@ -59,6 +59,9 @@ def check_machine(config: TrainConfig) -> tuple[ProjectConfiguration, Precision]
     if cuda and precision.name == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         flag, mend = ("--weights", "leave it out") if precision.rounded else ("--mixed_precision", "take fp16")
         raise SettingsError(f"{flag} bf16: this GPU computes in no such format, {mend}")
+    if torch.backends.mps.is_available() and not on_cpu and precision.name != "no":  # as diffusers' scripts do there
+        flag, mend = ("--weights", "leave it out") if precision.rounded else ("--mixed_precision", "take no")
+        raise SettingsError(f"{flag} {precision.name}: on Apple's GPU training computes in float32, {mend}")
     # accelerate would go on without one that is not installed.
     installed = {str(kind): str(kind) in map(str, get_available_trackers()) for kind in LoggerType}
     installed |= {"all": any(installed.values()), "none": True}

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..encode.base.console import say
-from ..encode.base.errors import TrainError
+from ..encode.base.errors import Stopped, TrainError
 from ..encode.cache.reader import Reader
+from ..encode.cached import Samples
 from .config import TrainConfig
 from .data.batches import Batches, gather, null_conditioning
-from .data.keep import choose
+from .data.keep import choose, hold_out
 from .data.order import identity, make_order, remarks
-from .data.samples import Samples, hold_out
 from .data.sweep import sweep_over
 from .data.text import Texts
 from .machine import advise, alone, make_accelerator
@@ -27,10 +27,11 @@ from .need import check_memory, estimate
 from .objective import Objective, noise_scheduler
 from .save.averages import AVERAGES, Averages
 from .save.best import keep
-from .save.card import write_card
 from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpoints, Parts, checkpoints
-from .save.pipeline import export, finished, push
+from .save.pipeline import export, finished
+from .save.public import told
 from .save.resume import SETTINGS, Progress, find, go_on, resume
+from .save.upload import publish
 from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
 from .unet.load import allow_graphs, check_gradients
 from .unet.make import make_schedule, make_unet, make_update
@@ -45,7 +46,7 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         Ip2pError: anything the user can mend.
-        SystemExit: stopped by a signal, after a checkpoint.
+        Stopped: by a signal, after a checkpoint.
     """
     if config.machine.estimate:
         return estimate(config)
@@ -64,8 +65,7 @@ def train(config: TrainConfig) -> None:
         raise TrainError(f"out of memory: {mend}") from None
     accelerator.end_training()
     if signal:
-        say(f"stopped at step {run.progress.step}: continue with --resume_from_checkpoint latest")
-        raise SystemExit(128 + signal)
+        raise Stopped(run.progress.step, signal)
 
 
 class Run:
@@ -161,7 +161,8 @@ class Run:
     def begin(self) -> None:
         """Let the output folder and the trackers tell of this run, now that nothing but its steps can fail."""
         config, folder, step = self.config, self.config.saving.output_dir, self.progress.step
-        trains = step < self.total
+        trains, caches, known = step < self.total, self.reader.caches, self.progress.told
+        self.progress.told = told(known, caches, self.samples, self.validation.held_out, trains=trains)
         if self.accelerator.is_main_process:
             if trains or not checkpoints(folder):
                 go_on(folder, self.origin, step)
@@ -200,12 +201,8 @@ class Run:
 
     def finish(self) -> None:
         """Save the pipeline and its card, and upload them if that is asked for."""
-        config, folder = self.config, self.config.saving.output_dir
-        self.save(folder, config.optimizer.ema_length)
-        write_card(config, self.reader.caches, self.progress)
-        say(f"saved the pipeline in {folder}: try `ip2p-infer --model {folder} …`")
-        if config.saving.push_to_hub:
-            say(f"uploaded to {push(config)}")
+        self.save(self.config.saving.output_dir, self.config.optimizer.ema_length)
+        publish(self.config, self.base, self.reader.caches, self.progress)
 
     def check_compiled(self) -> None:
         """Hold the compiled UNet against itself uncompiled, on a batch of each shape that it will be trained with."""

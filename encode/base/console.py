@@ -1,4 +1,8 @@
-"""What users see while a command runs: bars and sentences, by the main process alone."""
+"""What users see while a command runs: bars and sentences, by the main process alone.
+
+Sentences go to the logger `ip2p`, and bars are drawn where it lets mere information through. Commands show both, unless
+`--quiet` is given; in Python nothing but warnings is seen until `logging` is told otherwise.
+"""
 
 import importlib
 import logging
@@ -8,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
@@ -22,17 +25,42 @@ def is_main_process() -> bool:
     return next((os.environ[name] for name in RANKS if name in os.environ), "0") == "0"
 
 
+LOGGER = logging.getLogger("ip2p")
+
+
+class Console(logging.Handler):
+    """Prints messages, a line each, above any bar: warnings to stderr, others to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        file = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        tqdm.write(self.format(record), file=file)
+        file.flush()
+
+
+def show_messages(*, quiet: bool = False) -> None:
+    """Let this process print what is said: all of it, or warnings alone."""
+    LOGGER.setLevel(logging.WARNING if quiet else logging.INFO)
+    if not LOGGER.handlers:
+        LOGGER.addHandler(Console())
+    LOGGER.propagate = False  # a library that sets up logging would print each message a second time
+
+
+def is_quiet() -> bool:
+    """Whether nothing but warnings is to be seen."""
+    return not LOGGER.isEnabledFor(logging.INFO)
+
+
 def say(*sentences: str) -> None:
-    """Print sentences, a line each, above any bar."""
+    """Tell users something, a sentence each."""
     if is_main_process():
         for sentence in sentences:
-            tqdm.write(sentence, file=sys.stdout)
+            LOGGER.info(sentence)
 
 
 def warn(sentence: str) -> None:
-    """Print a sentence to stderr, above any bar: something was left out, and the work goes on."""
+    """Warn users in a sentence: something was left out, and the work goes on."""
     if is_main_process():
-        tqdm.write(sentence, file=sys.stderr)
+        LOGGER.warning(sentence)
 
 
 def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "tqdm[Any]":
@@ -40,11 +68,14 @@ def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "t
 
     `what` is the work, such as "encode"; `unit` is what is counted, B for bytes; `options` are those of tqdm.
     """
-    options = {"leave": False, "unit_scale": unit == "B", "disable": not is_main_process()} | options
+    options = {"leave": False, "unit_scale": unit == "B", "disable": is_quiet() or not is_main_process()} | options
     return tqdm(items, desc=what, unit=unit, **options)
 
 
-LOGGING = ("transformers.utils.logging", "diffusers.utils.logging")  # which log, and draw bars while they load and save
+LIBRARIES = (
+    "transformers.utils.logging",
+    "diffusers.utils.logging",
+)  # which draw bars while they load and save
 
 
 def quiet_libraries() -> None:
@@ -57,9 +88,11 @@ def quiet_libraries() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # its errors are raised as well
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which asks for kernels that we have no use for
+    for library in ("HF_HUB", "HF_DATASETS") if is_quiet() else ():
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning, append=True)  # what will change in libraries concerns us
     warnings.filterwarnings("ignore", ".*deprecated", UserWarning, append=True)
-    for module in filter(None, map(sys.modules.get, LOGGING)):
+    for module in filter(None, map(sys.modules.get, LIBRARIES)):
         _take_bars(module)
     if not any(isinstance(finder, _Imports) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Imports())
@@ -69,7 +102,7 @@ class _Imports(MetaPathFinder):
     """Waits for the libraries to be imported, which takes seconds: earlier there is no switch to turn."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, path) if name in LOGGING else None
+        spec = PathFinder.find_spec(name, path) if name in LIBRARIES else None
         if spec and spec.loader:
             execute = spec.loader.exec_module
 
@@ -81,16 +114,9 @@ class _Imports(MetaPathFinder):
         return spec
 
 
-def _take_bars(logging: ModuleType) -> None:
+def _take_bars(library: ModuleType) -> None:
     hub = importlib.import_module("huggingface_hub.utils")
     hidden = hub.are_progress_bars_disabled()
-    logging.disable_progress_bar()  # transformers' takes those of downloads along
+    library.disable_progress_bar()  # transformers' takes those of downloads along
     if not hidden:
         hub.enable_progress_bars()
-
-
-def show_version(argv: Sequence[str]) -> None:
-    """Answer `--version` and end."""
-    if "--version" in argv:
-        print("ip2p", version("ip2p"))
-        raise SystemExit

@@ -15,7 +15,7 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, er
 """What no program can help: disks that are full, broken or read-only, names and permissions."""
 
 
-class Ip2pError(Exception):
+class Ip2pError(RuntimeError):
     """Base of all errors that are shown to the user as one or two lines."""
 
 
@@ -33,6 +33,14 @@ class ModelError(Ip2pError):
 
 class TrainError(Ip2pError):
     """A training run that cannot go on as it is."""
+
+
+class Stopped(TrainError):
+    """A training run that ended early by a signal, after a checkpoint."""
+
+    def __init__(self, step: int, signal: int):
+        super().__init__(f"stopped at step {step}: continue with --resume_from_checkpoint latest")
+        self.signal = signal
 
 
 class EditError(Ip2pError, ValueError):

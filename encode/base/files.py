@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,8 +33,7 @@ def whole(path: Path) -> Iterator[Path]:
 
     The folder is made if need be. The data is on the disk before the name is, and both are when this returns.
     """
-    short = os.fsdecode(os.fsencode(path.name)[:128])  # a name may have 255 bytes
-    unfinished = path.with_name(f".{short}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name[:32]}.{os.getpid()}")  # a name may have 255 bytes, a letter four
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -63,10 +63,7 @@ def check_folder(folder: Path, flag: str, instead: str = "") -> None:
         there = next(path for path in (folder, *folder.parents) if _is_there(path))
         if not there.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is no folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-            raise OSError(why, os.strerror(why))
-        tempfile.TemporaryFile(dir=there).close()  # which root may do anywhere but in /proc and its like
+        tempfile.TemporaryFile(dir=there).close()
     except (OSError, ValueError) as error:  # also a name that is too long, a loop of links, a zero byte
         why = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(f"{flag} {folder} cannot be written: {why}") from None
@@ -88,8 +85,11 @@ def _is_there(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file or folder is on the disk; Windows waits for no folder, and for no file that is but read."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

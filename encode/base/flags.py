@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import yaml
 
-from .console import show_version
 from .errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config")
@@ -29,6 +28,7 @@ Whole = Annotated[int, AtLeast(0)]
 Amount = Annotated[float, AtLeast(0)]
 Name = Annotated[str, AtLeast(1)]
 NUMBERS = {int: "a whole number", float: "a number"}
+EVERYWHERE = "--quiet leaves warnings and errors, --version tells the version."
 SECRET = {"secret": True}
 """Metadata of a field that is written nowhere."""
 
@@ -46,11 +46,10 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     """
     import tyro  # here, because nothing else in a worker process needs it
 
-    show_version(argv)
     arguments = expand(list(argv))
     check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
-    cli = {"prog": prog, "description": config.__doc__, "use_underscores": True}
+    cli = {"prog": prog, "description": f"{config.__doc__}\n\n{EVERYWHERE}", "use_underscores": True}
     found = tyro.cli(config, args=arguments, config=options, **cli)
     for sentence in getattr(found, "idle", tuple)():
         raise SettingsError(sentence)

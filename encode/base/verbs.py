@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from .console import show_version
 from .errors import SettingsError, did_you_mean
 from .files import is_url
 from .flags import check, expand
@@ -24,7 +23,6 @@ def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog:
         SettingsError: no such verb, something is missing before the flags, a url where a folder goes, an unknown flag,
             or a wrong value.
     """
-    show_version(argv)
     name, *arguments = argv or ["--help"]
     if name in ("--help", "-h"):
         print(_overview(verbs, prog))

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
+from ..base.console import say
 from ..base.errors import SettingsError, explained
+from .commits import pc
 from .condition import FUNCTIONS, NUMBER, TEXT, Condition, Kind, parse
 from .format import Cache
 from .tables import SAMPLES_FILE
@@ -46,6 +48,17 @@ def condition_on(cache: Cache, text: str) -> Condition:
         return parse(text, kinds(pq.read_schema(cache.folder / SAMPLES_FILE)))
     except SettingsError as error:
         raise SettingsError(f"{cache.name}: {error}") from None
+
+
+def some_kept(cache: Cache, text: str) -> np.ndarray:
+    """As `kept`, and say how many that are; a SettingsError also where it keeps no usable sample."""
+    mask = kept(cache, text)
+    usable = pc.equal(cache.samples("status")["status"], "ok").to_numpy()
+    left, there = int((mask & usable).sum()), int(usable.sum())
+    if there and not left:
+        raise SettingsError(f"--keep {text}: that is true of none of the {there:,} samples of {cache.name}")
+    say(f"--keep {text}: {left:,} of {there:,} samples of {cache.name}")
+    return mask
 
 
 def matching(table: pa.Table, condition: Condition) -> np.ndarray:

@@ -19,14 +19,15 @@ import numpy as np
 import zarr
 
 from ..base.errors import CacheError
+from ..base.system import NORESERVE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
-_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+_PROT_NONE, _MAP_FIXED = 0, 0x10
+_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 _FAILED = ctypes.c_void_p(-1).value
 
 

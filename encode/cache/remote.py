@@ -5,7 +5,6 @@ machine share a folder: who has the lock of a file fetches it, and all find it t
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import time
@@ -19,6 +18,7 @@ import google_crc32c
 from ..base.errors import CacheError, explained
 from ..base.files import check_folder, content_key, is_url, stream_record, unseal, whole, whole_again
 from ..base.store import Missing, Place
+from ..base.system import fcntl
 from .commits import Unit, unit_of
 from .format import Cache, Record, readable
 from .tables import SHARDS_FILE

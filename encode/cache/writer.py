@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import zarr
-from zarr.core.buffer import Buffer
+from zarr.abc.buffer import Buffer
 
 from ..base.errors import CacheError
 from ..base.files import UNFINISHED, file_record, sync, whole, write_record
+from ..base.system import fcntl
 from .commits import Commit, pc, write_commit
 from .format import FORMAT, SAMPLES, Cache, Unit, chunk_rows
 from .samples import Ledger, counts

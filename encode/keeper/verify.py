@@ -1,6 +1,5 @@
 """Checks every byte of a cache, names what is wrong, and drops what is torn, so that `ip2p-encode` makes it again."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ import zarr
 from ..base.console import bar
 from ..base.errors import CacheError
 from ..base.files import IRREPLACEABLE, UNFINISHED, file_record, read_record
+from ..base.system import cores
 from ..cache.commits import Commit, Unit, unit_of
 from ..cache.format import SAMPLES, Cache, wrong_size
 from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
@@ -118,7 +118,7 @@ def _read_records(folder: Path, files: Iterable[str]) -> tuple[dict[Unit, Commit
 def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding]:
     """Compare all shards with their records; their numbers too where the metadata is sound (`cache`)."""
     arrays = {kind: cache.arrays(kind) if cache else {} for kind in ("images", "text")}
-    findings, cores = [], len(os.sched_getaffinity(0))
+    findings: list[Finding] = []
 
     def check(unit: Unit) -> tuple[int, list[Finding]]:
         files = records[unit].files
@@ -129,7 +129,7 @@ def _shards(folder: Path, records: Records, cache: Cache | None) -> list[Finding
         return sum(file["bytes"] for file in files.values()), found
 
     total = sum(file["bytes"] for record in records.values() for file in record.files.values())
-    with ThreadPoolExecutor(cores) as pool, bar(None, "verify", "B", total=total) as progress:
+    with ThreadPoolExecutor(cores()) as pool, bar(None, "verify", "B", total=total) as progress:
         for size, found in pool.map(check, sorted(records)):
             findings += found
             progress.update(size)

@@ -196,3 +196,11 @@ def _find_vae(vae: str, base: Path, model: Model) -> Path:
 def find_device(name: str | torch.device | None = None) -> torch.device:
     """The device called `name`, such as "cuda:1"; by default this machine's accelerator if there is one."""
     return torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
+
+def layout(device: torch.device) -> torch.memory_format:
+    """How convolutions like pictures best on a device: by channels last, but on Apple's GPU.
+
+    PyTorch has computed wrong numbers of them there, without a word (pytorch/pytorch issues 180984 and 175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last

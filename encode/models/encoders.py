@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, layout
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -73,7 +73,7 @@ class Encoders:
         self.texts = TextEncoders(checkpoint, device, dtype)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        return _load(self.checkpoint, "vae", self.device, dtype).to(memory_format=torch.channels_last)
+        return _load(self.checkpoint, "vae", self.device, dtype).to(memory_format=layout(self.device))
 
     @functools.cached_property
     def _float32_vae(self) -> AutoencoderKL:
@@ -102,7 +102,7 @@ class Encoders:
 
     def _moments(self, vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
         images = 2 * (pixels.to(self.device, non_blocking=True).float() / 255) - 1  # diffusers' order of operations
-        images = images.to(dtype=vae.dtype, memory_format=torch.channels_last)
+        images = images.to(dtype=vae.dtype, memory_format=layout(self.device))
         posterior = vae.encode(images).latent_dist  # type: ignore[union-attr]
         return torch.cat([posterior.mean, posterior.logvar], dim=1).half()  # (B, 8, h, w)
 

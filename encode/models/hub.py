@@ -12,8 +12,12 @@ from ..base.errors import ModelError
 
 def is_place(name: str) -> bool:
     """Whether a model can be at `name`: a folder, or what looks like a Hub id."""
-    path, hub_id = Path(name), re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    return path.is_dir() or bool(hub_id and not path.exists())
+    return Path(name).is_dir() or is_hub_id(name)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name looks like a Hub id, and nothing on this machine has it."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
 
 
 def fetch_pipeline(

@@ -27,10 +27,10 @@ from diffusers import UNet2DConditionModel
 
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.cache.reader import Reader
+from ip2p.encode.cached import Samples
 from ip2p.encode.config import Model
 from ip2p.encode.models.checkpoint import find_checkpoint
 from ip2p.train.data.batches import gather, null_conditioning
-from ip2p.train.data.samples import Samples
 from ip2p.train.learning import Objective as Flags
 from ip2p.train.objective import Objective, noise_scheduler
 from recipe import DEMO, STARTER, Recipe, edit, encode, make_pairs, score, train

@@ -193,7 +193,7 @@ def name_of(key: str) -> str:
     """
     names = []
     code, *changes = key.split("~")
-    filled = dict(change.partition(":")[::2] for change in changes)
+    filled = {kind: value for kind, _, value in (change.partition(":") for change in changes)}
     tone = filled.get("skin", "")
     for part in code.split("-"):
         if part in {"FE0F", "200D"} or (tone == "yellow" and part in TONES):

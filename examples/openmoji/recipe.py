@@ -15,7 +15,9 @@ import torch
 
 HERE = Path(__file__).parent
 STARTER = HERE / "starter"
-AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))  # without it, a processor computes faster in float32
+AMX = bool(
+    getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+)  # without it, a processor computes faster in float32
 
 
 class Recipe(NamedTuple):

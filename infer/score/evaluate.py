@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...encode.base.console import bar, warn
+from ...encode.base.console import bar, say, warn
 from ...encode.base.errors import EditError
 from ...encode.base.files import check_folder, whole
 from ...encode.base.flags import dump
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> int:
     scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
     with bar(None, "editing", "picture", total=len(config.model) * len(scales) * len(jobs)) as shown:
         for model in config.model:
-            warn(f"{model}, image guidance {', '.join(f'{scale:g}' for scale in scales)}, text guidance {text:g}")
+            say(f"{model}, image guidance {', '.join(f'{scale:g}' for scale in scales)}, text guidance {text:g}")
             name = re.sub(r"[^\w.-]+", "_", model).strip("_.")
             places = [folder / name / f"image_{scale:g}_text_{text:g}" for scale in scales]
             for place in places:
@@ -175,7 +175,7 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
     print(_table(results))
     for lack in sorted(set(left_out.values())):
         titles = ", ".join(SCORES[name][0] for name in left_out if left_out[name] == lack)
-        print(f"left out: {titles}; the dataset has no {lack}")
+        say(f"left out: {titles}; the dataset has no {lack}")
     content = {"settings": dump(config), "left_out": left_out, "results": results}
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
@@ -185,7 +185,7 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
             point = row["clip_direction"], row["clip_image"], f"{row['image_guidance_scale']:.1f}"
             lines[row["model"]].append(point)
         draw_curve(lines, "CLIP text-image direction similarity", "CLIP image similarity").save(folder / "curve.png")
-    print("->", folder / "results.json")
+    say(f"-> {folder / 'results.json'}")
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from ...encode.base.console import say
 from ...encode.base.errors import EditError
 from ..config import InferConfig
 
@@ -20,7 +21,7 @@ def serve(config: InferConfig) -> int:
         EditError: gradio is missing, the port is taken, or the first model or an example cannot be loaded.
     """
     if importlib.util.find_spec("gradio") is None:
-        raise EditError("--ui needs gradio: pip install 'ip2p[ui]'")
+        raise EditError("--ui needs gradio: pip install gradio")
     with _listen(config.page.host, config.page.port) as listener, tempfile.TemporaryDirectory(prefix="ip2p-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # for uploads; gradio reads it on import
         import gradio
@@ -44,7 +45,7 @@ def serve(config: InferConfig) -> int:
             # uvicorn passes a signal on once it has stopped: SIGTERM, too, must leave by way of the folder's removal.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             host, port = listener.getsockname()[:2]
-            print(f"ip2p-infer: the page is at http://{host}:{port} (Ctrl-C ends it)", flush=True)
+            say(f"ip2p-infer: the page is at http://{host}:{port} (Ctrl-C ends it)")
             server.run([listener])
     return 0
 

@@ -19,8 +19,8 @@ import torch
 from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
 from ...encode.cache.shapes import shaped
+from ...encode.cached import Samples
 from ..objective import Batch, Null
-from .samples import Samples
 from .text import Texts
 
 AHEAD = 4  # batches whose rows the disk is asked for in advance
@@ -172,6 +172,9 @@ class Slot:
                 tensors = {name: part.to(self.device, non_blocking=True) for name, part in tensors.items()}
                 tokens = [part.pin_memory().to(self.device, non_blocking=True) for part in tokens]
                 self.copied.record(self.stream)
+        else:
+            tensors = {name: part.to(self.device) for name, part in tensors.items()}
+            tokens = [part.to(self.device) for part in tokens]
         # Only here: whole buffers are copied at once, and what is seen of them is a view.
         self.tensors, self.tokens = tensors | {name: shaped(tensors[name], *shape) for name in self.flat}, tokens
 

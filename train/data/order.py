@@ -12,8 +12,8 @@ import numpy as np
 
 from ...encode.base.errors import SettingsError
 from ...encode.base.files import content_key
+from ...encode.cached import Samples
 from ..config import TrainConfig
-from .samples import Samples
 from .sweep import Sweep, described
 
 FINE = 1000  # places at least, among which the caches of a mix divide those of one shape

@@ -14,7 +14,7 @@ from ...encode.base.errors import SettingsError
 from ...encode.cache.format import ARRAYS
 from ...encode.cache.reader import Reader
 from ...encode.cache.window import at_least
-from .samples import Samples
+from ...encode.cached import Samples
 
 CIRCLE = 7  # a number that tells these draws from those of an order with the same seed
 

@@ -81,9 +81,11 @@ class Averages:
                     if not (self.folder / name).exists() and (there / name).exists():
                         with whole(self.folder / name) as unfinished:
                             shutil.copyfile(there / name, unfinished)
-                for file in self.folder.glob("*"):
-                    if file.name not in self.snapshots:
-                        file.unlink()
+                left = sorted(file.name for file in self.folder.glob("*") if file.name not in self.snapshots)
+                for name in left:
+                    (self.folder / name).unlink()
+                if left:
+                    say(f"snapshots of averages that are not of this run are deleted: {', '.join(left)}")
 
     def snapshot(self, step: int, total: int) -> None:
         """Take one if it is its turn: of both averages; raises TrainError where it cannot be written."""

@@ -1,4 +1,4 @@
-"""What a run ends with: a pipeline of the trained UNet and the base model's frozen parts, and an upload."""
+"""What a run ends with: a pipeline of the trained UNet and the base model's frozen parts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,6 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ...encode.base.errors import TrainError, explained
@@ -23,8 +21,6 @@ from ..config import TrainConfig
 from ..unet.load import load_unet
 from ..unet.lora import add_adapters, save_adapters
 from ..unet.weights import Weights
-from .averages import FOLDER
-from .best import BEST
 
 
 def finished(
@@ -70,6 +66,8 @@ def export(
             unet.fuse_lora()
             unet.unload_lora()
         frozen = {name: checkpoint.network(name, dtype) for name, dtype in dtypes(checkpoint).items()}
+        for network in (unet, frozen["vae"]):
+            network.register_to_config(_name_or_path="")  # where diffusers has read it is nobody's business
         make_pipeline(unet, scheduler, checkpoint, frozen).save_pretrained(output_dir)
 
 
@@ -100,24 +98,3 @@ def dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
     """The precision of each frozen part's weight files."""
     folders = {name: checkpoint.folder / name for name in checkpoint.text_encoders} | {"vae": checkpoint.vae_folder}
     return {name: dtype_of(folder, checkpoint.variant) for name, folder in folders.items()}
-
-
-def push(config: TrainConfig) -> str:
-    """Upload the pipeline, its card and its validation pictures; returns the address, or raises TrainError."""
-    api, folder = HfApi(token=config.saving.hub_token), config.saving.output_dir
-    name = config.saving.hub_model_id or folder.resolve().name
-    try:
-        repository = api.create_repo(name, exist_ok=True).repo_id
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Trained with ip2p",
-            ignore_patterns=["*checkpoint-*", f"{BEST}/*", f"{FOLDER}/*", f"{config.watching.logging_dir}/*", ".lock"],
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise TrainError(
-            f"--push_to_hub {name}: {' '.join(str(error).split())}\n"
-            f"The pipeline is in {folder}: mend that (perhaps --hub_token or --hub_model_id) and repeat with "
-            "--resume_from_checkpoint latest"
-        ) from None
-    return repository

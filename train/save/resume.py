@@ -41,6 +41,7 @@ class Progress:
     lap: int = 0  # how often that has changed
     files: list[str] = dataclasses.field(default_factory=list)  # that its checkpoints consist of
     trains: str = Lora().described  # which weights
+    told: str = ""  # for the card (`public.py`)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -55,6 +56,7 @@ class Progress:
             raise SettingsError(f"the checkpoint has trained {found}, and this run {self.trains}: go on with its flags")
         self.seed, self.step, self.samples = state["seed"], state["step"], state["samples"]
         seen, self.lap = state.get("seen", [self.samples]), state.get("lap", 0)
+        self.told = state.get("told", "")
         if state.get("selection", self.selection) == self.selection:
             fit({"seen": seen}, {"seen": self.seen})
             self.seen = seen

@@ -7,7 +7,7 @@ from diffusers.optimization import get_scheduler
 
 from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
-from ...encode.models.checkpoint import Checkpoint
+from ...encode.models.checkpoint import Checkpoint, layout
 from ..config import TrainConfig
 from ..learning import Optimizer
 from .load import choose_attention, load_unet
@@ -31,7 +31,7 @@ def make_unet(
     unet: Any = load_unet(config, checkpoint)
     if config.lora.lora_rank:
         add_adapters(unet, config.lora, seed, precision.dtype)
-    unet.to(device)
+    unet.to(device, memory_format=layout(device))
     choose_attention(unet, device, precision.name)
     if not config.machine.compile:  # which fuses norms in its own way
         choose_norms(unet, device, precision.dtype)

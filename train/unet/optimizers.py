@@ -31,8 +31,33 @@ def make_optimizer(config: TrainConfig, weights: Weights, processes: int) -> tor
 def optimizer_over(weights: Sequence[Tensor], name: str, **options: Any) -> torch.optim.Optimizer:
     """adamw, adamw8bit or adafactor over float32 or bfloat16 weights, which stay as they lie in memory."""
     if name == "adamw" and weights[0].dtype == torch.float32:
-        return torch.optim.AdamW(weights, fused=True, **options)
+        return (
+            Scaled(weights, **options)
+            if weights[0].device.type == "mps"
+            else torch.optim.AdamW(weights, fused=True, **options)
+        )
     return Compact(weights, name, **options)
+
+
+class Scaled(torch.optim.AdamW):
+    """AdamW that heeds `grad_scale` and `found_inf`: PyTorch's fused one leaves them unread on Apple's GPU.
+
+    See FusedAdamWKernelImpl.mm there: gradients would not be clipped, and one that is not finite would end up in the
+    weights, without a word.
+    """
+
+    grad_scale: Tensor  # as of `Compact`
+    found_inf: Tensor
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Change all weights that have a gradient, unless they shall stay: the device is waited for."""
+        divisor, skipped = self.grad_scale, self.found_inf
+        del self.grad_scale, self.found_inf  # which PyTorch takes where it is fused alone
+        if not skipped:
+            gradients = [weight.grad for group in self.param_groups for weight in group["params"]]
+            torch._foreach_div_([gradient for gradient in gradients if gradient is not None], divisor)
+            super().step()
 
 
 class Compact(torch.optim.Optimizer):

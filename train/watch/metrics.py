@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...encode.base.console import bar
 from ...encode.base.errors import TrainError, explained
+from ...encode.base.system import most_memory
 from ...encode.cache.reader import Reader
 from ..config import TrainConfig
 from ..data.batches import Batches
@@ -133,7 +133,7 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that the GPU has held for this process, or without one that the process has held itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+    return most_memory()
 
 
 def peak(device: torch.device) -> float | None:

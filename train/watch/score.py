@@ -16,12 +16,12 @@ from ...encode.cache.condition import TEXT
 from ...encode.cache.format import SAMPLES, Cache
 from ...encode.cache.keep import kinds
 from ...encode.cache.tables import SAMPLES_FILE
+from ...encode.cached import Samples
 from ...encode.data.columns import AFTER, BEFORE, ENDING, Role
 from ...encode.models.judge import Judge
 from ...infer.edit import Editor
 from ...infer.score.metrics import Edit, measure
 from ..config import Watching
-from ..data.samples import Samples
 
 CAPTIONED = {"clip_t": (AFTER,), "clip_direction": (BEFORE, AFTER)}
 """Scores that need captions, and which."""

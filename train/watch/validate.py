@@ -22,6 +22,7 @@ from PIL import Image
 from ...encode.base.console import say
 from ...encode.base.errors import SettingsError, reason
 from ...encode.cache.reader import Reader
+from ...encode.cached import Samples
 from ...encode.data.sheet import contact_sheet
 from ...encode.models.checkpoint import Checkpoint
 from ...infer.drawing.denoise import TooLarge
@@ -29,7 +30,6 @@ from ...infer.edit import Editor
 from ...infer.score.metrics import Edit
 from ..config import TrainConfig, Watching
 from ..data.batches import gather
-from ..data.samples import Samples
 from ..data.text import Texts
 from ..objective import Objective
 from ..save.pipeline import make_pipeline

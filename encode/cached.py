@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ...encode.base.errors import CacheError, SettingsError
-from ...encode.cache.commits import pc
-from ...encode.cache.format import Cache, View
-from ...encode.cache.reader import Reader
-from ...encode.cache.remote import completed
-from ...encode.cache.samples import counts, with_columns
-from ...encode.cache.tables import packed_keys
+from .base.errors import CacheError
+from .cache.commits import pc
+from .cache.format import Cache, View
+from .cache.reader import Reader
+from .cache.remote import completed
+from .cache.samples import counts, with_columns
+from .cache.tables import packed_keys
 
 SIZE, CROPS, SHAPE = ("original_height", "original_width"), ("crop_top", "crop_left"), ("height", "width")
 
@@ -141,16 +141,3 @@ def _groups(table: pa.Table) -> np.ndarray:
     ranks = np.empty(len(order), np.int64)
     ranks[order] = np.arange(len(order))
     return ranks[encoded.indices.to_numpy()]
-
-
-def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
-    """Split off at least `count` samples that training never sees, by image pair, so that no pair is on both sides.
-
-    Which they are depends on the identities of the pairs alone: the same ones after the dataset has grown by a little,
-    and held out of every cache that holds them. Raises SettingsError: nothing is left to train on.
-    """
-    chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
-    if chosen.all():
-        found = f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples"
-        raise SettingsError(f"{found}, hold out fewer")
-    return samples.select(~chosen), samples.select(chosen)
