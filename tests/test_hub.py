@@ -100,7 +100,7 @@ def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path:
         served.fetched.clear()
     assert fetched == [
         ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
-        ["unet/diffusion_pytorch_model.safetensors"],
+        ["README.md", "unet/diffusion_pytorch_model.safetensors"],  # the first for its licence
         [],
     ]
     assert (tmp_path / "snowy.png").is_file()
