@@ -9,7 +9,7 @@ import resource
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,7 +78,7 @@ sys.platform = "win32"
 """
 
 
-def act(system: str, *runs: list[str]) -> str:
+def act(system: str, *runs: Sequence[str]) -> str:
     """What commands, each with its arguments, print in a process that takes its system for another one."""
     program = ACT.format(act=system, runs=runs)
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
