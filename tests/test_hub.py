@@ -33,6 +33,7 @@ SMALLER = {
 }
 OURS = r"(identify samples|encode|train|editing|denoising): +(\d+%|.* row/s)|[\d,]+ of [\d,]+ samples to encode: "
 OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |the safety checker of the base is |\d+ edited -> "
+OURS += r"|[\d,]+ steps of [\d,]+ samples are |\d+ checkpoints? of "
 OF_DOWNLOADS = r"Fetching \d+ files: |Generating train split: "
 
 

@@ -31,6 +31,7 @@ from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpo
 from .save.pipeline import export, finished
 from .save.public import told
 from .save.resume import SETTINGS, Progress, find, go_on, resume
+from .save.room import announce
 from .save.upload import publish
 from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track, with_model
 from .unet.load import allow_graphs, check_gradients
@@ -111,6 +112,7 @@ class Run:
         self.update.seed = self.progress.seed
         self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         self.lr_scheduler = make_schedule(config.optimizer, self.update.optimizer, self.progress.step, self.total)
+        announce(config, self.base, unet, self.state, self.total, self.per_step, len(self.samples.rows))
 
     @property
     def state(self) -> Parts:
