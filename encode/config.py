@@ -162,7 +162,8 @@ class Run:
     """How the encode runs."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision in which the VAE and the text encoder run. The cache holds float16 in any case."""
+    """Precision in which the VAE and the text encoder run; fp16 is right on a GPU. The cache holds float16 in any case.
+    The error of the posterior's mean, in its standard deviations: no 0.02, fp16 0.035, bf16 0.34 (the demo's VAE)."""
     vae_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
     """Precision of the VAE alone; fp32 is another word for no. Default: that of --mixed_precision; for SDXL float32,
     since its VAE overflows, unless the VAE's configuration says that it does not (force_upcast: false)."""

@@ -33,7 +33,7 @@ SMALLER = {
 }
 OURS = r"(identify samples|encode|train|editing|denoising): +(\d+%|.* row/s)|[\d,]+ of [\d,]+ samples to encode: "
 OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |the safety checker of the base is |\d+ edited -> "
-OURS += r"|[\d,]+ steps of [\d,]+ samples are |\d+ checkpoints? of "
+OURS += r"|the model is that of the cache: |[\d,]+ steps of [\d,]+ samples are |\d+ checkpoints? of "
 OF_DOWNLOADS = r"Fetching \d+ files: |Generating train split: "
 
 
@@ -100,7 +100,7 @@ def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path:
         served.fetched.clear()
     assert fetched == [
         ["text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
-        ["unet/diffusion_pytorch_model.safetensors"],
+        ["README.md", "unet/diffusion_pytorch_model.safetensors"],  # the first for its licence
         [],
     ]
     assert (tmp_path / "snowy.png").is_file()
