@@ -63,6 +63,7 @@ def test_arithmetic_of_a_convolution_and_of_attention_is_counted() -> None:
     assert arithmetic.count(lambda: attention(heads, heads, heads)) * 1e12 == pytest.approx(2 * 2 * 3 * 16 * 16 * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "tinyxl"])
 def test_step_measures_all_kinds_beside_their_arithmetic(bench: Bench, size: str) -> None:
     """Bare, cached and online run on SD and SDXL, and online costs more arithmetic than cached."""
@@ -89,6 +90,7 @@ def test_encode_measures_the_command_against_its_encoders(bench: Bench) -> None:
     assert rows["ip2p-encode"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_infer_measures_editor_against_diffusers(bench: Bench) -> None:
     """At each pair of scales, and with an interval as far as there are steps outside it."""
     rows = bench("infer", "--size tiny --resolution 64 --batch_size 2 --steps 10 --rounds 1")["rows"]

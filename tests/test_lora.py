@@ -269,6 +269,7 @@ def test_validation_looks_at_adapters_and_their_average_and_changes_nothing(
     assert {path.name for path in (tmp_path / "b" / "validation").iterdir()} == {"step-000003.png", "step-000006.png"}
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_the_same(sd: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradients are checked first, of which half are zero then."""
     losses = []

@@ -165,7 +165,7 @@ def test_windows_edits(model: str, photos: Path, tmp_path: Path) -> None:
     ("command", "arguments"),
     [
         ("encode", "--pretrained_model_name_or_path model --dataset_name data --resolution 16 --cache cache"),
-        ("train", "--pretrained_model_name_or_path model --cache cache --output_dir out --max_train_steps 1"),
+        ("train", "--pretrained_model_name_or_path model --cache {cache} --output_dir out --max_train_steps 1"),
         ("train", "--pretrained_model_name_or_path model --dataset_name data --resolution 16 --max_train_steps 1"),
         ("encode.keeper", "verify {cache}"),
     ],

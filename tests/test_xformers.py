@@ -82,7 +82,7 @@ def test_no_runtime_anywhere_is_no_error(monkeypatch: pytest.MonkeyPatch) -> Non
     preload()
 
 
-def test_the_command_loads_it_before_diffusers_is_imported() -> None:
+def test_the_command_loads_it_before_diffusers_is_imported(tmp_path: Path) -> None:
     """diffusers imports xformers, and what that has not found then it does not look for again."""
     code = (
         "import sys\n"
@@ -90,6 +90,7 @@ def test_the_command_loads_it_before_diffusers_is_imported() -> None:
         "command.preload = lambda: sys.exit(f'diffusers is there: {\"diffusers\" in sys.modules}')\n"
         "command.main(sys.argv[1:])"
     )
-    flags = tiny.arguments({"pretrained_model_name_or_path": "m", "cache": "c", "output_dir": "o"})
+    (tmp_path / "manifest.json").touch()
+    flags = tiny.arguments({"pretrained_model_name_or_path": "m", "cache": tmp_path, "output_dir": tmp_path / "out"})
     done = subprocess.run([sys.executable, "-c", code, *flags, FLAG], capture_output=True, text=True, check=False)
     assert done.stderr == "diffusers is there: False\n"
