@@ -166,7 +166,7 @@ def test_a_line_of_results_says_when_where_and_with_what_it_was_measured(bench: 
 def test_neither_git_nor_a_package_that_is_missing_stops_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the commit or a version cannot be told, the line says so, and is written."""
     look = common.commit.__wrapped__  # once for each process, otherwise
-    assert look()
+    assert look() or not Path(__file__).parents[1].joinpath(".git").exists()
     monkeypatch.setenv("PATH", "")
     assert look() is None
     monkeypatch.setattr(common, "PACKAGES", ("torch", "no-such-package"))
