@@ -107,13 +107,16 @@ def with_model(config: TrainConfig, cache: Cache) -> TrainConfig:
 
 
 def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator | None = None) -> Checkpoint:
-    """Find the model; for a run make sure that the cache is of its VAE and text encoder: else CacheMismatch."""
+    """Find the model, and make sure that the cache is of its VAE and text encoder: else CacheMismatch.
+
+    Without an accelerator, of a model on the Hub its configurations alone, which are not enough for that.
+    """
     recorded, model, name = cache.manifest["model"], config.model, config.model.pretrained_model_name_or_path
     vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
     single_file = model.single_file_config or (recorded["single_file_config"] if Path(name).is_file() else None)
     model = dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)
     if accelerator is None:
-        return find_checkpoint(model)
+        return find_checkpoint(model, weights=False)
     with accelerator.main_process_first():
         checkpoint = find_checkpoint(model)
     identity, names = {"identity": checkpoint.identity()}, ("in the cache", f"in {name}")
