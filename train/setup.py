@@ -38,15 +38,14 @@ def encode_first(encoding: EncodeConfig, config: TrainConfig) -> TrainConfig:
         Ip2pError: anything the user can mend.
     """
     check_place(encoding.dataset, config.saving.output_dir, "--output_dir")
-    if not config.machine.estimate:
-        if config.saving.resume_from_checkpoint is None and was_here(config):
-            config = changed(config, resume_from_checkpoint="auto")
-        if is_main_process():
-            if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
-                say(f"the training will go on from {newest}")
-            if config.machine.enable_xformers_memory_efficient_attention:
-                check_xformers()  # by one process alone: none has been told its GPU yet
-        check_machine(config)
+    if config.saving.resume_from_checkpoint is None and was_here(config):
+        config = changed(config, resume_from_checkpoint="auto")
+    if is_main_process():
+        if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
+            say(f"the training will go on from {newest}")
+        if config.machine.enable_xformers_memory_efficient_attention:
+            check_xformers()  # by one process alone: none has been told its GPU yet
+    check_machine(config)
     say(f"the cache of this dataset is {encoding.cache}")
     encode(encoding, last=False)
     release_memory()  # of the encoders nothing is left when the UNet comes
