@@ -150,6 +150,8 @@ def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) ->
 def track(config: TrainConfig, seed: int, step: int, accelerator: Accelerator) -> None:
     """Let the trackers go on from a step. What tensorboard holds beyond it is of a branch that was left; the others
     begin a run of their own each time, with the steps that it takes."""
+    if accelerator.log_with:
+        (config.saving.output_dir / config.watching.logging_dir).mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in (dump(config) | {"seed": seed}).items()}
     options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("ip2p", settings, options)
