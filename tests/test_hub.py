@@ -20,6 +20,8 @@ from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.models.hub import fetch_vae
 from ip2p.encode.models.judge import Judge
 from ip2p.infer.kind import check_model
+from ip2p.train.__main__ import main
+from test_train import flags
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODEL, DATASET = "stable-diffusion-v1-5/stable-diffusion-v1-5", "fusing/instructpix2pix-1000-samples"
@@ -195,3 +197,13 @@ def test_one_file_of_another_vae_is_fetched(
     found = find_checkpoint(Model(str(sd), variant=variant, pretrained_vae_model_name_or_path=vae))
     assert weights(standin.files_of(vae)) == [file]
     assert found.identity()["vae"] == Checkpoint(sd).identity()["vae"] or variant == "fp16"
+
+
+def test_an_estimate_fetches_configurations_alone(
+    standin: hub.Hub, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the model, and of another VAE; whoever needs the weights then gets them."""
+    main(flags(MODEL, cache, tmp_path / "out", estimate=True, pretrained_vae_model_name_or_path="someone/safe"))
+    assert "the flags that are given" in capsys.readouterr().out
+    assert {Path(name).name for name in standin.fetched} == {"model_index.json", "config.json"}
+    find_checkpoint(Model(MODEL)).identity()

@@ -19,11 +19,15 @@ import hub
 import tiny
 from ip2p.encode.base.errors import SettingsError
 from ip2p.encode.base.flags import build, changed
+from ip2p.encode.cache.format import Cache
+from ip2p.encode.cache.reader import Reader
 from ip2p.encode.config import EncodeConfig
+from ip2p.encode.models.checkpoint import Checkpoint
 from ip2p.encode.pipeline import Pipeline
 from ip2p.train import setup
 from ip2p.train.__main__ import main
 from ip2p.train.command import place_of, read
+from ip2p.train.need import Model
 from ip2p.train.unet.load import load_unet
 from ip2p.train.watch.metrics import Metrics
 from test_interrupt import at_step
@@ -379,3 +383,23 @@ def test_pairs_are_judged_in_the_cache_that_is_there(
     assert "CLIPModel" not in living
     assert [*caches.iterdir()] == [place]
     assert files_of(place) == files
+
+
+@pytest.mark.parametrize("more", [{"bucket_step": 8}, {"no_cache_text": True, "mixed_precision": "bf16"}])
+def test_an_estimate_goes_by_the_flags_and_encodes_nothing(
+    sd: Path, data: Path, caches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: dict[str, Any]
+) -> None:
+    """It is that of the finished cache, to the byte, and neither cache nor output folder is made for it."""
+    arguments = command(sd, data, tmp_path / "out", num_validation_samples=2, **more)
+    run([*arguments, "--estimate"])
+    said = capsys.readouterr().out
+    assert "for 16 x 16 px, 2 samples in a batch" in said
+    assert not caches.exists()
+    assert not (tmp_path / "out").exists()
+    encoding, config = read(arguments)
+    assert encoding
+    setup.encode(encoding)
+    base = Checkpoint(sd)
+    cached = Model.of(base, Reader(Cache.open(Path(config.samples.cache[0]))))
+    assert Model.planned(base, encoding) == cached
+    assert (cached.text > 0) == ("no_cache_text" in more)

@@ -391,3 +391,17 @@ def test_the_model_is_that_of_the_cache_where_none_is_named(
     answer = rf"^{cache} was encoded with {tmp_path}/gone, .* is not there: .* \(name the model with --"
     with pytest.raises(ModelError, match=answer):
         with_model(config, opened)
+
+
+@pytest.mark.parametrize("report_to", ["none", "tensorboard"])
+def test_a_run_that_cannot_begin_leaves_no_folder(
+    sd2: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], report_to: str
+) -> None:
+    """As with a model that the cache is not of; a folder that was there stays, and so does all in it."""
+    for there in (False, True):
+        if there:
+            (tmp_path / "out").mkdir()
+        with pytest.raises(SystemExit, match="2"):
+            main(flags(sd2, cache, tmp_path / "out", report_to=report_to))
+        assert f"{cache} was not encoded with {sd2}" in capsys.readouterr().err
+        assert (tmp_path / "out").exists() == there

@@ -37,7 +37,7 @@ FLAGS = {
 }
 
 
-def flags(model: Path, cache: Path | str | tuple[Path, ...], output: Path, **changed: object) -> list[str]:
+def flags(model: Path | str, cache: Path | str | tuple[Path, ...], output: Path, **changed: object) -> list[str]:
     """The command line of a run; `changed` flags come on top of those above."""
     paths = {"pretrained_model_name_or_path": model, "cache": cache, "output_dir": output}
     given = paths | FLAGS | changed

@@ -273,3 +273,13 @@ def test_an_unfinished_cache_travels_too(cache: Path, tmp_path: Path) -> None:
     (part / "commits" / "images-v1-000000.json").unlink()
     copy(Place(str(part)), Place(str(tmp_path / "copy")))
     assert len(Cache.open(tmp_path / "copy").commits()) == len(Cache.open(cache).commits()) - 1
+
+
+def test_a_cache_without_records_is_no_copy(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its numbers would stay behind: said is what is there and what was expected, and nothing is written."""
+    bare = Path(shutil.copytree(cache, tmp_path / "bare"))
+    shutil.rmtree(bare / "commits")
+    expected = f"{bare} holds no records in commits/, expected those of what is encoded of its 10 samples"
+    assert expected in refused(["push", bare, tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
+    assert expected in refused(["pull", bare, tmp_path / "out"], capsys)

@@ -23,9 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported
         # Only now: torch takes seconds to import, and --help shall not.
+        from .need import estimate
         from .run import train
         from .setup import encode_first
 
+        if encoding and config.machine.estimate:
+            return estimate(config, encoding)
         try:
             train(encode_first(encoding, config) if encoding else config)
         except Stopped as stopped:

@@ -51,7 +51,7 @@ def check_machine(config: TrainConfig) -> tuple[ProjectConfiguration, Precision]
             )
     if config.machine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is used first
-    folders = prepare_folders(config)
+    folders = check_folders(config)
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     cuda = torch.cuda.is_available() and not on_cpu
     precision = choose_precision(config, cuda=cuda)
@@ -98,15 +98,14 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     return accelerator, precision
 
 
-def prepare_folders(config: TrainConfig) -> ProjectConfiguration:
-    """Make the output folder and that of the tracker; raises SettingsError where results could not be written there."""
+def check_folders(config: TrainConfig) -> ProjectConfiguration:
+    """The output folder and that of the tracker; raises SettingsError where results could not be written there."""
     output_dir = config.saving.output_dir
     logs = output_dir / config.watching.logging_dir
     places = {"output_dir": output_dir} | ({"logging_dir": logs} if config.watching.report_to != "none" else {})
     for flag, folder in places.items():
         check_folder(folder, f"--{flag}")
-        folder.mkdir(parents=True, exist_ok=True)
-    for path in output_dir.iterdir():
+    for path in output_dir.iterdir() if output_dir.exists() else ():
         wrong = "a folder where a file goes" if path.name in FILES and path.is_dir() else ""
         wrong = "a file where a folder goes" if re.fullmatch(FOLDERS, path.name) and not path.is_dir() else wrong
         if wrong:
@@ -131,8 +130,11 @@ def advise(accelerator: Accelerator, precision: Precision) -> Iterator[str]:
 
 @contextlib.contextmanager
 def alone(output_dir: Path) -> Iterator[None]:
-    """Keep an output folder to this run; raises TrainError with the process that trains into it already."""
-    held = contextlib.ExitStack()
+    """Keep an output folder to this run; raises TrainError with the process that trains into it already.
+
+    The folder is made if need be, and is gone again if an error comes before anything lies in it.
+    """
+    held, made = contextlib.ExitStack(), not output_dir.exists()
     try:
         lock = held.enter_context(locked(output_dir))
         lock.truncate(0)
@@ -147,4 +149,10 @@ def alone(output_dir: Path) -> Iterator[None]:
             raise TrainError(f"--output_dir {output_dir} cannot be written: {error.strerror}") from None
         say(f"{output_dir} lies on a disk without locks: nothing keeps another run out of it")
     with held:
-        yield
+        try:
+            yield
+        except BaseException:
+            if made and {path.name for path in output_dir.iterdir()} <= {".lock"}:
+                (output_dir / ".lock").unlink(missing_ok=True)
+                output_dir.rmdir()
+            raise

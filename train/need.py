@@ -15,7 +15,9 @@ from ..encode.base.errors import CacheMismatch, SettingsError
 from ..encode.base.flags import changed
 from ..encode.cache.reader import Reader
 from ..encode.cache.remote import open_caches
-from ..encode.models.checkpoint import Checkpoint
+from ..encode.config import EncodeConfig
+from ..encode.geometry import check_resolution, geometry_of
+from ..encode.models.checkpoint import Checkpoint, find_checkpoint
 from ..encode.models.encoders import DTYPES
 from ..encode.models.judge import clip_bytes
 from ..encode.models.parts import read_config
@@ -57,7 +59,7 @@ class Need(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a run trains and draws with: configurations, and the shapes in the cache."""
+    """What a run trains and draws with: configurations, and the shapes of what is cached."""
 
     unet: Mapping[str, Any]
     shapes: Shapes
@@ -68,24 +70,43 @@ class Model(NamedTuple):
     def of(cls, base: Checkpoint, reader: Reader) -> "Model":
         """From the files of a checkpoint and of a cache."""
         found: dict[str, Any] = {name: array.row_shape for name, array in reader.arrays.items()}
-        length, size, pooled = base.text_shape()
+        length, size, _ = base.text_shape()
         channels, height, width = reader.largest
         if (channels, *found["text"]) != (base.latent_channels, length, size):
             was, asked = f"text of {found['text'][1]} numbers", f"{base.folder} takes {size}"
             raise CacheMismatch(f"{reader.caches[0].folder} holds {was}, and {asked}: give the model that encoded it")
-        shapes = Shapes((2 * channels, height, width), (length, size), pooled)
-        frozen, cache, text = Frozen.of(base), reader.caches[0], 0
-        if not cache.holds_text:
-            text = sum(frozen.text_weights()) * DTYPES[cache.manifest["encoding"]["mixed_precision"]].itemsize
+        precision = reader.caches[0].manifest["encoding"]["mixed_precision"]
+        return cls._of(base, (height, width), embeds=None if reader.holds_text else precision)
+
+    @classmethod
+    def planned(cls, base: Checkpoint, encoding: EncodeConfig) -> "Model":
+        """From the files of a checkpoint, and the flags by which a dataset is to be encoded: nothing of it is read."""
+        check_resolution(geometry_of(encoding), base.vae_scale_factor)
+        run = encoding.run
+        side = encoding.pictures.resolution // base.vae_scale_factor  # of several shapes the square is the largest
+        return cls._of(base, (side, side), embeds=None if run.cache_text else run.mixed_precision)
+
+    @classmethod
+    def _of(cls, base: Checkpoint, sides: tuple[int, int], *, embeds: str | None) -> "Model":
+        """Of latents of these sides; `embeds` is the precision of text encoders that run beside it, if they do."""
+        length, size, pooled = base.text_shape()
+        shapes, frozen = Shapes((2 * base.latent_channels, *sides), (length, size), pooled), Frozen.of(base)
+        text = sum(frozen.text_weights()) * DTYPES[embeds].itemsize if embeds else 0
         return cls(read_config(base.folder / "unet", "unet"), shapes, frozen, text)
 
 
-def estimate(config: TrainConfig) -> None:
-    """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags."""
-    caches = open_caches(config.samples.cache, config.samples.window_dir)
-    config = with_model(config, caches[0])
-    base = base_checkpoint(config, caches[0])
-    model = Model.of(base, Reader(*caches, window=config.samples.room))
+def estimate(config: TrainConfig, encoding: EncodeConfig | None = None) -> None:
+    """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags.
+
+    With an `encoding` the caches need not be there.
+    """
+    if encoding:
+        model = Model.planned(base := find_checkpoint(encoding.model, weights=False), encoding)
+    else:
+        caches = open_caches(config.samples.cache, config.samples.window_dir)
+        config = with_model(config, caches[0])
+        base = base_checkpoint(config, caches[0])
+        model = Model.of(base, Reader(*caches, window=config.samples.room))
     height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])
     batch = config.steps.train_batch_size
     say(f"GiB of a GPU's memory at the most, for {width} x {height} px, {batch} samples in a batch:")

@@ -38,15 +38,14 @@ def encode_first(encoding: EncodeConfig, config: TrainConfig) -> TrainConfig:
         Ip2pError: anything the user can mend.
     """
     check_place(encoding.dataset, config.saving.output_dir, "--output_dir")
-    if not config.machine.estimate:
-        if config.saving.resume_from_checkpoint is None and was_here(config):
-            config = changed(config, resume_from_checkpoint="auto")
-        if is_main_process():
-            if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
-                say(f"the training will go on from {newest}")
-            if config.machine.enable_xformers_memory_efficient_attention:
-                check_xformers()  # by one process alone: none has been told its GPU yet
-        check_machine(config)
+    if config.saving.resume_from_checkpoint is None and was_here(config):
+        config = changed(config, resume_from_checkpoint="auto")
+    if is_main_process():
+        if newest := find(config.saving.output_dir, config.saving.resume_from_checkpoint):
+            say(f"the training will go on from {newest}")
+        if config.machine.enable_xformers_memory_efficient_attention:
+            check_xformers()  # by one process alone: none has been told its GPU yet
+    check_machine(config)
     say(f"the cache of this dataset is {encoding.cache}")
     encode(encoding, last=False)
     release_memory()  # of the encoders nothing is left when the UNet comes
@@ -107,13 +106,16 @@ def with_model(config: TrainConfig, cache: Cache) -> TrainConfig:
 
 
 def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator | None = None) -> Checkpoint:
-    """Find the model; for a run make sure that the cache is of its VAE and text encoder: else CacheMismatch."""
+    """Find the model, and make sure that the cache is of its VAE and text encoder: else CacheMismatch.
+
+    Without an accelerator, of a model on the Hub its configurations alone, which are not enough for that.
+    """
     recorded, model, name = cache.manifest["model"], config.model, config.model.pretrained_model_name_or_path
     vae = model.pretrained_vae_model_name_or_path or recorded["vae"]
     single_file = model.single_file_config or (recorded["single_file_config"] if Path(name).is_file() else None)
     model = dataclasses.replace(model, pretrained_vae_model_name_or_path=vae, single_file_config=single_file)
     if accelerator is None:
-        return find_checkpoint(model)
+        return find_checkpoint(model, weights=False)
     with accelerator.main_process_first():
         checkpoint = find_checkpoint(model)
     identity, names = {"identity": checkpoint.identity()}, ("in the cache", f"in {name}")
@@ -148,6 +150,8 @@ def save_config(config: TrainConfig, seed: int, recorded: Path | None = None) ->
 def track(config: TrainConfig, seed: int, step: int, accelerator: Accelerator) -> None:
     """Let the trackers go on from a step. What tensorboard holds beyond it is of a branch that was left; the others
     begin a run of their own each time, with the steps that it takes."""
+    if accelerator.log_with:
+        (config.saving.output_dir / config.watching.logging_dir).mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in (dump(config) | {"seed": seed}).items()}
     options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     accelerator.init_trackers("ip2p", settings, options)

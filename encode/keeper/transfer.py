@@ -37,11 +37,18 @@ def copy(source: Place, target: Place) -> Copied:
     The manifest is written last, and taken away first where one is at the target: an interrupted copy is no cache.
 
     Raises:
-        CacheError: no cache at the source, damage there or underway, or the target holds something else.
+        CacheError: no cache at the source, or one of which nothing is encoded; damage there or underway; or the target
+            holds something else.
     """
     seal, there, found = source.manifest(), source.sizes(), target.sizes()
     manifest = unseal(seal, f"{source.url}/manifest.json")
     commits = _each(source.read, filter(_is_commit, there), "read records")
+    if not commits:  # which are there from the first unit on
+        samples = sum(manifest["counts"].values())
+        raise CacheError(
+            f"{source.url} holds no records in commits/, expected those of what is encoded of its {samples:,} samples: "
+            "run the same ip2p-encode again, or copy a whole cache"
+        )
     expected = dict(manifest["files"])
     for path, content in commits.items():
         expected |= unseal(content, f"{source.url}/{path}")["files"]

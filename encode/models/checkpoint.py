@@ -10,7 +10,7 @@ import torch
 
 from ..base.errors import ModelError, explained
 from ..config import Model
-from .hub import fetch_pipeline, fetch_vae
+from .hub import fetch_configs, fetch_pipeline, fetch_vae
 from .parts import check_complete, read_config, read_index
 from .single_file import converted
 from .tokenizer import hash_tokenizer, load_tokenizer
@@ -133,8 +133,10 @@ def _family(folder: Path) -> str:
     return family
 
 
-def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
+def find_checkpoint(model: Model, without: Sequence[str] = (), *, weights: bool = True) -> Checkpoint:
     """Find a checkpoint on the disk, or download it from the Hub, leaving out the parts named in `without`.
+
+    Without `weights` the configurations of its parts alone are fetched, which say what they are and not what they hold.
 
     Raises:
         ModelError: neither a folder, nor a single file, nor a model that the Hub answers for; or without the variant.
@@ -148,23 +150,25 @@ def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:
         folder = converted(folder, model.single_file_config, model.cache_dir)
     elif folder.is_file():
         raise ModelError(f"{name} is a file of no known kind: of single files ip2p reads .safetensors")
+    elif not folder.is_dir() and not weights:
+        folder = fetch_configs(name, model.revision, model.cache_dir, "--pretrained_model_name_or_path")
     elif not folder.is_dir():
         skipped = (*without, "safety_checker", "feature_extractor", "image_encoder")
         folder = fetch_pipeline(name, model.revision, variant, model.cache_dir, skipped)
     vae = model.pretrained_vae_model_name_or_path
-    found = Checkpoint(folder, variant, _find_vae(vae, folder, model) if vae else None)
+    found = Checkpoint(folder, variant, _find_vae(vae, folder, model, weights=weights) if vae else None)
     config = read_config(found.vae_folder, "vae")
     if shifts := [key for key in ("shift_factor", "latents_mean", "latents_std") if config.get(key)]:
         raise ModelError(
             f"{found.vae_folder}/config.json shifts latents by its {', '.join(shifts)}, expected one that scales them "
             "alone: diffusers' InstructPix2Pix pipelines would not shift them back"
         )
-    if variant and not any(any(place.rglob(f"*.{variant}[.-]*")) for place in (folder, found.vae_folder)):
+    if weights and variant and not any(any(place.rglob(f"*.{variant}[.-]*")) for place in (folder, found.vae_folder)):
         raise ModelError(f"--variant {variant}: {name} holds no files of it, leave it out")
     return found
 
 
-def _find_vae(vae: str, base: Path, model: Model) -> Path:
+def _find_vae(vae: str, base: Path, model: Model, *, weights: bool) -> Path:
     """The folder of a VAE, which may be that of a whole checkpoint.
 
     A single file holds weights alone: the VAE of the model that it takes the place of describes it.
@@ -175,7 +179,10 @@ def _find_vae(vae: str, base: Path, model: Model) -> Path:
     if folder.is_file():
         raise ModelError(f"the VAE {vae} is a file of no known kind: of single files ip2p reads .safetensors")
     if not folder.is_dir():
-        folder = fetch_vae(vae, model.variant, model.cache_dir)
+        if weights:
+            folder = fetch_vae(vae, model.variant, model.cache_dir)
+        else:
+            folder = fetch_configs(vae, None, model.cache_dir, "--pretrained_vae_model_name_or_path")
     return folder / "vae" if (folder / "vae").is_dir() else folder
 
 

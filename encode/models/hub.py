@@ -42,6 +42,15 @@ def fetch_pipeline(
         return Path(DiffusionPipeline.download(name, **options, **dict.fromkeys(without)))
 
 
+def fetch_configs(name: str, revision: str | None, cache_dir: Path | None, flag: str) -> Path:
+    """The folder of a model of which what describes it is fetched alone; a ModelError where there is none."""
+    from huggingface_hub import snapshot_download  # not needed to look at names
+
+    patterns = ["model_index.json", "config.json", "*/config.json"]
+    with fetching(f"{name} is neither a folder nor a .safetensors file here", flag):
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=patterns))
+
+
 def fetch_vae(name: str, variant: str | None, cache_dir: Path | None) -> Path:
     """The folder of a VAE, or of a pipeline whose VAE alone was fetched; of its weight files the first that fits."""
     from huggingface_hub import snapshot_download  # not needed to look at names
