@@ -5,6 +5,7 @@ PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-ch
 DEMO := .venv/demo
 INSTALLED := .venv/installed
 COMPAT := .venv/compat
+BENCHMARKS := arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality
 
 .PHONY: help install demo test slow gpu check compat bench format clean
 .DEFAULT_GOAL := help
@@ -53,9 +54,10 @@ compat:  ## the tests with the oldest versions that are allowed, and on Python 3
 		$(COMPAT)/uv/bin/uv pip install --quiet --python $(COMPAT)/$$1 $$2 --group test -e '.[ui]' && \
 		$(COMPAT)/$$1/bin/python -m pytest -W default -m "not slow" -n auto --maxprocesses 8 --dist loadfile || exit; done
 
-bench: install  ## measure everything, and write docs/performance.md's tables anew
-	for name in arithmetic scaling simulate memory plan loader step instructions unet train start encode encode_again infer equality summary; do \
-		$(BIN)/python bench/$$name.py || exit; done
+bench: install  ## measure everything from a clean tree, unattended, and write the docs' tables anew
+	@failed=; for name in $(BENCHMARKS); do \
+		echo "== $$name"; $(BIN)/python bench/$$name.py || failed="$$failed $$name"; done; \
+	$(BIN)/python bench/summary.py; test -z "$$failed" || { echo "not measured:$$failed"; exit 1; }
 
 format: install  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix

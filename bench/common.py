@@ -2,11 +2,12 @@
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -22,13 +23,33 @@ PACKAGES = ("ip2p", "torch", "triton", "diffusers", "transformers", "accelerate"
 
 
 class Row(NamedTuple):
-    """One figure, and the bar that it has to reach or must not pass."""
+    """One figure, and the bar that it has to reach or must not pass; the lowest and the highest of those it is of."""
 
     what: str
     value: float
     unit: str
     at_least: float | None = None
     at_most: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        values: Iterable[float],
+        unit: str,
+        at_least: float | None = None,
+        at_most: float | None = None,
+    ) -> "Row":
+        """The median of what was measured in several rounds, with its spread."""
+        values = list(values)
+        return cls(what, median(values), unit, at_least, at_most, min(values), max(values))
+
+    @property
+    def spread(self) -> str:
+        """From the lowest to the highest; empty where there is one alone."""
+        return "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
 
     @property
     def bar(self) -> str:
@@ -48,8 +69,17 @@ def parser(description: str | None, rounds: int | None = None) -> argparse.Argum
     flags = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
         flags.add_argument("--rounds", type=int, default=rounds, help=f"medians are taken over these (here: {rounds})")
-    flags.add_argument("--results", type=Path, default=RESULTS, help="folder of the results; another one for a trial")
+    kept = {"type": results_folder, "default": str(RESULTS)}  # text, so that argparse looks at it, too
+    flags.add_argument("--results", help="folder of the results; another one for a trial", **kept)
     return flags
+
+
+def results_folder(name: str) -> Path:
+    """A folder of results; those in `bench/results` are of a commit, so nothing may differ from it when they begin."""
+    folder = Path(name)
+    if folder.resolve() == RESULTS.resolve() and (commit() or "-dirty").endswith("-dirty"):
+        raise argparse.ArgumentTypeError("the tree differs from its commit: commit first, or name another folder")
+    return folder
 
 
 def take_turns(rounds: int, cases: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -66,9 +96,9 @@ def rounds_of(rounds: int, cases: Mapping[str, Callable[[], float]]) -> Iterator
         yield values
 
 
-def ratio(values: Mapping[str, list[float]], above: str, below: str) -> float:
-    """Median over the rounds of one case divided by another."""
-    return median(a / b for a, b in zip(values[above], values[below], strict=True))
+def ratios(values: Mapping[str, list[float]], above: str, below: str) -> list[float]:
+    """One case divided by another, for each round."""
+    return [a / b for a, b in zip(values[above], values[below], strict=True)]
 
 
 class Results:
@@ -87,16 +117,18 @@ class Results:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         del settings["results"]
         self.same = {"commit": commit(), "versions": versions(), "settings": settings}
+        self.machine = machine()
 
     def add(self, *rows: Row, **more: Any) -> None:
         """Print figures and append a line that holds them, and whatever else belongs to it."""
         for row in rows:
             holds = {None: "", True: "holds", False: "DOES NOT HOLD"}[row.holds]
-            cells = [f"{row.what:<48} {number(row.value):>9} {row.unit:<12}", f"{row.bar:<8}" if row.bar else "", holds]
+            cells = [f"{row.what:<48} {number(row.value):>9} {row.unit:<12}", f"{row.spread:<16}" * bool(row.spread)]
+            cells += [f"{row.bar:<8}" * bool(row.bar), holds]
             print(" ".join(cells).rstrip(), flush=True)
         found = {row.what: row._asdict() | {"holds": row.holds} for row in rows}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        line = {"date": now, "machine": machine(), **self.same, **more, "rows": found}
+        line = {"date": now, "machine": self.machine, **self.same, **more, "rows": found}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab", buffering=0) as file:  # a line is one write: all of it is there, or nothing
             file.write(json.dumps(line).encode() + b"\n")
@@ -105,6 +137,12 @@ class Results:
 def report(name: str, args: argparse.Namespace, rows: list[Row]) -> None:
     """Print figures that are all known at once, and append them as one line."""
     Results(name, args).add(*rows)
+
+
+@functools.cache
+def load() -> float:
+    """What was running when this process began: mean number of processes in the minute before."""
+    return round(os.getloadavg()[0], 1)
 
 
 def machine() -> dict[str, Any]:
@@ -118,19 +156,25 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
+        "load": load(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
+@functools.cache
 def commit() -> str | None:
-    """The commit that was measured, marked if files differ from it; None where that cannot be told."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit that this process measures, marked if files differ from it; None where that cannot be told.
+
+    Results do not count, nor do the pages that show them: one benchmark after the other writes there.
+    """
+    differing = ["git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results"]
+    commands = ["git", "rev-parse", "--short", "HEAD"], [*differing, ":(top,exclude)docs"]
     try:
-        told = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git
+        told = [subprocess.run(c, cwd=RESULTS.parent, capture_output=True, text=True, check=True) for c in commands]
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return None
-    return told.stdout.strip() or None
+    head, changes = (run.stdout.strip() for run in told)
+    return head + "-dirty" * bool(changes)
 
 
 def versions() -> dict[str, str | None]:

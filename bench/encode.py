@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from common import DTYPES, GPU, Row, parser, ratio, report
+from common import DTYPES, GPU, Row, parser, ratios, report
 from encoding import decode_rate, measure
 from pictures import write_pairs
 from shapes import SIZES, save
 
 from ip2p.encode.base.flags import build
 from ip2p.encode.config import EncodeConfig
-from ip2p.encode.plan import workers
+from ip2p.encode.planning.plan import workers
 from tiny import unet
 
 
@@ -47,14 +47,14 @@ def main() -> None:
                 "dataloader_num_workers": args.workers,
             },
         )
-        rates, share = measure(config, args.pairs, args.rounds)
+        rates, shares = measure(config, args.pairs, args.rounds)
         decoding = decode_rate(config, min(args.pairs, 64))
     alone = median(rates["alone"])
     rows = [
-        Row("ip2p-encode", median(rates["pipeline"]), "pairs/s"),
+        Row.of("ip2p-encode", rates["pipeline"], "pairs/s"),
         Row("the encoders alone", alone, "pairs/s"),
-        Row("ip2p-encode / the encoders alone", ratio(rates, "pipeline", "alone"), "times"),
-        Row("share of wall time in the encoders", share, "of 1", at_least=None if args.workers else 0.9),
+        Row.of("ip2p-encode / the encoders alone", ratios(rates, "pipeline", "alone"), "times"),
+        Row.of("share of wall time in the encoders", shares, "of 1", at_least=None if args.workers else 0.9),
         Row("decoding, one process", decoding, "pairs/s"),
         Row("processes that decode", workers(config), ""),
         Row("processes that the encoders need", math.ceil(alone / decoding), ""),

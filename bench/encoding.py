@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from statistics import median
 from typing import TypeVar
 from unittest.mock import patch
 
@@ -97,8 +96,8 @@ class TimedPipeline(pipeline.Pipeline):
             super().run(work, source, done)
 
 
-def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Pairs/s by round of the pipeline and of the encoders alone, and the share of the pipeline that they take."""
+def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Pairs/s by round of the pipeline and of the encoders alone, and the shares of the pipeline that they take."""
     dtype = models.DTYPES[config.run.mixed_precision]
     encoders = Encoders(Checkpoint(Path(config.model.pretrained_model_name_or_path)), DEVICE, dtype, dtype)
     size, side = config.run.encode_batch_size, config.pictures.resolution
@@ -123,7 +122,7 @@ def measure(config: EncodeConfig, pairs: int, rounds: int) -> tuple[dict[str, li
         return pairs / TimedPipeline.clock.seconds
 
     encoders.moments(pixels)()  # allocates, and chooses kernels
-    return take_turns(rounds, {"pipeline": whole, "alone": alone}), median(shares)
+    return take_turns(rounds, {"pipeline": whole, "alone": alone}), shares
 
 
 def decode_rate(config: EncodeConfig, count: int) -> float:

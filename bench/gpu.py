@@ -18,7 +18,7 @@ from typing import NamedTuple
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
-from common import GPU
+from common import GPU, results_folder
 from gpu_fast import base_model, by_regions, compiled, large_pictures, sdxl, variants
 from gpu_frame import Bench
 from gpu_machine import machine, profile
@@ -52,7 +52,7 @@ SECTIONS = {
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results (default: gpu)")
+    flags.add_argument("--out", type=results_folder, default=Path("gpu"), help="folder of the results (default: gpu)")
     flags.add_argument("--deadline", type=float, default=600, help="seconds for all of it (default: 600)")
     flags.add_argument("--size", choices=("gpu", "demo"), default="gpu", help="demo: tiny models, to rehearse on a CPU")
     flags.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to run")

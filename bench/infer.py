@@ -10,11 +10,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from common import DEVICE, DTYPES, GPU, Results, Row, parser, ratio, rounds_of
+from common import DEVICE, DTYPES, GPU, Results, Row, parser, ratios, rounds_of
 from diffusers import DiffusionPipeline, StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from shapes import SIZES, make_unet, save
@@ -49,19 +48,19 @@ def main() -> None:
 
 def rows(found: dict[str, list[float]], steps: int) -> list[Row]:
     """Rates, and how they compare."""
-    rates = [Row(name, median(values), "edits/s") for name, values in found.items()]
+    rates = [Row.of(name, values, "edits/s") for name, values in found.items()]
     inside = round(INTERVAL[1] * steps) - round(INTERVAL[0] * steps)
     fewer = 3 * steps / (2 * inside + steps)
     bars = {"default scales": 0.98, "image scale 1": 1.4, "equal scales": 1.4}
     return [
         *rates,
         *(
-            Row(f"Editor / diffusers, {name}", ratio(found, f"Editor, {name}", f"diffusers, {name}"), "times", bar)
+            Row.of(f"Editor / diffusers, {name}", ratios(found, f"Editor, {name}", f"diffusers, {name}"), "times", bar)
             for name, bar in bars.items()
         ),
-        Row(
+        Row.of(
             f"an interval of {INTERVAL[0]:g} to {INTERVAL[1]:g} / default",
-            ratio(found, "Editor, an interval", "Editor, default scales"),
+            ratios(found, "Editor, an interval", "Editor, default scales"),
             "times",
             0.93 * fewer,
         ),

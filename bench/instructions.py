@@ -3,10 +3,9 @@
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import runs
-from common import DEVICE, GPU, Row, parser, ratio, report, take_turns
+from common import DEVICE, GPU, Row, parser, ratios, report, take_turns
 from shapes import SIZES
 from step import model_flags
 from training import Training, from_cache, rate
@@ -38,9 +37,9 @@ def main() -> None:
         rates = take_turns(args.rounds, {"cached": case(None), "embedded": case(texts)})
         encoders = sum(weight.nbytes for encoder in texts.encoders.encoders for weight in encoder.parameters())
     rows = [
-        Row("cached text", median(rates["cached"]), "samples/s"),
-        Row("instructions embedded in training", median(rates["embedded"]), "samples/s"),
-        Row("embedded / cached", ratio(rates, "embedded", "cached"), "times"),
+        Row.of("cached text", rates["cached"], "samples/s"),
+        Row.of("instructions embedded in training", rates["embedded"], "samples/s"),
+        Row.of("embedded / cached", ratios(rates, "embedded", "cached"), "times"),
         Row("weights of the text encoder", encoders / 2**20, "MiB"),
     ]
     report("instructions", args, rows)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +24,9 @@ from ip2p.encode.cache.shapes import row_shapes
 from ip2p.encode.cached import Samples
 from ip2p.encode.config import NO_FLIP, EncodeConfig
 from ip2p.encode.geometry import Geometry
-from ip2p.encode.index import Index
 from ip2p.encode.models.checkpoint import Checkpoint
-from ip2p.encode.plan import placed
+from ip2p.encode.planning.index import Index
+from ip2p.encode.planning.plan import placed
 
 PIXELS = 16
 ROWS = {"images": 8192, "text": 2304}  # of the shards of a cache of this size, at 256 pixels
@@ -58,21 +57,21 @@ def main() -> None:
             return found[part][-1][0]
 
         times = take_turns(args.rounds, {part: lambda part=part: seconds(part) for part in parts})
-    cores = {part: median(cores for _, cores, _ in values) for part, values in found.items()}
-    memory = {part: median(peak for _, _, peak in values) for part, values in found.items()}
+    cores = {part: [cores for _, cores, _ in values] for part, values in found.items()}
+    memory = {part: [peak for _, _, peak in values] for part, values in found.items()}
     rows = [
-        Row("plan", median(times["plan"]), "s", at_most=3),
-        Row("plan, on all cores", cores["plan"], "s"),
-        Row("plan, peak memory", memory["plan"], "GiB", at_most=0.9),
-        Row("of which libraries", memory["nothing"], "GiB"),
-        Row("plan of a cache that has all of it", median(times["again"]), "s"),
-        Row("the same, peak memory", memory["again"], "GiB"),
-        Row("the same, on all cores", cores["again"], "s"),
-        Row("a finished encode again, whole command", median(times["encode"]), "s", at_most=6),
-        Row("a finished encode again, on all cores", cores["encode"], "s"),
-        Row("samples for training", median(times["training"]), "s", at_most=1),
-        Row("samples for training, on all cores", cores["training"], "s"),
-        Row("samples for training, peak memory", memory["training"], "GiB"),
+        Row.of("plan", times["plan"], "s", at_most=3),
+        Row.of("plan, on all cores", cores["plan"], "s"),
+        Row.of("plan, peak memory", memory["plan"], "GiB", at_most=0.9),
+        Row.of("of which libraries", memory["nothing"], "GiB"),
+        Row.of("plan of a cache that has all of it", times["again"], "s"),
+        Row.of("the same, peak memory", memory["again"], "GiB"),
+        Row.of("the same, on all cores", cores["again"], "s"),
+        Row.of("a finished encode again, whole command", times["encode"], "s", at_most=6),
+        Row.of("a finished encode again, on all cores", cores["encode"], "s"),
+        Row.of("samples for training", times["training"], "s", at_most=1),
+        Row.of("samples for training, on all cores", cores["training"], "s"),
+        Row.of("samples for training, peak memory", memory["training"], "GiB"),
     ]
     report("plan", args, rows)
 

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import runs
 from common import DTYPES, Row, parser, report, take_turns
@@ -44,15 +43,15 @@ def main() -> None:
 
         cases: dict[str, Callable[[], float]] = {which: functools.partial(first_step, which) for which in caches}
         seconds = take_turns(args.rounds, cases | {"model": lambda: load(model)})
-    first, loading = median(seconds["large"]), median(seconds["model"])
-    grown = median(memory["large"]) - median(memory["small"])
+    beyond = {which: [a - b for a, b in zip(seconds[which], seconds["model"], strict=True)] for which in caches}
+    grown = [large - small for large, small in zip(memory["large"], memory["small"], strict=True)]
     rows = [
-        Row("command to first step", first, "s"),
-        Row("loading the UNet", loading, "s"),
-        Row("command to first step, beyond that", first - loading, "s", at_most=15),
-        Row(f"the same with {8 * args.batch_size} samples", median(seconds["small"]) - loading, "s"),
-        Row("peak memory", median(memory["large"]), "GiB"),
-        Row("peak memory, more than with few samples", grown, "GiB", at_most=1),
+        Row.of("command to first step", seconds["large"], "s"),
+        Row.of("loading the UNet", seconds["model"], "s"),
+        Row.of("command to first step, beyond that", beyond["large"], "s", at_most=15),
+        Row.of(f"the same with {8 * args.batch_size} samples", beyond["small"], "s"),
+        Row.of("peak memory", memory["large"], "GiB"),
+        Row.of("peak memory, more than with few samples", grown, "GiB", at_most=1),
     ]
     report("start", args, rows)
 

@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 
 import torch
 from baselines import Online, bare, script, trainable
-from common import DEVICE, DTYPES, GPU, Results, Row, parser, ratio, rounds_of, take_turns
+from common import DEVICE, DTYPES, GPU, Results, Row, parser, ratios, rounds_of, take_turns
 from diffusers import UNet2DConditionModel
 from shapes import SIZES
 from synthetic import build
@@ -123,19 +122,19 @@ class Measurement:
         half = peak(DEVICE) if args.precision != "no" else None
         goal = GOALS.get((args.size, args.resolution)) if half == 989 else None
         for name, values in rates.items():
-            yield Row(name, median(values), "samples/s", goal if name == "cached" else None)
+            yield Row.of(name, values, "samples/s", goal if name == "cached" else None)
         for name, values in rates.items():
-            reached = median(values) * tera[name]
-            yield Row(f"{name}, achieved", reached, "TFLOP/s")
+            reached = [value * tera[name] for value in values]
+            yield Row.of(f"{name}, achieved", reached, "TFLOP/s")
             if half:
-                yield Row(f"{name}, share of the peak", reached / half, f"of {half:.0f} TFLOP/s")
+                yield Row.of(f"{name}, share of the peak", [one / half for one in reached], f"of {half:.0f} TFLOP/s")
         if "cached" in rates:
-            yield Row("time of cached / bare", ratio(rates, "bare", "cached"), "times", at_most=1.05)
+            yield Row.of("time of cached / bare", ratios(rates, "bare", "cached"), "times", at_most=1.05)
             yield Row("arithmetic of a cached sample", tera["cached"], "TFLOP")
         if {"cached", "online"} <= rates.keys():
             bar = RATIOS.get((args.size, args.resolution, GPU))
-            yield Row("time of online / cached", ratio(rates, "cached", "online"), "times", at_least=bar)
-            yield Row("the same, VAE in channels_last", ratio(rates, "cached", CHANNELS_LAST), "times")
+            yield Row.of("time of online / cached", ratios(rates, "cached", "online"), "times", at_least=bar)
+            yield Row.of("the same, VAE in channels_last", ratios(rates, "cached", CHANNELS_LAST), "times")
             yield Row("the same by arithmetic", tera["online"] / tera["cached"], "times")
 
 

@@ -22,9 +22,9 @@ from ip2p.encode.config import EncodeConfig
 from ip2p.encode.data.columns import Role, Rows, preset
 from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.data.pairs import Pairs
-from ip2p.encode.draft import describe
 from ip2p.encode.geometry import Shape
 from ip2p.encode.models.checkpoint import Checkpoint
+from ip2p.encode.planning.draft import describe
 
 
 def build(

@@ -11,11 +11,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import runs
 from baselines import bare
-from common import GPU, Results, Row, parser, ratio, rounds_of
+from common import GPU, Results, Row, parser, ratios, rounds_of
 from shapes import SIZES
 from step import model_flags
 from training import Training, free, rate, tune
@@ -41,9 +40,9 @@ def main() -> None:
 
 def rows(rates: dict[str, list[float]], folder: Path) -> Iterator[Row]:
     waiting = json.loads((folder / "out" / "metrics.jsonl").read_text().splitlines()[-1])["waiting_for_data"]
-    yield Row("ip2p-train", median(rates["command"]), "samples/s")
-    yield Row("the bare step", median(rates["bare"]), "samples/s")
-    yield Row("ip2p-train / bare", ratio(rates, "command", "bare"), "times", at_least=0.95)
+    yield Row.of("ip2p-train", rates["command"], "samples/s")
+    yield Row.of("the bare step", rates["bare"], "samples/s")
+    yield Row.of("ip2p-train / bare", ratios(rates, "command", "bare"), "times", at_least=0.95)
     yield Row("share of its time that it waits for data", waiting, "of 1", at_most=0.01)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from baselines import bare, script, trainable
-from common import GPU, Results, Row, parser, ratio, take_turns
+from common import GPU, Results, Row, parser, ratios, take_turns
 from shapes import SIZES
 from step import model_flags
 from torch import Tensor
@@ -81,9 +81,9 @@ def compare(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     cases = {"as it is": case(Variant(), args, folder), name: case(variant, args, folder)}
     first = take_turns(1, cases)  # compiles, allocates
     rates = take_turns(args.rounds, cases)
-    yield Row(name, median(rates[name]), "samples/s")
-    yield Row(f"{name}, the step as it is beside", median(rates["as it is"]), "samples/s")
-    yield Row(f"{name}, rate / as it is", ratio(rates, name, "as it is"), "times")
+    yield Row.of(name, rates[name], "samples/s")
+    yield Row.of(f"{name}, the step as it is beside", rates["as it is"], "samples/s")
+    yield Row.of(f"{name}, rate / as it is", ratios(rates, name, "as it is"), "times")
     if "compile" in variant.flags:
         samples = args.steps * args.batch_size
         yield Row(f"{name}, seconds to compile", samples / first[name][0] - samples / median(rates[name]), "s")

@@ -9,6 +9,7 @@ from .base.errors import user_errors
 from .base.flags import parse
 from .base.refused import REFUSED
 from .config import EncodeConfig
+from .early import check
 
 PROG = "ip2p-encode"
 
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
         config = parse(EncodeConfig, begin(argv), PROG, REFUSED)
+        check(config)
         quiet_libraries()
         from .run import encode  # only now: torch takes seconds to import, and --help shall not
 

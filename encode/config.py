@@ -46,7 +46,7 @@ class Model:
         if os.path.exists(place):
             of_hub = ("revision", "non_ema_revision")  # the second in training alone
             yield from idle(self, f"is for models on the Hub, {place} is one here: leave it out", *of_hub)
-        if not os.path.isfile(place):
+        if place and not os.path.isfile(place):
             yield from idle(self, f"describes a single file, {place} is none: leave it out", "single_file_config")
 
 

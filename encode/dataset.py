@@ -17,7 +17,7 @@ from .cache.reader import Reader
 from .cache.shapes import shaped
 from .cached import Samples
 
-Item = dict[str, Tensor | str]
+Item = dict[str, Any]  # of tensors and text
 
 
 class CacheDataset(Dataset[Item]):
@@ -109,13 +109,13 @@ class CacheDataset(Dataset[Item]):
         first = np.zeros(1, np.int64)
         return {name: part[0] for name, part in self._take(first, first, first, ARRAYS["text"]).items()}
 
-    def batches(self, size: int) -> "Sampler[list[int]]":
+    def batches(self, size: int) -> "ShapeBatches":
         """The numbers of all samples in random order, `size` at once, for `DataLoader(batch_sampler=…)`.
 
         Those of a batch have one shape, and the last batch of each shape may be smaller. The order of an epoch is drawn
         by PyTorch's generator.
         """
-        return _Batches(self._samples.by_shape().values(), size)
+        return ShapeBatches(self._samples.by_shape().values(), size)
 
     def _take(
         self, rows: np.ndarray, views: np.ndarray, text_rows: np.ndarray, names: Iterable[str] | None = None
@@ -128,7 +128,9 @@ class CacheDataset(Dataset[Item]):
         return {name: torch.from_numpy(part) for name, part in parts.items()}
 
 
-class _Batches(Sampler[list[int]]):
+class ShapeBatches(Sampler[list[int]]):
+    """Batches of sample numbers, given those of each shape: see `CacheDataset.batches`."""
+
     def __init__(self, members: Iterable[np.ndarray], size: int):
         self._members, self._size = [torch.from_numpy(some) for some in members], size
 

@@ -15,7 +15,6 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .base.console import bar, say
 from .base.errors import CacheError
-from .base.files import check_folder
 from .cache.commits import pc
 from .cache.format import Cache, Unit, View
 from .cache.samples import Ledger, counts
@@ -23,13 +22,13 @@ from .cache.writer import exclusive, prepare, share, write_state
 from .config import EncodeConfig
 from .data.opening import open_pairs
 from .data.pairs import Pairs
-from .data.places import check_place
-from .draft import begin
+from .early import check
 from .geometry import check_resolution, geometry_of
 from .geometry import remarks as of_shapes
-from .index import FOLDER, JUDGED
 from .models.checkpoint import Checkpoint, find_checkpoint
-from .plan import make_plan, workers
+from .planning.draft import begin
+from .planning.index import FOLDER, JUDGED
+from .planning.plan import make_plan, workers
 
 if TYPE_CHECKING:
     from .scores import Scored
@@ -46,9 +45,7 @@ def encode(config: EncodeConfig, *, last: bool = True) -> None:
     Args:
         last: whether the processes part then; else all of them wait until the cache is whole, and stay a group.
     """
-    push = ": encode into one, then `ip2p-cache push` copies it there"
-    check_folder(config.cache, "--cache", push)  # before anything is downloaded
-    check_place(config.dataset, config.cache, "--cache", alone=True)
+    check(config)  # before anything is downloaded
     # Without a GPU accelerate counts every process as the only one, unless it is told that the CPU is meant.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu, timeout=timedelta(days=7))  # planning or a last shard may keep the others waiting long

@@ -23,11 +23,11 @@ from .config import EncodeConfig
 from .data.columns import AFTER, BEFORE
 from .data.pairs import Pairs
 from .data.pictures import open_picture
-from .index import JUDGED, whole_blocks, write_block
 from .judging import CLIP
 from .models.judge import Judge
 from .pipeline import quiet_worker
-from .plan import workers
+from .planning.index import JUDGED, whole_blocks, write_block
+from .planning.plan import workers
 
 BATCH = 32  # pairs that CLIP sees at once
 SECONDS = 10.0  # of work that a killed process may lose

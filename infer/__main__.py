@@ -7,7 +7,10 @@ from ..encode.base.begin import begin
 from ..encode.base.console import quiet_libraries
 from ..encode.base.errors import user_errors
 from ..encode.base.flags import parse
+from ..encode.config import Dataset
+from ..encode.data.places import check_dataset
 from .config import EvaluateConfig, InferConfig
+from .kind import check_local
 
 PROG = "ip2p-infer"
 
@@ -22,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = begin(argv)
         if arguments and arguments[0] == "evaluate":
             scoring = parse(EvaluateConfig, arguments[1:], f"{PROG} evaluate")
+            check_local(scoring.model, scoring.loading.lora)
+            check_dataset(Dataset(dataset_name=scoring.dataset))
             quiet_libraries()
             from .score.evaluate import evaluate
 
@@ -30,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .export import ExportConfig, export
 
             exporting = parse(ExportConfig, arguments[1:], f"{PROG} export")
+            check_local([exporting.model], exporting.weights.lora)
             quiet_libraries()
             return export(exporting)
         config = parse(InferConfig, arguments, PROG)
+        check_local([config.model], config.loading.lora)
+        if config.inputs.table:
+            check_dataset(Dataset(dataset_name=config.inputs.table))
         quiet_libraries()
         if config.page.ui:
             from .ui.serve import serve

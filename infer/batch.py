@@ -22,8 +22,9 @@ from ..encode.data.places import check_place
 from ..encode.data.sheet import grid
 from .config import InferConfig
 from .jobs import Job, find_jobs
+from .kind import check_model
 from .outputs import model_stamp, output_paths, output_place, save, settings_in, settings_of
-from .summary import Work, print_psnr, save_sheet
+from .summary import Work, described, print_psnr, save_sheet
 
 if TYPE_CHECKING:
     from .edit import Editor
@@ -38,8 +39,6 @@ def edit(config: InferConfig) -> int:
     if config.outputs.sheet:
         check_file(Path(config.outputs.sheet), "--sheet")
     if config.loading.lora:
-        from .models import check_model  # torch takes seconds to import
-
         check_model(config.model, config.loading.revision, config.loading.lora)
     if config.inputs.table:
         check_place(Dataset(dataset_name=config.inputs.table), Path(config.outputs.output), "--output")
@@ -53,7 +52,7 @@ def edit(config: InferConfig) -> int:
         print_psnr(done)
     counts = {"edited": len(done) - kept, "already there": kept, "skipped": len(work) - len(done)}
     told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    say(f"{told} -> {config.outputs.output}")
+    say(f"{told} -> {config.outputs.output} ({described(config)})")
     return 0 if done else 1
 
 

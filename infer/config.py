@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..encode.base.arguments import also, stands_for
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count, Name, idle
 from ..encode.config import Columns
 from ..encode.judging import CLIP
-from .editing import Editing, Loading
+from .editing import MODEL, OUTPUT, PRESETS, Editing, Loading, Preset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Inputs:
     """Picture or pictures: files, folders (the pictures directly inside) or glob patterns."""
     prompt: str | None = None
     """What to change, such as "make it snowy"; for all pictures, also of a table."""
-    table: str | None = None
-    """Instead of --image: JSONL, CSV or Parquet file (its paths start there), or any dataset that ip2p-encode opens."""
+    table: str | None = dataclasses.field(default=None, metadata=also("dataset_name train_data_dir dataset"))
+    """Instead of --image: JSONL, CSV or Parquet file (its paths start there), or any dataset that ip2p-encode opens.
+    Also --dataset_name or --train_data_dir, as there."""
     mask: str | None = None
     """Picture that is white, or transparent, where the others may change, and black where nothing does; of a table,
     --mask_column has one for each."""
@@ -30,8 +32,9 @@ class Inputs:
 class Outputs:
     """What becomes of it."""
 
-    output: str = ""
-    """Where edits go (required): NAME.png for one input, else a folder; several of one are NAME_0.png, …"""
+    output: str = dataclasses.field(default="", metadata=OUTPUT)
+    """Where edits go (required), also --output_dir: NAME.png for one input, else a folder; several of one are
+    NAME_0.png, …"""
     num_images: Count = 1
     """Pictures to make of each input."""
     sheet: str | None = None
@@ -81,14 +84,17 @@ class InferConfig:
     models. `--config run.yaml` stands for the flags that the file holds; later flags win.
     """
 
-    model: str
-    """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline."""
+    model: str = dataclasses.field(metadata=MODEL)
+    """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline; also --pretrained_model_name_or_path."""
     inputs: Inputs = Inputs()
     outputs: Outputs = Outputs()
     editing: Editing = dataclasses.field(default_factory=Editing)
     columns: Columns = dataclasses.field(default_factory=Columns)
     loading: Loading = dataclasses.field(default_factory=Loading)
     page: Page = Page()
+    preset: Preset = dataclasses.field(default="guide", metadata=stands_for(PRESETS))
+    """Steps and both scales: diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5, as `ip2p-infer
+    evaluate` does by default. Flags of their own win."""
 
     def __post_init__(self) -> None:
         if self.page.ui:
@@ -117,7 +123,9 @@ class InferConfig:
         else:
             yield from idle(self.page, "belongs to --ui: add that, or leave it out")
         if outputs.sweep:
-            yield from idle(self.editing, "cannot act with --sweep, whose scales are --sweep_…", *scales)
+            own = Editing(**PRESETS[self.preset])  # type: ignore[arg-type]  # whose scales nobody asked for
+            for name in (name for name in scales if getattr(self.editing, name) != getattr(own, name)):
+                yield from idle(self.editing, "cannot act with --sweep, whose scales are --sweep_…", name)
         else:
             wanted = "belongs to --sweep: add that, or leave it out"
             yield from idle(outputs, wanted, *(f"sweep_{name}" for name in scales))
@@ -131,8 +139,8 @@ class InferConfig:
 class Scoring:
     """What is measured, and where it goes."""
 
-    output: str
-    """Folder for edits, scores of each pair, results.json and curve.png."""
+    output: str = dataclasses.field(metadata=OUTPUT)
+    """Folder for edits, scores of each pair, results.json and curve.png; also --output_dir."""
     curve: bool = False
     """Score at image guidance 1.0, 1.2 … 2.2 instead of one scale, and draw the paper's curve, all models in
     one plot: what keeps to the input picture against what follows the edit."""
@@ -155,20 +163,25 @@ class EvaluateConfig:
     Each pair is edited as `ip2p-infer` does, and compared with the dataset's own edit: L1, L2, PSNR, CLIP-I,
     CLIP-T and DINO as in MagicBrush, CLIP image and text-image direction similarity as in the paper. What needs
     a column that the dataset lacks is left out. A pair that cannot be read is reported and skipped. Repeating an
-    interrupted command finishes the rest. Its defaults for --num_inference_steps and both scales are the paper's.
+    interrupted command finishes the rest. By default it takes the paper's steps and scales, `--preset paper`.
 
     Exit status: 0 if any pair was scored, 1 if none could be, 2 for wrong flags or models.
     `--config run.yaml` stands for the flags that the file holds; later flags win.
     """
 
-    model: tuple[str, ...]
-    """Folder or folders that ip2p-train saved, or Hub ids of InstructPix2Pix pipelines."""
-    dataset: str
-    """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens."""
+    model: tuple[str, ...] = dataclasses.field(metadata=MODEL)
+    """Folder or folders that ip2p-train saved, or Hub ids of InstructPix2Pix pipelines; also
+    --pretrained_model_name_or_path."""
+    dataset: str = dataclasses.field(metadata=also("dataset_name train_data_dir table"))
+    """Held-out pairs: a JSONL, CSV or Parquet file, or any dataset that ip2p-encode opens; also --dataset_name or
+    --train_data_dir."""
     scoring: Scoring
-    editing: Editing = dataclasses.field(default_factory=lambda: Editing(num_inference_steps=100, guidance_scale=7.5))
+    editing: Editing = dataclasses.field(default_factory=lambda: Editing(**PRESETS["paper"]))  # type: ignore[arg-type]
     columns: Columns = dataclasses.field(default_factory=Columns)
     loading: Loading = dataclasses.field(default_factory=Loading)
+    preset: Preset = dataclasses.field(default="paper", metadata=stands_for(PRESETS))
+    """Steps and both scales: the paper takes 100, 1.5 and 7.5; diffusers' guide 20, 1.5 and 10, as `ip2p-infer` does by
+    default. Flags of their own win."""
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""

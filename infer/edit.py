@@ -14,7 +14,8 @@ from ..encode.data.pictures import Picture, open_picture
 from .drawing.denoise import Task, draw
 from .drawing.guidance import Guidance, Told
 from .drawing.mask import Mask, Masks, read_mask
-from .models import check_kind, load, scheduler_like
+from .kind import check_kind
+from .models import load, scheduler_like
 
 
 class Editor:

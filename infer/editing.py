@@ -6,8 +6,19 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from ..encode.base.arguments import also
 from ..encode.base.errors import SettingsError
 from ..encode.base.flags import Count, idle
+
+MODEL, OUTPUT = also("pretrained_model_name_or_path"), also("output_dir")
+PRECISION = also("mixed_precision", {"no": "float32", "fp16": "float16", "bf16": "bfloat16"})
+"""What the other commands call the model, the place of results, and the precision."""
+PRESETS: dict[str, dict[str, float]] = {
+    "guide": {"num_inference_steps": 20, "image_guidance_scale": 1.5, "guidance_scale": 10.0},
+    "paper": {"num_inference_steps": 100, "image_guidance_scale": 1.5, "guidance_scale": 7.5},
+}
+"""Steps and scales of diffusers' guide, with which `ip2p-infer` edits, and of the paper, with which `evaluate` does."""
+Preset = Literal["guide", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Editing:
     seed: int = 0
     """The k-th picture of each input is drawn with seed + k, wherever the input stands."""
     num_inference_steps: int = 20
-    """Denoising steps. For these and both scales, diffusers' guide takes 20, 1.5 and 10; the paper 100, 1.5 and 7.5."""
+    """Denoising steps."""
     image_guidance_scale: float = 1.5
     """How closely to keep to the input picture, from 0 up; below 1 works too."""
     guidance_scale: float = 10.0
@@ -32,6 +43,12 @@ class Editing:
     """Long side in pixels while editing, a multiple of 8; default: the trained one. Outputs have their input's size."""
     batch_size: Count = 4
     """Pictures edited at once; changes the speed alone."""
+
+    @property
+    def described(self) -> str:
+        """Steps and scales, as results are reported with."""
+        scales = f"image guidance {self.image_guidance_scale:g}, text guidance {self.guidance_scale:g}"
+        return f"{self.num_inference_steps} steps, {scales}"
 
     def idle(self) -> Iterator[str]:
         """What is said of flags that are set and cannot act."""
@@ -74,7 +91,7 @@ class Loading(Weights):
 
     device: str | None = None
     """cuda, mps, cpu …; default: the accelerator if there is one."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Default: float16 on CUDA, float32 elsewhere."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = dataclasses.field(default=None, metadata=PRECISION)
+    """Or --mixed_precision no, fp16, bf16. Default: float16 on CUDA, float32 elsewhere."""
     scheduler: str | None = None
     """diffusers' class name of another scheduler, such as DDIM or EulerAncestralDiscrete."""

@@ -8,7 +8,7 @@ from typing import Literal
 from ..encode.base.console import say
 from ..encode.base.errors import EditError, SettingsError, explained
 from ..encode.base.files import check_file, whole
-from .editing import Weights
+from .editing import MODEL, PRECISION, Weights
 
 # The rest is imported once flags are read: torch takes seconds to import, and --help shall not.
 
@@ -23,12 +23,13 @@ class ExportConfig:
     `--config run.yaml` stands for the flags that the file holds; later flags win.
     """
 
-    model: str
-    """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline; with --lora, what these are added to."""
+    model: str = dataclasses.field(metadata=MODEL)
+    """Folder that ip2p-train saved, or Hub id of an InstructPix2Pix pipeline; with --lora, what these are added to.
+    Also --pretrained_model_name_or_path."""
     output: Path
     """The file to write, NAME.safetensors."""
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Precision of all weights in it."""
+    dtype: Literal["float16", "bfloat16", "float32"] = dataclasses.field(default="float16", metadata=PRECISION)
+    """Precision of all weights in it; also --mixed_precision no, fp16, bf16."""
     weights: Weights = dataclasses.field(default_factory=Weights)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is shown of a run that is done: a contact sheet, and how near the edits came to their targets."""
+"""What is shown of a run that is done: a contact sheet, steps and scales, how near the edits came to their targets."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,6 +16,13 @@ from .jobs import Job
 
 Work: TypeAlias = Sequence[tuple[Job, list[Path]]]  # inputs, each with the files of its edits
 SHEET_ROWS = 100
+
+
+def described(config: InferConfig) -> str:
+    """Steps and scales, which the results are reported with."""
+    if not config.outputs.sweep:
+        return config.editing.described
+    return f"{config.editing.num_inference_steps} steps, a grid over both scales"
 
 
 def save_sheet(config: InferConfig, done: Work, sheet: Path) -> None:

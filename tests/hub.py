@@ -33,6 +33,7 @@ class Hub:
         uploaded: the files that were committed, by their names in the repository.
         tokens: what requests to upload were signed with.
         stumbles: how many of the next requests fail.
+        gated: repositories, as OWNER/NAME, whose licence nobody has accepted.
         environment: variables that lead the commands here, and nowhere else.
     """
 
@@ -43,6 +44,7 @@ class Hub:
         self.uploaded: dict[str, bytes] = {}
         self.tokens: set[str | None] = set()
         self.stumbles = 0
+        self.gated: set[str] = set()
         self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
     def with_places(self) -> list[str]:
@@ -74,6 +76,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path).strip("/")
         if file := re.fullmatch(r"(datasets/)?([\w.-]+/[\w.-]+)/resolve/[^/]+/(.+)", path):
+            if file[2] in self.hub.gated:
+                return self.answer({"error": "Access is restricted"}, 401, {"X-Error-Code": "GatedRepo"})
             return self.send_file(file[1] or "models/", file[2], file[3])
         found = re.fullmatch(r"api/(models|datasets)/([\w.-]+/[\w.-]+)(/revision/[^/]+)?(/tree/[^/]+(/.*)?)?", path)
         if found and found[2] in self.hub.created and not found[4]:

@@ -18,17 +18,15 @@ FLOORS = """
     encode.config
     encode.cache
     encode.data  encode.models
-    encode.geometry  encode.cached
+    encode.geometry  encode.cached  encode.early
     encode.dataset
-    encode.index
-    encode.draft
-    encode.plan
+    encode.planning
     encode.pipeline
     encode.scores
     encode.run
     encode.__main__  encode.keeper
     infer.editing  infer.lora
-    infer.config
+    infer.config  infer.kind
     infer.models  infer.jobs  infer.score.metrics
     infer.drawing  infer.outputs  infer.export
     infer.edit  infer.summary

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,25 +163,54 @@ def test_a_line_of_results_says_when_where_and_with_what_it_was_measured(bench: 
 
 def test_neither_git_nor_a_package_that_is_missing_stops_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the commit or a version cannot be told, the line says so, and is written."""
-    assert common.commit()
+    look = common.commit.__wrapped__  # once for each process, otherwise
+    assert look()
     monkeypatch.setenv("PATH", "")
-    assert common.commit() is None
+    assert look() is None
     monkeypatch.setattr(common, "PACKAGES", ("torch", "no-such-package"))
     assert common.versions().keys() == {"python", "torch", "no-such-package"}
     assert common.versions()["no-such-package"] is None
 
 
+def test_results_are_written_from_clean_trees_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs from the commit is found before anything is measured; results and pages that show them may."""
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=n", "-c", "user.email=e")
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    results, flags = tmp_path / "bench" / "results", common.parser("")
+    for name in ("bench/results/speed.jsonl", "docs/performance.md", "code.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(common, "RESULTS", results)
+    monkeypatch.setattr(common, "commit", common.commit.__wrapped__)
+    with pytest.raises(SystemExit):  # no repository
+        flags.parse_args(["--results", str(results)])
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "all")
+    for name in ("bench/results/speed.jsonl", "docs/performance.md"):
+        (tmp_path / name).write_text("more")
+    assert flags.parse_args(["--results", str(results)]).results == results
+    (tmp_path / "code.py").write_text("more")
+    with pytest.raises(SystemExit):
+        flags.parse_args(["--results", str(results)])
+    assert common.commit().endswith("-dirty")
+    assert flags.parse_args(["--results", str(tmp_path)]).results == tmp_path
+
+
 def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
     """The last line counts, with earlier ones alike but for what they leave out; only the rows asked for are shown."""
-    machine = {"gpu": None, "cores": 2, "cpu": "Chip"}
+    machine = {"gpu": None, "cores": 2, "cpu": "Chip", "load": 0.5}
     for size, only, rows in (
         ("old", "", {"fast": 1}),
         ("new", "a", {"fast": 2, "other": 3}),
         ("new", "b", {"faster": 1.5}),
     ):
-        found = {what: common.Row(what, value, "s", at_most=2)._asdict() for what, value in rows.items()}
+        found = {what: common.Row.of(what, [9, value, 0.1], "s", at_most=2)._asdict() for what, value in rows.items()}
         settings = {"rounds": 3, "size": size, "only": only}
-        line = {"date": "2026-01-02T03", "machine": machine, "settings": settings, "rows": found}
+        line = {"date": "2026-01-02T03", "commit": "abc", "machine": machine, "settings": settings, "rows": found}
         with (tmp_path / "speed.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
     page = summary.filled("before\n<!-- speed: ^fast -->\nold\n<!-- end -->\nafter", tmp_path)
@@ -188,10 +218,10 @@ def test_a_table_is_that_of_the_newest_line(tmp_path: Path) -> None:
         "before",
         "<!-- speed: ^fast -->",
         "",
-        "| 2 cores of Chip, 2026-01-02 (`bench/results/speed.jsonl`) |  | bar |",
+        "| 2 cores of Chip, 2026-01-02, commit abc, load 0.5 (`bench/results/speed.jsonl`) |  | bar |",
         "| --- | --- | --- |",
-        "| fast | 2 s | <= 2 |",
-        "| faster | 1.5 s | <= 2 |",
+        "| fast | 2 s (0.1 to 9) | <= 2 |",
+        "| faster | 1.5 s (0.1 to 9) | <= 2 |",
         "",
         "<!-- end -->",
         "after",
@@ -203,11 +233,11 @@ def test_rows_become_columns_by_what_a_pattern_names(tmp_path: Path) -> None:
     """The part of a name that the group `column` takes heads a column; what is left names the row."""
     rows = {"a: step": 1, "a: card": 4, "b: step": 2, "c": 3}
     found = {what: common.Row(what, value, "s", at_most=8)._asdict() for what, value in rows.items()}
-    line = {"date": "2026-01-02T03", "machine": {}, "settings": {}, "rows": found}
+    line = {"date": "2026-01-02T03", "commit": "abc", "machine": {}, "settings": {}, "rows": found}
     (tmp_path / "speed.jsonl").write_text(json.dumps(line))
     page = summary.filled("<!-- speed: : (?P<column>step|card)$ -->\n<!-- end -->", tmp_path)
     assert page.splitlines()[2:6] == [
-        "| On paper, 2026-01-02 (`bench/results/speed.jsonl`) | step | card | bar |",
+        "| On paper, 2026-01-02, commit abc (`bench/results/speed.jsonl`) | step | card | bar |",
         "| --- | --- | --- | --- |",
         "| a | 1 s | 4 s | <= 8 |",
         "| b | 2 s |  | <= 8 |",

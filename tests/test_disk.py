@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import fakes
-from ip2p.encode import plan
 from ip2p.encode.base.errors import CacheError, SettingsError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.data.pairs import Pair
+from ip2p.encode.planning import plan
 from ranks import FORKS, hold
 
 Encode = Callable[..., None]

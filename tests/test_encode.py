@@ -18,8 +18,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import fakes
 import tiny
 from configs import encode_config
-from ip2p.encode import plan
 from ip2p.encode.data.pairs import Pair
+from ip2p.encode.planning import plan
 
 HALF: dict[str, Any] = {"rtol": 2**-10, "atol": 1e-6}  # rounding to float16
 Encode = Callable[..., None]

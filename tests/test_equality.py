@@ -11,7 +11,15 @@ import pytest
 import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-SETTINGS = {"resolution": 16, "pairs": 48, "held_out": 48, "steps": 20, "rounds": 5, "learning_rate": 1e-2}
+SETTINGS = {
+    "resolution": 16,
+    "pairs": 48,
+    "held_out": 48,
+    "steps": 20,
+    "rounds": 5,
+    "learning_rate": 1e-2,
+    "precisions": "no",
+}
 Rows = dict[str, dict[str, Any]]
 
 
@@ -51,3 +59,4 @@ def test_training_from_the_cache_learns_what_encoding_on_the_fly_learns(
     rows: Rows = json.loads((tmp_path / "equality.jsonl").read_text())["rows"]
     assert rows["from the cache, mean"]["value"] < 0.9 * rows["loss on held-out pairs before training"]["value"]
     assert rows["difference of the means"]["holds"] is same
+    assert 0 < rows["error of the posterior's mean"]["value"] < 0.01  # of half precision on the disk

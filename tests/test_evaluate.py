@@ -227,6 +227,7 @@ def test_every_setting_of_an_edit_reaches_it(evaluate: Evaluate, out: Path) -> N
     assert settings_of(picture).items() >= settings.items()
     (result,) = results(out)
     assert (result["image_guidance_scale"], result["pairs"]) == (0.5, 1)
+    assert (result["num_inference_steps"], result["guidance_scale"]) == (2, 3)
 
 
 def test_bad_pairs_are_reported_once_and_left_out(

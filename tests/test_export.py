@@ -22,7 +22,7 @@ from ip2p.encode.config import Model
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.models.original import original
 from ip2p.infer.__main__ import main as infer
-from ip2p.infer.models import SD, SDXL
+from ip2p.infer.kind import SD, SDXL
 from ip2p.train.__main__ import main as train
 from test_lora import command
 from test_train import assert_same, flags, unet_file

@@ -13,9 +13,13 @@ import pytest
 
 import hub
 import tiny
-from ip2p.encode.base.errors import ModelError
-from ip2p.encode.config import Model
+from ip2p.encode.base.errors import EditError, ModelError, SourceError
+from ip2p.encode.config import Dataset, Model
+from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
+from ip2p.encode.models.hub import fetch_vae
+from ip2p.encode.models.judge import Judge
+from ip2p.infer.kind import check_model
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MODEL, DATASET = "stable-diffusion-v1-5/stable-diffusion-v1-5", "fusing/instructpix2pix-1000-samples"
@@ -29,6 +33,7 @@ SMALLER = {
 }
 OURS = r"(identify samples|encode|train|editing|denoising): +(\d+%|.* row/s)|[\d,]+ of [\d,]+ samples to encode: "
 OURS += r"|encoded [\d,]+ samples: |saved the pipeline in |the safety checker of the base is |\d+ edited -> "
+OURS += r"|[\d,]+ steps of [\d,]+ samples are |\d+ checkpoints? of "
 OF_DOWNLOADS = r"Fetching \d+ files: |Generating train split: "
 
 
@@ -55,6 +60,8 @@ def standin(served: hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", served.url)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", served.url + hub.FILES)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", served.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     return served
 
@@ -101,8 +108,56 @@ def test_readme_s_first_commands_show_our_lines_alone(served: hub.Hub, tmp_path:
 
 def test_a_model_that_the_hub_does_not_have_is_named(standin: hub.Hub) -> None:
     """With the Hub's own answer."""
-    with pytest.raises(ModelError, match=r"^no/model is neither .* Not Found .*\(--pretrained_model_name_or_path\)$"):
+    answer = r"^no/model is neither .* Not Found .*\(--pretrained_model_name_or_path\); .* if it is private, `hf auth"
+    with pytest.raises(ModelError, match=answer):
         find_checkpoint(Model("no/model"))
+
+
+@pytest.fixture
+def gated(standin: hub.Hub) -> Iterator[hub.Hub]:
+    """The Hub, where neither model nor dataset is given to whoever has not accepted its licence."""
+    standin.gated |= {MODEL, DATASET}
+    yield standin
+    standin.gated.clear()
+
+
+def test_a_licence_that_is_to_be_accepted_is_said_with_its_page(gated: hub.Hub, tmp_path: Path) -> None:
+    """Of models to train and to edit with, of another VAE, of CLIP, and of datasets."""
+    page = rf"its licence is to be accepted: do so on {gated.url}/(datasets/)?{{name}}, then `hf auth login`$"
+    with pytest.raises(ModelError, match=page.format(name=MODEL)):
+        find_checkpoint(Model(MODEL))
+    with pytest.raises(ModelError, match=page.format(name=MODEL)):
+        fetch_vae(MODEL, None, None)
+    with pytest.raises(EditError, match=page.format(name=MODEL)):
+        check_model(MODEL, None)
+    with pytest.raises(SourceError, match=r"accepted: do so on its page on the Hub, then `hf auth login`$"):
+        open_pairs(Dataset(dataset_name=DATASET), tmp_path / "data")
+
+
+def test_what_offline_lacks_is_answered_with_the_variable(standin: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which keeps the libraries from asking; by models and datasets."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    answer = "HF_HUB_OFFLINE is set, and it was not fetched before: unset that once"
+    for fetch in (lambda: find_checkpoint(Model(MODEL)), lambda: fetch_vae(MODEL, None, None)):
+        with pytest.raises(ModelError, match=answer):
+            fetch()
+    with pytest.raises(EditError, match=answer):
+        check_model(MODEL, None)
+    with pytest.raises(ModelError, match=answer):
+        Judge("openai/clip-vit-base-patch32", None)
+    with pytest.raises(SourceError, match=answer):
+        open_pairs(Dataset(dataset_name=DATASET), None)
+
+
+def test_a_hub_that_cannot_be_reached_is_said(standin: hub.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a network."""
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", nowhere)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nowhere + hub.FILES)
+    with pytest.raises(ModelError, match="the Hub is out of reach"):
+        find_checkpoint(Model(MODEL))
 
 
 def weights(files: list[str]) -> list[str]:

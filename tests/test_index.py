@@ -1,4 +1,4 @@
-"""Tests of encode/index.py and of encodes that find all done: what was read once is not read again."""
+"""Tests of encode/planning/index.py and of encodes that find all done: what was read once is not read again."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 import fakes
-from ip2p.encode import index as module
 from ip2p.encode.base.errors import CacheError, SampleError
 from ip2p.encode.cache.format import Cache
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.index import Index
 from ip2p.encode.keeper.verify import Finding, repair, verify
+from ip2p.encode.planning import index as module
+from ip2p.encode.planning.index import Index
 
 ROWS = 4
 

@@ -29,12 +29,14 @@ def edit(editor: Editor, image: Any, prompt: str, **settings: Any) -> list[Image
 
 
 def test_one_picture_and_one_prompt_give_one_file_with_its_settings(
-    model: str, editor: Editor, photos: Path, tmp_path: Path
+    model: str, editor: Editor, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command gives what `Editor` gives, to the bit, and the PNG says how it was made."""
+    """The command gives what `Editor` gives, to the bit; the PNG says how it was made, and so does the last line."""
     out = tmp_path / "new" / "out.png"
     arguments = ["--model", model, "--image", str(photos / "a.png"), "--prompt", "make it red", *STEPS]
     assert main([*arguments, "--output", str(out)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"1 edited -> {out} (2 steps, image guidance 1.5, text guidance 10)"
     assert apart(Image.open(out), edit(editor, photos / "a.png", "make it red")[0]) == 0
     with Image.open(out) as edited:
         settings = json.loads(edited.info["ip2p"])

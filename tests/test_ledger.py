@@ -14,7 +14,7 @@ from ip2p.encode.cache.commits import Commit, Unit
 from ip2p.encode.cache.format import SAMPLES
 from ip2p.encode.cache.samples import NULL_PROMPT, Ledger, text_key
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.index import identify
+from ip2p.encode.planning.index import identify
 
 ROWS = {"images": 4, "text": 3}
 SIZES = [12, 8, 10, 6, 0, 1]  # original width and height, edited width and height, crop top and left

@@ -15,7 +15,7 @@ from forms import KINDS, PAIRS, Flags, Kind, csv_file, image_files, metadata_jso
 from ip2p.encode.base.errors import EditError, SourceError
 from ip2p.encode.base.flags import changed, parse
 from ip2p.encode.data.pairs import Pair
-from ip2p.encode.index import identify
+from ip2p.encode.planning.index import identify
 from ip2p.infer.config import EvaluateConfig, InferConfig, Inputs, Outputs
 from ip2p.infer.jobs import Job, find_jobs
 

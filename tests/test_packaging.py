@@ -125,8 +125,7 @@ def test_the_tests_of_a_source_distribution_run(sources: Path, environment: Path
     scripts, purelib = places(environment)
     program = "import ip2p.encode; print(ip2p.encode.__file__)"
     assert Path(run(scripts / "python", "-c", program, cwd=sources).strip()).is_relative_to(purelib)
-    tests = ("test_architecture", "test_flags", "test_reader", "test_starter")
-    some = [f"tests/{name}.py" for name in tests]
+    some = [f"tests/test_{name}.py" for name in ("architecture", "flags", "reader")]
     said = run(scripts / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *some, cwd=sources)
     assert re.search(r"^\d+ passed", said.splitlines()[-1])
 

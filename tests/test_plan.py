@@ -16,7 +16,7 @@ from ip2p.encode.cache.commits import Commit, Unit, write_commit
 from ip2p.encode.cache.format import SAMPLES
 from ip2p.encode.cache.samples import Ledger, text_key
 from ip2p.encode.config import NO_FLIP
-from ip2p.encode.plan import carry, mark_flips
+from ip2p.encode.planning.plan import carry, mark_flips
 
 ROWS = {"images": 4, "text": 3}
 PAIRS = [f"{number:032x}" for number in range(9)]

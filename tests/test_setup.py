@@ -16,18 +16,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
+import tiny
 from configs import train_config
-from ip2p.encode.base.errors import SettingsError, TrainError
+from ip2p.encode.base.errors import ModelError, SettingsError, TrainError
+from ip2p.encode.base.flags import changed
+from ip2p.encode.cache.format import Cache
 from ip2p.train import agree, machine
 from ip2p.train.__main__ import main
 from ip2p.train.agree import agreed
 from ip2p.train.config import TrainConfig, Watching
 from ip2p.train.machine import advise, alone, make_accelerator
 from ip2p.train.save.resume import find
+from ip2p.train.setup import with_model
 from ip2p.train.unet.weights import Precision, choose_precision
 from ip2p.train.watch.metrics import Metrics
 from test_train import flags
@@ -237,6 +242,9 @@ def test_a_place_that_cannot_be_written_is_found_before_any_work(
 
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("ip2p.train.run.open_caches", None)
+    for folder in ("model", "cache"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cache" / "manifest.json").touch()
     with pytest.raises(SystemExit, match="2"):
         main(flags(tmp_path / "model", tmp_path / "cache", tmp_path / "run" / "out", report_to="tensorboard"))
     (line,) = capsys.readouterr().err.splitlines()
@@ -362,3 +370,24 @@ def test_the_main_process_alone_looks_for_the_checkpoint(
                 with pytest.raises(expected, match="holds no checkpoint"):
                     agreed(look)
         (given.saving.output_dir / "checkpoint-9").rmdir()
+
+
+def test_the_model_is_that_of_the_cache_where_none_is_named(
+    sd: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, trained and recorded; one that is gone is a line that names the flag."""
+    main(tiny.arguments({"cache": cache, "output_dir": tmp_path / "out", "max_train_steps": 1, "report_to": "none"}))
+    assert f"the model is that of the cache: {sd}\n" in capsys.readouterr().out
+    recorded = yaml.safe_load((tmp_path / "out" / "train.yaml").read_text())
+    assert recorded["pretrained_model_name_or_path"] == str(sd)
+    opened, config = Cache.open(cache), train_config(cache=cache, output_dir=tmp_path, pretrained_model_name_or_path="")
+    opened.manifest["model"] |= {"name": "owner/model", "revision": "old", "variant": "fp16"}
+    model = with_model(config, opened).model
+    assert (model.pretrained_model_name_or_path, model.revision, model.variant) == ("owner/model", "old", "fp16")
+    assert with_model(changed(config, revision="new"), opened).model.revision == "new"
+    named = changed(config, pretrained_model_name_or_path="other")
+    assert with_model(named, opened) == named
+    opened.manifest["model"]["name"] = f"{tmp_path}/gone"
+    answer = rf"^{cache} was encoded with {tmp_path}/gone, .* is not there: .* \(name the model with --"
+    with pytest.raises(ModelError, match=answer):
+        with_model(config, opened)

@@ -20,9 +20,9 @@ from ip2p.encode.cache import format as cache_module
 from ip2p.encode.cache.format import Cache, Unit
 from ip2p.encode.cache.reader import Reader
 from ip2p.encode.cache.writer import write_state
-from ip2p.encode.draft import open_existing
 from ip2p.encode.keeper.__main__ import main
 from ip2p.encode.keeper.verify import repair, verify
+from ip2p.encode.planning.draft import open_existing
 
 Encode = Callable[..., None]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..encode.base.begin import begin
 from ..encode.base.console import quiet_libraries, say
 from ..encode.base.errors import Stopped, user_errors
-from .command import PROG, read
+from .command import PROG, look, read
 
 LIBRARY = "libcudart.so.12"
 
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` defaults to the command line."""
     with user_errors(PROG):
         encoding, config = read(begin(argv))
+        look(encoding, config)
         quiet_libraries()
         if config.machine.enable_xformers_memory_efficient_attention:
             preload()  # before diffusers is imported

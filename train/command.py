@@ -7,11 +7,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..encode import early
+from ..encode.base.arguments import expand
 from ..encode.base.errors import SettingsError
-from ..encode.base.files import content_key
-from ..encode.base.flags import changed, expand, flags_of, parse
+from ..encode.base.files import check_cache, check_folder, content_key, is_url
+from ..encode.base.flags import changed, flags_of, parse
 from ..encode.config import EncodeConfig
-from ..encode.data.places import in_tars
+from ..encode.data.places import check_place, in_tars
+from ..encode.models.hub import check_name
 from .config import TrainConfig, refused
 
 PROG = "ip2p-train"
@@ -52,6 +55,22 @@ def read(arguments: Sequence[str]) -> tuple[EncodeConfig | None, TrainConfig]:
         place = place_of(encoding)
         return changed(encoding, cache=place), changed(config, cache=(str(place),))
     return encoding, config
+
+
+def look(encoding: EncodeConfig | None, config: TrainConfig) -> None:
+    """Look at the places that the flags name, before torch is imported, which takes seconds.
+
+    Raises Ip2pError: a cache, a model or a dataset is not there, or there is no place for what comes out.
+    """
+    check_folder(config.saving.output_dir, "--output_dir")
+    if encoding:
+        check_place(encoding.dataset, config.saving.output_dir, "--output_dir")
+        return early.check(encoding)
+    for place in config.samples.cache:
+        if not is_url(place):
+            check_cache(Path(place))
+    if name := config.model.pretrained_model_name_or_path:
+        check_name(name, "", "--pretrained_model_name_or_path")
 
 
 def place_of(encoding: EncodeConfig) -> Path:

@@ -22,6 +22,9 @@ WINDOW = 64  # GiB
 class BaseModel(Model):
     """The Stable Diffusion model to start from: the one that the cache was encoded with."""
 
+    pretrained_model_name_or_path: str = ""
+    """Stable Diffusion 1.x, 2.x or SDXL: a Hub id, a folder in diffusers' layout, or a .safetensors file in the
+    original layout. Its UNet is widened to 8 input channels. Default: the one that the cache records."""
     non_ema_revision: str | None = None
     """Revision of the UNet on the Hub, if it is another."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     AutocastKwargs,
@@ -80,6 +81,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, Precision]:
     torch.backends.cudnn.benchmark = not config.machine.deterministic  # batches have few shapes
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.machine.allow_tf32
     tracker = None if config.watching.report_to == "none" else config.watching.report_to
+    AcceleratorState._reset_state()  # else a second run of this process would have to be like the first
     try:
         accelerator = Accelerator(
             mixed_precision="no" if precision.half else precision.name,

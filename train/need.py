@@ -21,7 +21,7 @@ from ..encode.models.judge import clip_bytes
 from ..encode.models.parts import read_config
 from .config import TrainConfig
 from .memory import Passes, Shapes, simulate
-from .setup import base_checkpoint
+from .setup import base_checkpoint, with_model
 from .unet.rounding import BLOCK
 from .unet.weights import Precision, choose_precision
 from .watch.frozen import Frozen, simulate_picture
@@ -83,6 +83,7 @@ class Model(NamedTuple):
 def estimate(config: TrainConfig) -> None:
     """For --estimate: print what a run of this model on these pictures needs, as it is and with other flags."""
     caches = open_caches(config.samples.cache, config.samples.window_dir)
+    config = with_model(config, caches[0])
     base = base_checkpoint(config, caches[0])
     model = Model.of(base, Reader(*caches, window=config.samples.room))
     height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])

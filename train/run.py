@@ -31,8 +31,9 @@ from .save.checkpoint import AVERAGE, MODEL, OPTIMIZER, PROGRESS, SCALE, Checkpo
 from .save.pipeline import export, finished
 from .save.public import told
 from .save.resume import SETTINGS, Progress, find, go_on, resume
+from .save.room import announce
 from .save.upload import publish
-from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track
+from .setup import agreed_seed, base_checkpoint, open_caches, save_config, track, with_model
 from .unet.load import allow_graphs, check_gradients
 from .unet.make import make_schedule, make_unet, make_update
 from .unet.weights import Precision
@@ -73,9 +74,10 @@ class Run:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, precision: Precision):
         """Open, load and resume what the flags ask for."""
-        self.config, self.accelerator, self.precision = config, accelerator, precision
         # What it trains on.
         caches, device = open_caches(config, accelerator), accelerator.device
+        self.accelerator, self.precision = accelerator, precision
+        self.config = config = with_model(config, caches[0])
         self.base = base_checkpoint(config, caches[0], accelerator)
         self.reader = Reader(*caches, masks=config.objective.edit_weight != 1, window=config.samples.room)
         check_memory(config, self.base, self.reader, device)
@@ -110,6 +112,7 @@ class Run:
         self.update.seed = self.progress.seed
         self.order = make_order(config, self.samples, self.progress.seed, self.progress.lap, sweep)
         self.lr_scheduler = make_schedule(config.optimizer, self.update.optimizer, self.progress.step, self.total)
+        announce(config, self.base, unet, self.state, self.total, self.per_step, len(self.samples.rows))
 
     @property
     def state(self) -> Parts:

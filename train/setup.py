@@ -19,6 +19,7 @@ from ..encode.config import EncodeConfig
 from ..encode.data.places import check_place
 from ..encode.keeper.verify import verify
 from ..encode.models.checkpoint import Checkpoint, find_checkpoint
+from ..encode.models.hub import check_name
 from ..encode.run import encode
 from .agree import agreed
 from .config import TrainConfig
@@ -91,6 +92,18 @@ def check_every_byte(cache: Cache, accelerator: Accelerator) -> None:
             "then ip2p-encode"
         )
     accelerator.wait_for_everyone()
+
+
+def with_model(config: TrainConfig, cache: Cache) -> TrainConfig:
+    """The flags of a run with the model that its cache records, where they name none; a ModelError if that is gone."""
+    if config.model.pretrained_model_name_or_path:
+        return config
+    recorded, flag = cache.manifest["model"], "--pretrained_model_name_or_path"
+    name = recorded["name"]
+    check_name(name, f"{cache.name} was encoded with {name}, and ", f"name the model with {flag}")
+    say(f"the model is that of the cache: {name}")
+    revision, variant = (getattr(config.model, key) or recorded[key] for key in ("revision", "variant"))
+    return changed(config, pretrained_model_name_or_path=name, revision=revision, variant=variant)
 
 
 def base_checkpoint(config: TrainConfig, cache: Cache, accelerator: Accelerator | None = None) -> Checkpoint:

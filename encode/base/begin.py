@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from .arguments import expand
 from .console import show_messages
-from .flags import expand
 
 QUIET, LOUD = "--quiet", "--no_quiet"
 

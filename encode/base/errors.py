@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -39,7 +40,8 @@ class Stopped(TrainError):
     """A training run that ended early by a signal, after a checkpoint."""
 
     def __init__(self, step: int, signal: int):
-        super().__init__(f"stopped at step {step}: continue with --resume_from_checkpoint latest")
+        again = "--resume_from_checkpoint latest, or on a dataset with the same command"
+        super().__init__(f"stopped at step {step}: continue with {again}")
         self.signal = signal
 
 
@@ -68,6 +70,31 @@ def reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def of_hub(error: BaseException) -> str:
+    """What to do about an error that comes from the Hub, or from its absence; empty for any other.
+
+    Its library is not imported for that: kinds are known by their names, in the chain of causes or in what is said.
+    """
+    chain = list[BaseException]()
+    link: BaseException | None = error
+    while link and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    said = " ".join([*(kind.__name__ for link in chain for kind in type(link).__mro__), *map(str, chain)])
+    offline = getattr(sys.modules.get("huggingface_hub.constants"), "HF_HUB_OFFLINE", False)
+    if re.search("GatedRepoError|gated dataset", said):
+        place = re.search(r"(https?://[^/\s]+/(datasets/)?[\w.-]+/[\w.-]+)/resolve/", said)
+        page = place[1] if place else "its page on the Hub"
+        return f"; its licence is to be accepted: do so on {page}, then `hf auth login`"
+    if "OfflineModeIsEnabled" in said or ("LocalEntryNotFoundError" in said and offline):
+        return "; HF_HUB_OFFLINE is set, and it was not fetched before: unset that once, while there is a network"
+    if re.search("RepositoryNotFoundError|doesn't exist on the Hub", said):
+        return "; look for a slip in the name; if it is private, `hf auth login`"
+    if re.search("ConnectError|NetworkError|ConnectTimeout|LocalEntryNotFoundError", said):
+        return "; the Hub is out of reach, and it was not fetched before: name a folder, or try again with a network"
+    return ""
+
+
 @contextlib.contextmanager
 def explained(kind: type[Ip2pError], what: str, *errors: type[Exception], hint: str = "") -> Iterator[None]:
     """Raise errors of other libraries (these, or all) as one of ours: `what`, a colon, the reason, and the hint."""
@@ -77,7 +104,7 @@ def explained(kind: type[Ip2pError], what: str, *errors: type[Exception], hint: 
     except (Ip2pError, MemoryError):
         raise
     except meant as error:
-        raise kind(f"{what}: {reason(error)}{hint}") from None
+        raise kind(f"{what}: {reason(error)}{hint}{of_hub(error)}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

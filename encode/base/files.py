@@ -69,6 +69,12 @@ def check_folder(folder: Path, flag: str, instead: str = "") -> None:
         raise SettingsError(f"{flag} {folder} cannot be written: {why}") from None
 
 
+def check_cache(folder: Path) -> None:
+    """Raise CacheError for a folder that holds no cache."""
+    if not (folder / "manifest.json").is_file():
+        raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
+
+
 def check_file(file: Path, flag: str) -> None:
     """Refuse, as `check_folder` does, a place where no file can be written."""
     check_folder(file.parent, flag)

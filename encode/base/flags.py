@@ -1,4 +1,4 @@
-"""Command lines and YAML files into configuration dataclasses, and those back into plain values.
+"""Flags into configuration dataclasses, and those back into plain values.
 
 A configuration is a frozen dataclass whose fields are flags, or groups of flags: dataclasses again, under whose
 docstrings `--help` shows them. Names are flat: `--learning_rate`, whichever group it belongs to.
@@ -10,8 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from .arguments import other_names, written_out
 from .errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config")
@@ -46,7 +45,7 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     """
     import tyro  # here, because nothing else in a worker process needs it
 
-    arguments = expand(list(argv))
+    arguments = written_out(config, argv)
     check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
     cli = {"prog": prog, "description": f"{config.__doc__}\n\n{EVERYWHERE}", "use_underscores": True}
@@ -131,32 +130,6 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
 
 
-def expand(arguments: list[str]) -> list[str]:
-    """Replace each `--config FILE` by the flags that the YAML file holds, where it stands."""
-    expanded: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        expanded += _flags_in(value if equals else next(rest, "")) if name == "--config" else [argument]
-    return expanded
-
-
-def _flags_in(path: str) -> Iterator[str]:
-    try:
-        # BaseLoader keeps every scalar as text, so that `no` and `1e-5` mean what they say.
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise SettingsError(f"--config {path} holds no `flag: value` lines")
-    for name, value in values.items():
-        if value in ("true", "false"):
-            yield f"--{name}" if value == "true" else f"--no_{name}"
-        elif value not in ("null", "", []):
-            yield f"--{name}"
-            yield from ("inf" if item == ".inf" else item for item in (value if isinstance(value, list) else [value]))
-
-
 def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[str, str]) -> None:
     """Answer wrong and missing flags in one line, before tyro would in ten."""
     flags = flags_of(config)
@@ -173,7 +146,7 @@ def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[st
             if name not in flags and name not in switches:
                 if why := refused.get(name) or refused.get(name.removeprefix("no_")):
                     raise SettingsError(f"--{name} {why}")
-                near = did_you_mean(name, [*flags, *switches, *refused], "--")
+                near = did_you_mean(name, [*flags, *switches, *refused, *other_names(config)], "--")
                 raise SettingsError(f"unknown flag --{name}{near or f'; `{prog} --help` lists them all'}")
             given[name] = [value] if equals else []
         elif name:

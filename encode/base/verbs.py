@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
+from .arguments import expand
 from .errors import SettingsError, did_you_mean
 from .files import is_url
-from .flags import check, expand
+from .flags import check
 
 
 def run_verb(verbs: Mapping[str, Callable[..., int]], argv: Sequence[str], prog: str) -> int:

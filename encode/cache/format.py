@@ -25,7 +25,7 @@ import pyarrow as pa
 import zarr
 
 from ..base.errors import CacheError
-from ..base.files import file_record, read_record
+from ..base.files import check_cache, file_record, read_record
 from .commits import Commit, Unit, inside, unit_of
 from .tables import SAMPLES_FILE, SHARDS_FILE, read_samples, read_shards
 
@@ -119,8 +119,7 @@ class Cache:
     @classmethod
     def open(cls, folder: Path) -> "Cache":
         """Open for reading; a `CacheError` where none is, it is damaged, or its format is of another version."""
-        if not (folder / "manifest.json").is_file():
-            raise CacheError(f"{folder} is not a cache: it has no manifest.json (make one with ip2p-encode --cache)")
+        check_cache(folder)
         return cls(folder, readable(read_record(folder / "manifest.json"), folder))
 
     @property

@@ -35,7 +35,7 @@ def known_value(cell: pa.Scalar, *, parse: bool = True) -> Any:
 
 def values_of(cells: pa.Array | pa.ChunkedArray) -> list[Any]:
     """What all cells hold, None where one cannot be read."""
-    if not isinstance(_of_lists(cells.type), pa.JsonType):
+    if not _holds_json(cells.type):
         with contextlib.suppress(ValueError):  # of one among them; nearly always all are read at once
             return cells.to_pylist()
     return list(map(known_value, cells))
@@ -121,10 +121,17 @@ def _of_lists(type_: pa.DataType) -> pa.DataType:
     return type_
 
 
+def _holds_json(type_: pa.DataType) -> bool:
+    type_ = _of_lists(type_)
+    return isinstance(type_, pa.JsonType) or (types.is_struct(type_) and any(_holds_json(part.type) for part in type_))
+
+
 def _parsed(value: Any, type_: pa.DataType) -> Any:
     if isinstance(type_, pa.JsonType):
         with explained(SampleError, "the table holds JSON that cannot be read"):
             return value if value is None else json.loads(value)
     if isinstance(value, list):
         return [_parsed(each, type_.value_type) for each in value]  # type: ignore[attr-defined]
+    if isinstance(value, dict) and types.is_struct(type_):
+        return {part.name: _parsed(value[part.name], part.type) for part in type_}
     return value

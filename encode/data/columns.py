@@ -11,9 +11,10 @@ from PIL import Image
 
 from ..base.console import say
 from ..base.errors import SampleError, SourceError, did_you_mean
+from .messages import is_message
 
 IMAGES, TEXT, VALUES = "images", "string", "numbers, booleans or text"
-ENDING = re.compile(r"([._-](file_?name|file|path|image|img|jpe?g|png|webp|txt|json))+$")
+ENDING = re.compile(r"([._-](file_?name|file|path|images?|imgs?|jpe?g|png|webp|txt|json))+$")
 
 
 class Role(NamedTuple):
@@ -32,11 +33,11 @@ class Role(NamedTuple):
 
 # fmt: off
 ORIGINAL = Role("original_image_column", "original images", IMAGES,
-                "input_image image file_name original input source src before")
+                "input_image image file_name original input local_input source src before")
 EDITED = Role("edited_image_column", "edited images", IMAGES,
               "edited_image edited output target tgt after cartoonized")
 PROMPT = Role("edit_prompt_column", "edit instructions", TEXT,
-              "edit_prompt edit_instruction instruction prompt edit text txt")
+              "edit_prompt edit_instruction editing_instruction instruction prompt edit text txt")
 INVERSE = Role("inverse_prompt_column", "instructions that lead back", TEXT,
                "inverse_edit inverse_edit_prompt inverse_prompt inverse_instruction inverse")
 MASK = Role("mask_column", "masks", IMAGES, "mask edit_mask")
@@ -195,12 +196,11 @@ def _only(role: Role, found: list[str], name: str, kinds: Kinds) -> str:
 
 def _check(role: Role, column: str, name: str, kinds: Kinds) -> None:
     if column not in kinds:
-        there = f"it has {', '.join(kinds)}: choose with --{role.flag}"
-        raise SourceError(f"{name} has no column {column}; {there}{did_you_mean(column, kinds)}")
-    fits = {c: set(found) - {IMAGES} if role.holds == VALUES else role.holds in found for c, found in kinds.items()}
-    if not fits[column]:
-        fitting = ", ".join(c for c, fit in fits.items() if fit)
-        choice = f"choose from {fitting} with --{role.flag}" if fitting else "no column does"
+        how = f"choose with --{role.flag}{did_you_mean(column, kinds)}"
+        raise SourceError(f"{name} has no column {column}; it has {', '.join(kinds)}: {how}")
+    fits = [c for c, found in kinds.items() if (set(found) - {IMAGES} if role.holds == VALUES else role.holds in found)]
+    if column not in fits:
+        choice = f"choose from {', '.join(fits)} with --{role.flag}" if fits else "no column does"
         held = next(iter(kinds[column]))
         raise SourceError(f"column {column} of {name} holds {held}, expected {role.holds}: {choice}")
 
@@ -212,7 +212,7 @@ def _kinds(value: Any, folder: Path | None) -> list[str]:
     if isinstance(value, bytes) or (isinstance(value, dict) and {"bytes", "path"} <= value.keys()):
         return [IMAGES]
     if not isinstance(value, str):
-        return [] if value is None else [type(value).__name__]
+        return ["messages", TEXT] if is_message(value) else [] if value is None else [type(value).__name__]
     if folder and value and os.path.isfile(folder / value):
         return [IMAGES]
     if folder is None or not is_image_name(value):

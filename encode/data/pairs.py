@@ -14,6 +14,7 @@ from ..base.errors import SourceError
 from ..base.files import content_key, storable
 from ..cache.commits import pc
 from .columns import AFTER, BEFORE, EDITED, MASK, ORIGINAL, TEXT, VALUES, Role, Rows
+from .messages import instruction_in, is_message
 
 KEPT = {types.is_boolean: pa.bool_(), types.is_integer: pa.int64(), types.is_floating: pa.float64()}
 KEPT |= {types.is_decimal: pa.float64(), types.is_string: pa.string(), types.is_null: pa.float64()}
@@ -53,10 +54,12 @@ def no_instruction(value: Any) -> str | None:
 
 
 def texts_of(value: Any, *, every: bool = False) -> list[Any]:
-    """The texts of a cell that is one or lists some: the first, or every one.
+    """The texts of a cell that is one or lists some: the first, or every one. A conversation has one, its first.
 
     An empty list counts as one text that is missing, so that nothing vanishes.
     """
+    if isinstance(value, list) and any(map(is_message, value)):
+        return [instruction_in(value)]
     return ((value if every else value[:1]) or [None]) if isinstance(value, list) else [value]
 
 

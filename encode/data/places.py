@@ -48,6 +48,16 @@ def is_saved(path: Path) -> bool:
     return any(os.path.isfile(path / state) for state in SAVED)
 
 
+def check_dataset(dataset: Dataset) -> None:
+    """Raise SourceError for a path of this machine where nothing is; what may be an id on the Hub is none."""
+    name = name_of(dataset)
+    if dataset.train_data_dir and not os.path.isdir(name):
+        raise SourceError(f"--train_data_dir {name} is not a folder")
+    is_path = name.startswith(("/", ".", "~")) or Path(name).suffix.lower() in READERS
+    if is_path and "://" not in name and not (os.path.exists(name) or in_tars(name)):
+        raise SourceError(f"dataset {name} cannot be opened: nothing is there (expected a Hub id, a folder or a file)")
+
+
 def data_file(dataset: Dataset, path: Path) -> Path:
     """The file that lists the pairs of a folder, if it has one; else the path itself.
 

@@ -20,7 +20,7 @@ from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key
 from ..cache.shapes import misfit
 from ..cache.tables import is_sealed
 from ..cache.writer import write_state
-from ..index import WAITING
+from ..planning.index import WAITING
 
 SMALL = re.compile(r"(samples|units)\.parquet|data\.zarr/(.*/)?zarr\.json")
 DAMAGED = "is damaged (its checksum differs from what was written)"

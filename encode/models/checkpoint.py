@@ -11,7 +11,7 @@ import torch
 from ..base.errors import ModelError, explained
 from ..config import Model
 from .hub import fetch_pipeline, fetch_vae
-from .parts import check_complete, read_config, read_json
+from .parts import check_complete, read_config, read_index
 from .single_file import converted
 from .tokenizer import hash_tokenizer, load_tokenizer
 from .weights import hash_weights, load_part, weight_files
@@ -131,20 +131,6 @@ def _family(folder: Path) -> str:
                 "ip2p trains Stable Diffusion 1.x, 2.x and the base of SDXL"
             )
     return family
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """What model_index.json says of a pipeline: its class, and library and class of each part."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise ModelError(
-            f"{folder} is not a checkpoint in diffusers' layout: it has no model_index.json (expected a "
-            "Hub id, such a folder, or a .safetensors file)"
-        )
-    index = read_json(file)
-    if not isinstance(index.get("_class_name"), str):
-        raise ModelError(f"{file} does not say of which class the pipeline is: fetch or save the model again")
-    return index
 
 
 def find_checkpoint(model: Model, without: Sequence[str] = ()) -> Checkpoint:

@@ -1,13 +1,12 @@
 """What is fetched from the Hub: the parts that are needed of a pipeline, and one file of weights for each."""
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from ..base.errors import ModelError
+from ..base.errors import ModelError, of_hub
 
 
 def is_place(name: str) -> bool:
@@ -18,6 +17,13 @@ def is_place(name: str) -> bool:
 def is_hub_id(name: str) -> bool:
     """Whether a name looks like a Hub id, and nothing on this machine has it."""
     return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
+
+
+def check_name(name: str, what: str, flag: str) -> None:
+    """Raise ModelError for a name that neither a model on the Hub has, nor a folder or a file of this machine."""
+    if not (is_place(name) or os.path.isfile(name)):
+        expected = "a folder or a .safetensors file here, or an id on the Hub"
+        raise ModelError(f"{what}{name} is not there: expected {expected} ({flag})")
 
 
 def fetch_pipeline(
@@ -38,6 +44,8 @@ def fetch_pipeline(
 
 def fetch_vae(name: str, variant: str | None, cache_dir: Path | None) -> Path:
     """The folder of a VAE, or of a pipeline whose VAE alone was fetched; of its weight files the first that fits."""
+    from huggingface_hub import snapshot_download  # not needed to look at names
+
     folder = Path()
     with fetching(f"the VAE {name} is neither a folder nor a file here", "--pretrained_vae_model_name_or_path"):
         for infix in ([f".{variant}"] if variant else []) + [""]:
@@ -57,4 +65,4 @@ def fetching(what: str, flag: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         answer = " ".join(str(error.__cause__ or error).split())
-        raise ModelError(f"{what}, nor a model that the Hub answers for: {answer} ({flag})") from None
+        raise ModelError(f"{what}, nor a model that the Hub answers for: {answer} ({flag}){of_hub(error)}") from None

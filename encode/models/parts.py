@@ -104,6 +104,20 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     return config
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """What model_index.json says of a pipeline: its class, and library and class of each part."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} is not a checkpoint in diffusers' layout: it has no model_index.json (expected a "
+            "Hub id, such a folder, or a .safetensors file)"
+        )
+    index = read_json(file)
+    if not isinstance(index.get("_class_name"), str):
+        raise ModelError(f"{file} does not say of which class the pipeline is: fetch or save the model again")
+    return index
+
+
 def _is_from(config: Mapping[str, Any], since: str) -> bool:
     """Whether this version of diffusers, or a later one, wrote a configuration; true where it does not say."""
     try:

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...encode.base.errors import EditError
 from ...encode.base.files import content_key
 from ...encode.data.pictures import pooled
-from ..models import FORCE_ZEROS, SDXL
+from ..kind import SDXL
+from ..models import FORCE_ZEROS
 from .guidance import Guidance, Told, guided
 from .mask import paste
 

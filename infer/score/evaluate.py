@@ -21,7 +21,7 @@ from ...encode.models.judge import Judge
 from ..batch import edit_all, load_editor, skipping
 from ..config import EvaluateConfig
 from ..jobs import Job, find_jobs
-from ..models import check_model
+from ..kind import check_model
 from ..outputs import model_stamp, output_paths, settings_in
 from .curve import draw_curve
 from .memory import Memory
@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> int:
     The output folder gets MODEL/image_1.5_text_7.5/ with the edits and, in scores.jsonl, the scores of each;
     results.json with their means; and curve.png, if `config.scoring.curve`.
     """
-    scoring, text = config.scoring, config.editing.guidance_scale
+    scoring, text, steps = config.scoring, config.editing.guidance_scale, config.editing.num_inference_steps
     folder, scales = Path(scoring.output), CURVE if scoring.curve else (config.editing.image_guidance_scale,)
     check_folder(folder, "--output")
     check_place(Dataset(dataset_name=config.dataset), folder, "--output")
@@ -67,7 +67,8 @@ def evaluate(config: EvaluateConfig) -> int:
     scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
     with bar(None, "editing", "picture", total=len(config.model) * len(scales) * len(jobs)) as shown:
         for model in config.model:
-            say(f"{model}, image guidance {', '.join(f'{scale:g}' for scale in scales)}, text guidance {text:g}")
+            shown_scales = ", ".join(f"{scale:g}" for scale in scales)
+            say(f"{model}, {steps} steps, image guidance {shown_scales}, text guidance {text:g}")
             name = re.sub(r"[^\w.-]+", "_", model).strip("_.")
             places = [folder / name / f"image_{scale:g}_text_{text:g}" for scale in scales]
             for place in places:
@@ -92,7 +93,8 @@ def evaluate(config: EvaluateConfig) -> int:
         means = {
             name: statistics.fmean(records[job.stem][name] for job in jobs) for name in SCORES if name not in left_out
         }
-        results.append({"model": model, "image_guidance_scale": scale, "pairs": len(jobs), **means})
+        how = {"num_inference_steps": steps, "image_guidance_scale": scale}
+        results.append({"model": model, **how, "guidance_scale": text, "pairs": len(jobs), **means})
     report(config, results, left_out)
     return 0
 
@@ -190,7 +192,8 @@ def report(config: EvaluateConfig, results: Sequence[dict[str, Any]], left_out: 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:
     """One line for each result, under titles."""
-    titles = {"model": "model", "image_guidance_scale": "image guidance", "pairs": "pairs"}
+    titles = {"model": "model", "num_inference_steps": "steps", "image_guidance_scale": "image guidance"}
+    titles |= {"guidance_scale": "text guidance", "pairs": "pairs"}
     titles |= {name: title for name, (title, _) in SCORES.items() if name in results[0]}
     rows = [[f"{result[name]:.4f}" if name in SCORES else str(result[name]) for name in titles] for result in results]
     rows.insert(0, list(titles.values()))

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .base.console import say
-from .base.errors import CacheError, SourceError
-from .base.files import file_record
-from .base.system import cores
-from .cache.commits import pc
-from .cache.format import SAMPLES, Cache, chunk_rows
-from .cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
-from .cache.shapes import RowShapes
-from .cache.tables import SAMPLES_FILE, SCORES, is_sealed
-from .config import NO_FLIP, EncodeConfig
+from ..base.console import say
+from ..base.errors import CacheError, SourceError
+from ..base.files import file_record
+from ..base.system import cores
+from ..cache.commits import pc
+from ..cache.format import SAMPLES, Cache, chunk_rows
+from ..cache.samples import NULL_PROMPT, Ledger, counts, text_key, text_keys, with_columns
+from ..cache.shapes import RowShapes
+from ..cache.tables import SAMPLES_FILE, SCORES, is_sealed
+from ..config import NO_FLIP, EncodeConfig
 from .draft import Draft
 from .index import Index
 

@@ -11,13 +11,13 @@ import google_crc32c
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .base.console import bar
-from .base.errors import CacheError, SampleError
-from .base.files import content_key, file_record, storable, whole
-from .cache.commits import pc
-from .cache.format import SAMPLES
-from .data.pairs import Pair, Pairs, unusable
-from .geometry import Geometry
+from ..base.console import bar
+from ..base.errors import CacheError, SampleError
+from ..base.files import content_key, file_record, storable, whole
+from ..cache.commits import pc
+from ..cache.format import SAMPLES
+from ..data.pairs import Pair, Pairs, unusable
+from ..geometry import Geometry
 
 FOLDER, JUDGED = ".index", ".scores"  # in the cache, until the plan and the table have what lies there
 WAITING = f"{FOLDER}/", f"{JUDGED}/"

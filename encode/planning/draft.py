@@ -5,19 +5,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .base.errors import CacheError, CacheMismatch
-from .base.files import IRREPLACEABLE
-from .base.flags import dump
-from .cache.commits import unit_of
-from .cache.format import CONVENTION, FORMAT, Cache, differences, joined_views, shard_rows, view_names
-from .cache.shapes import RowShapes, row_shapes
-from .cache.tables import SAMPLES_FILE, SHARDS_FILE
-from .config import EncodeConfig
-from .data.pairs import Pairs
-from .geometry import Geometry, geometry_of
+from ..base.errors import CacheError, CacheMismatch
+from ..base.files import IRREPLACEABLE
+from ..base.flags import dump
+from ..cache.commits import unit_of
+from ..cache.format import CONVENTION, FORMAT, Cache, differences, joined_views, shard_rows, view_names
+from ..cache.shapes import RowShapes, row_shapes
+from ..cache.tables import SAMPLES_FILE, SHARDS_FILE
+from ..config import EncodeConfig
+from ..data.pairs import Pairs
+from ..geometry import Geometry, geometry_of
+from ..models.checkpoint import Checkpoint
+from ..models.hub import is_hub_id
 from .index import Index
-from .models.checkpoint import Checkpoint
-from .models.hub import is_hub_id
 
 
 @dataclasses.dataclass(frozen=True)
