@@ -161,3 +161,23 @@ def test_no_private_module_of_zarr_is_imported() -> None:
     names = {name for source in SOURCES for name in imports((ROOT / source).read_text(), source)}
     assert "zarr.abc.buffer.Buffer" in names
     assert {name for name in names if name.startswith("zarr.core") or re.match(r"zarr\b.*\._", name)} == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_installed_command_answers_help(environment: Path, script: str) -> None:
+    """Each console script of an installation answers --help with its usage."""
+    scripts, _ = places(environment)
+    assert f"usage: {script}" in run(scripts / script, "--help", cwd=environment)
+    assert run(scripts / script, "--version", cwd=environment) == f"ip2p {PROJECT['version']}\n"
+
+
+@pytest.mark.slow
+def test_every_installed_module_imports_without_the_sources(environment: Path) -> None:
+    """Each module imports from the wheel alone, so none reaches for a file or a name of the checkout."""
+    modules = sorted(f"ip2p.{source.removesuffix('.py').replace('/', '.')}" for source in SOURCES)
+    program = "import importlib, sys\nfor name in sys.argv[1:]: print(importlib.import_module(name).__file__)"
+    scripts, purelib = places(environment)
+    origins = run(scripts / "python", "-c", program, *modules, cwd=environment).splitlines()
+    assert [Path(origin).resolve() for origin in origins] == [
+        (purelib / name.replace(".", "/")).with_suffix(".py").resolve() for name in modules
+    ]
