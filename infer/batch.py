@@ -39,7 +39,7 @@ def edit(config: InferConfig) -> int:
     if config.outputs.sheet:
         check_file(Path(config.outputs.sheet), "--sheet")
     if config.loading.lora:
-        check_model(config.model, config.loading.revision, config.loading.lora)
+        check_model(config.model, config.loading.revision, config.loading.lora, config.loading.cache_dir)
     if config.inputs.table:
         check_place(Dataset(dataset_name=config.inputs.table), Path(config.outputs.output), "--output")
     jobs = find_jobs(config)

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Editor:
         lora: folders that `ip2p-train --lora_rank` saved, whose adapters are added to the model that is loaded, the
             one that they were trained from.
         lora_weights: what they are multiplied by; default: 1 each.
+        cache_dir: where the huggingface_hub library keeps downloads.
 
     Attributes:
         pipeline: the diffusers pipeline underneath.
@@ -59,9 +61,11 @@ class Editor:
         scheduler: str | None = None,
         lora: Sequence[str] = (),
         lora_weights: Sequence[float] = (),
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
-            model = load(os.fspath(model), device, dtype, variant, revision, lora, lora_weights)
+            place = Path(cache_dir) if cache_dir else None
+            model = load(os.fspath(model), device, dtype, variant, revision, lora, lora_weights, place)
         else:
             unet = getattr(model, "unet", None)
             check_kind("the pipeline", type(model).__name__, unet and unet.config.in_channels)

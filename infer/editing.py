@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 from ..encode.base.arguments import also
@@ -70,6 +71,8 @@ class Weights:
     peft): the one that they were trained from, which may be a plain Stable Diffusion."""
     lora_weights: tuple[float, ...] = ()
     """What adapters are multiplied by, one number for each --lora. Default: 1."""
+    cache_dir: Path | None = None
+    """Where the datasets and huggingface_hub libraries keep downloads."""
 
     def __post_init__(self) -> None:
         given = self.lora_weights

@@ -58,7 +58,7 @@ def export(config: ExportConfig) -> int:
     from .models import load
 
     given = config.weights
-    pipeline = load(config.model, "cpu", config.dtype, given.variant, given.revision, given.lora, given.lora_weights)
+    pipeline = load(config.model, "cpu", config.dtype, **vars(given))
     state = original(pipeline.components)
     if name := not_finite(state):
         raise EditError(f"--dtype {config.dtype} cannot hold the numbers of {name}: give --dtype float32 or bfloat16")

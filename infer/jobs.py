@@ -77,7 +77,7 @@ def _jobs_of_table(config: InferConfig, table: str, captions: tuple[str | None, 
     named = dict(zip((BEFORE, AFTER), captions or (), strict=False))
     # Without a default split: scores over pairs that were trained on would say nothing.
     dataset = Dataset(dataset_name=table, **vars(config.columns))
-    rows = open_rows(dataset, None, needed, wanted, named=named)
+    rows = open_rows(dataset, config.loading.cache_dir, needed, wanted, named=named)
     names = map(rows.name, range(len(rows)))
     stems = _unique(_stem(Path(name)) if name else f"{row:05d}" for row, name in enumerate(names))
     texts = zip(*(_texts(rows, role) for role in (PROMPT, BEFORE, AFTER)), strict=True)

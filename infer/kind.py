@@ -23,7 +23,7 @@ def check_local(models: Iterable[str], lora: Sequence[str] = ()) -> None:
             check_model(name, None, lora)
 
 
-def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> None:
+def check_model(name: str, revision: str | None, lora: Sequence[str] = (), cache_dir: Path | None = None) -> None:
     """Refuse what is no InstructPix2Pix pipeline by two small files, before gigabytes of weights are read.
 
     With adapters, which make one of it, it may be a plain Stable Diffusion as well; they must be there.
@@ -33,10 +33,10 @@ def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> No
     if how := of_unfinished(Path(name).resolve()):
         raise EditError(f"{name} is no pipeline: {how}")
     with as_edit_error():
-        index = read_index(_file(name, "model_index.json", revision).parent)
+        index = read_index(_file(name, "model_index.json", revision, cache_dir).parent)
         unet: dict[str, Any] = {}
         if "unet" in index:
-            unet = read_config(_file(name, "unet/config.json", revision).parent, "unet")
+            unet = read_config(_file(name, "unet/config.json", revision, cache_dir).parent, "unet")
     for folder in lora:
         if how := of_unfinished(Path(folder).resolve()):
             raise EditError(f"--lora {folder} holds no adapters yet: {how}, and of its adapters")
@@ -51,14 +51,14 @@ def check_model(name: str, revision: str | None, lora: Sequence[str] = ()) -> No
     check_kind(name, index["_class_name"], unet.get("in_channels"))
 
 
-def _file(name: str, path: str, revision: str | None) -> Path:
+def _file(name: str, path: str, revision: str | None, cache_dir: Path | None) -> Path:
     """A file of a model, in its folder or fetched from the Hub."""
     if Path(name).is_dir():
         return Path(name, path)
     from huggingface_hub import hf_hub_download
 
     with fetching(f"{name} is not a folder here", "--model"):
-        return Path(hf_hub_download(name, path, revision=revision))
+        return Path(hf_hub_download(name, path, revision=revision, cache_dir=cache_dir))
 
 
 def of_unfinished(folder: Path) -> str | None:

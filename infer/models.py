@@ -28,6 +28,7 @@ def load(
     revision: str | None,
     lora: Sequence[str] = (),
     lora_weights: Sequence[float] = (),
+    cache_dir: Path | None = None,
 ) -> DiffusionPipeline:
     """Load the pipeline in a folder or on the Hub; the arguments are those of `Editor`.
 
@@ -35,7 +36,7 @@ def load(
         EditError: there is none, or it is damaged or of another kind, or the device is not there; or adapters of `lora`
             do not fit it.
     """
-    check_model(name, revision, lora)
+    check_model(name, revision, lora, cache_dir)
     base = read_base(lora) if lora else None
     unloadable = f"the model {name} cannot be loaded"
     with explained(EditError, unloadable):
@@ -44,7 +45,7 @@ def load(
         precision = wanted if isinstance(wanted, torch.dtype) else getattr(torch, wanted)
     with as_edit_error():
         local = Path(name).is_dir()
-        place = Path(name) if local else fetch_pipeline(name, revision, variant, flag="--model")
+        place = Path(name) if local else fetch_pipeline(name, revision, variant, cache_dir, flag="--model")
         checkpoint = Checkpoint(place, variant)
         folder, index = checkpoint.folder, read_index(checkpoint.folder)
         plain = index["_class_name"] in BASES  # by adapters, it becomes an InstructPix2Pix pipeline

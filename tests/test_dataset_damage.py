@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,11 @@ import tiny
 from forms import NAMES, Flags, add, image_files, pair
 from ip2p.encode import run
 from ip2p.encode.__main__ import main
+from ip2p.encode.base.errors import SourceError
 from ip2p.encode.base.files import content_key
 from ip2p.encode.cache.format import Cache
+from ip2p.encode.config import Dataset
+from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.models import encoders
 
 ROWS, SHARE = 24, 0.12  # of the cells that hold junk
@@ -214,3 +218,25 @@ def test_good_samples_are_encoded_and_bad_ones_stand_aside_with_a_reason(
             assert (sample["status"], sample["reason"]) == ("ok", None)
             assert (sample["pair"], sample["instruction"]) == (content_key(original, edited), text)
     assert 0 < bad < ROWS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("a.jsonl", '{"input_image": "a.png", "edited', "line 301 is no JSON: "),
+        ("a.jsonl", "[1]", "line 301 holds a list, expected an object"),
+        ("a.csv", "a.png,b.png,x,y,z", "Expected 3 fields in line 301, saw 5"),
+    ],
+)
+def test_a_malformed_line_is_named_by_its_file_and_number(
+    tmp_path: Path, name: str, line: str, said: str, *, streaming: bool
+) -> None:
+    """From 1 on, as editors count."""
+    columns = ["input_image", "edited_image", "edit_prompt"]
+    good = json.dumps(dict(zip(columns, ("a.png", "b.png", "x"), strict=True)))
+    head, row = (good, good) if name.endswith("jsonl") else (",".join(columns), "a.png,b.png,x")
+    file = tmp_path / name
+    file.write_text("\n".join([head, *[row] * 299, line, row, ""]))
+    with pytest.raises(SourceError, match=re.escape(f"dataset {file} cannot be opened: ") + ".*" + re.escape(said)):
+        open_pairs(Dataset(dataset_name=str(file), streaming=streaming), tmp_path / "downloads")

@@ -19,6 +19,7 @@ from ip2p.encode.data.opening import open_pairs
 from ip2p.encode.models.checkpoint import Checkpoint, find_checkpoint
 from ip2p.encode.models.hub import fetch_vae
 from ip2p.encode.models.judge import Judge
+from ip2p.infer.__main__ import main as infer
 from ip2p.infer.kind import check_model
 from ip2p.train.__main__ import main
 from test_train import flags
@@ -207,3 +208,15 @@ def test_an_estimate_fetches_configurations_alone(
     assert "the flags that are given" in capsys.readouterr().out
     assert {Path(name).name for name in standin.fetched} == {"model_index.json", "config.json"}
     find_checkpoint(Model(MODEL)).identity()
+
+
+def test_infer_keeps_downloads_where_cache_dir_says(standin: hub.Hub, tmp_path: Path) -> None:
+    """Model and dataset; nothing lies where they would else."""
+    folder, place = standin.folder, tmp_path / "downloads"
+    if not (folder / "models" / "someone" / "edits").exists():
+        tiny.pipeline(folder / "models" / "someone" / "edits")
+    flags = {"model": "someone/edits", "dataset_name": DATASET, "output": tmp_path / "out", "cache_dir": place}
+    assert infer(tiny.arguments(flags | {"num_inference_steps": 1, "resolution": 16})) == 0
+    assert {path.name.split("--")[-1] for path in place.glob("*--*")} >= {"edits"}
+    assert any(place.rglob("*.arrow"))
+    assert not any((tmp_path / "cache").glob("models--*"))

@@ -5,6 +5,7 @@ import functools
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -117,8 +118,25 @@ def _opening(name: str, *errors: type[Exception]) -> Iterator[None]:
     with explained(SourceError, f"dataset {name} cannot be opened", *errors, hint=hint):
         try:
             yield
-        except DatasetGenerationError as error:
+        except (DatasetGenerationError, ValueError) as error:
+            if line := _malformed(Path(name)):  # readers count rows from 0, in a block of the file
+                raise DatasetsError(line) from None
             raise error.__cause__ or error from None
+
+
+def _malformed(file: Path) -> str | None:
+    """The first line of a JSONL file that is none, by its number from 1, and what is wrong with it."""
+    if file.suffix.lower() != ".jsonl" or not file.is_file():
+        return None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"line {number} is no JSON: {error}"
+            if not isinstance(found, dict):
+                return f"line {number} holds a {type(found).__name__}, expected an object: {{column: value, …}}"
+    return None
 
 
 def _kinds(sample: pa.Table, folder: Path) -> dict[str, list[str]]:

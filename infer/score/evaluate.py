@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig) -> int:
     check_folder(folder, "--output")
     check_place(Dataset(dataset_name=config.dataset), folder, "--output")
     for model in config.model:
-        check_model(model, config.loading.revision, config.loading.lora)
+        check_model(model, config.loading.revision, config.loading.lora, config.loading.cache_dir)
     captions = scoring.original_caption_column, scoring.edited_caption_column
     jobs = find_jobs(config.infer("", scales[0], folder), captions)
     left_out = _missing_columns(jobs[0])
