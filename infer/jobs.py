@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..encode.base.console import warn
 from ..encode.base.errors import EditError, ImageError, SampleError
 from ..encode.base.files import content_key, storable
 from ..encode.config import Dataset
@@ -135,9 +136,13 @@ def _mask_of_all(config: InferConfig) -> Callable[[], bytes] | None:
         return None
     read = partial(_read_file, Path(config.inputs.mask))
     try:
-        open_mask(read())
+        shares = open_mask(read())
     except ImageError as error:
         raise EditError(f"--mask {config.inputs.mask}: {error}") from None
+    except EditError as error:
+        raise EditError(f"--mask {error}") from None
+    if not shares.any():
+        warn(f"--mask {config.inputs.mask} is black all over: nothing may change (white, or transparent, is edited)")
     return read
 
 

@@ -132,10 +132,17 @@ def test_the_command_takes_a_mask_for_all_pictures(
                 assert "mask" in json.loads(found.info["ip2p"])
     assert main(arguments) == 0
     assert "3 already there" in capsys.readouterr().out
+    mask_of(np.zeros((16, 16))).save(tmp_path / "mask.png")
+    assert main(arguments) == 0
+    assert f"--mask {tmp_path}/mask.png is black all over: nothing may change" in capsys.readouterr().err
     (tmp_path / "mask.png").write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "mask.png: mask: the image cannot be decoded (not an image file)" in capsys.readouterr().err
+    for answer in ("mask: the image cannot be decoded (not an image file)", "cannot be read: No such file"):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ip2p-infer: --mask {tmp_path}/mask.png")
+        assert answer in line
+        (tmp_path / "mask.png").unlink(missing_ok=True)
 
 
 def test_each_row_of_a_table_has_its_mask(

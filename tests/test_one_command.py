@@ -178,7 +178,7 @@ def test_a_cache_that_is_named_is_the_one_that_is_encoded_to(sd: Path, data: Pat
     assert (encoding.pictures.resolution, encoding.pictures.random_flip, config.steps.seed) == (32, False, 4)
     assert config.saving.output_dir == Path("instruct-pix2pix-model")
     assert read(["--pretrained_model_name_or_path", "m", "--cache", "c", "--output_dir", "o"])[0] is None
-    with pytest.raises(SettingsError, match="give --cache and --output_dir"):
+    with pytest.raises(SettingsError, match="give --cache and --output_dir, or --dataset_name"):
         read(["--pretrained_model_name_or_path", "m"])
 
 

@@ -17,7 +17,7 @@ import torch
 import tiny
 from test_train import flags
 
-pytestmark = pytest.mark.slow  # seven launches of one or two processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # seven launches of one or two processes
 
 SPY = """
 import os, sys

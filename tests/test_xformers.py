@@ -51,7 +51,7 @@ def test_an_xformers_that_cannot_run_is_answered_in_a_line(
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
         f"ip2p-train: {FLAG}: {reason}; pip install xformers nvidia-cuda-runtime-cu12, or leave the flag out: "
-        "PyTorch's own attention is the same kernel\n"
+        "PyTorch's own attention is fused, too\n"
     )
 
 

@@ -41,6 +41,11 @@ def read(arguments: Sequence[str]) -> tuple[EncodeConfig | None, TrainConfig]:
     if {"--help", "-h"} & set(arguments):
         arguments, given = ["--help"], set()
     if not DATASETS & given:
+        if "cache" not in given:
+            # For help, and for other slips, which are told first.
+            parse(TrainConfig, ["--output_dir", OUTPUT, "--cache", "-", *arguments], PROG, refused())
+            missing = " and ".join(f"--{name}" for name in ("cache", "output_dir") if name not in given)
+            raise SettingsError(f"give {missing}, or --dataset_name, which is then encoded first (`{PROG} --help`)")
         return None, parse(TrainConfig, arguments, PROG, refused())
     encodes, trains = _split(arguments)
     own = [] if "cache" in given else ["--cache", str(_caches())]

@@ -53,7 +53,8 @@ def _flags_in(path: str) -> Iterator[str]:
         # BaseLoader keeps every scalar as text, so that `no` and `1e-5` mean what they say.
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise SettingsError(f"--config {path} cannot be read: {why}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"--config {path} holds no `flag: value` lines")
     for name, value in values.items():

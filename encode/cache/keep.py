@@ -56,7 +56,8 @@ def some_kept(cache: Cache, text: str) -> np.ndarray:
     usable = pc.equal(cache.samples("status")["status"], "ok").to_numpy()
     left, there = int((mask & usable).sum()), int(usable.sum())
     if there and not left:
-        raise SettingsError(f"--keep {text}: that is true of none of the {there:,} samples of {cache.name}")
+        found = f"--keep {text}: that is true of none of the {there:,} samples of {cache.name}"
+        raise SettingsError(f"{found}; `ip2p-cache info {cache.folder}` shows what its columns hold")
     say(f"--keep {text}: {left:,} of {there:,} samples of {cache.name}")
     return mask
 

@@ -74,4 +74,5 @@ def fetching(what: str, flag: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         answer = " ".join(str(error.__cause__ or error).split())
+        answer = re.sub(r" For more information check: \S+/Web/HTTP/\S+", "", answer)  # what a status means in general
         raise ModelError(f"{what}, nor a model that the Hub answers for: {answer} ({flag}){of_hub(error)}") from None

@@ -32,6 +32,6 @@ def hold_out(samples: Samples, count: int) -> tuple[Samples, Samples]:
     """
     chosen = np.isin(samples.pairs, np.sort(samples.pairs)[:count])
     if chosen.all():
-        found = f"--num_validation_samples {count}: that are all of the {len(chosen):,} samples"
-        raise SettingsError(f"{found}, hold out fewer")
+        found = f"--num_validation_samples {count} would hold out all of the {len(chosen):,} samples"
+        raise SettingsError(f"{found}: take fewer")
     return samples.select(~chosen), samples.select(chosen)

@@ -107,7 +107,8 @@ def find(output_dir: Path, wanted: str | None) -> Path | None:
     if wanted and not found:
         names = sorted(path.name for path in output_dir.glob("*checkpoint-*") if path.suffix != INCOMPLETE)
         holds = f"{output_dir} holds {', '.join(names) or 'no checkpoint'}"
-        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {holds}")
+        mend = "name one of these" if names else "leave the flag out to begin, or name another --output_dir"
+        raise SettingsError(f"--resume_from_checkpoint {wanted}: no such checkpoint; {holds}: {mend}")
     return found
 
 

@@ -40,7 +40,8 @@ def announce(
     size, pipeline = checkpoint_bytes(state), pipeline_bytes(config, base, unet)
     pipelines = 1 + (most + 1) * bool(config.watching.keep_best)  # each checkpoint may have a best one of its own
     needed = (most - there) * size + pipelines * pipeline + snapshot_bytes(config, unet)
-    free = shutil.disk_usage(folder).free
+    disk = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free  # the folder may be made later
     stay = f", of which the newest {limit:,} stay" if 0 < limit < there + written else ""
     told = f"{written:,} {'checkpoints' if written > 1 else 'checkpoint'} of {amount(size)} will be written{stay}"
     say(f"{told}: with the pipeline at most {amount(needed)} more in {folder}, {amount(free)} free")

@@ -48,8 +48,8 @@ def check_xformers() -> None:
     except (ImportError, ValueError, RuntimeError) as error:  # NotImplementedError is a RuntimeError
         raise SettingsError(
             f"--enable_xformers_memory_efficient_attention: {reason(error).rstrip(' .:')}; "
-            "pip install xformers nvidia-cuda-runtime-cu12, or leave the flag out: PyTorch's own attention is the same "
-            "kernel"
+            "pip install xformers nvidia-cuda-runtime-cu12, or leave the flag out: PyTorch's own attention is fused, "
+            "too"
         ) from None
 
 
