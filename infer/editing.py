@@ -14,12 +14,6 @@ from ..encode.base.flags import Count, idle
 MODEL, OUTPUT = also("pretrained_model_name_or_path"), also("output_dir")
 PRECISION = also("mixed_precision", {"no": "float32", "fp16": "float16", "bf16": "bfloat16"})
 """What the other commands call the model, the place of results, and the precision."""
-PRESETS: dict[str, dict[str, float]] = {
-    "guide": {"num_inference_steps": 20, "image_guidance_scale": 1.5, "guidance_scale": 10.0},
-    "paper": {"num_inference_steps": 100, "image_guidance_scale": 1.5, "guidance_scale": 7.5},
-}
-"""Steps and scales of diffusers' guide, with which `ip2p-infer` edits, and of the paper, with which `evaluate` does."""
-Preset = Literal["guide", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +80,15 @@ class Weights:
             yield from idle(self, f"is for models on the Hub, not for {' or '.join(models)}: leave it out", "revision")
         if not self.lora:
             yield from idle(self, "belongs to --lora: add that, or leave it out", "lora_weights")
+
+
+SCALES = ("num_inference_steps", "image_guidance_scale", "guidance_scale")
+PRESETS: dict[str, dict[str, float]] = {
+    "guide": {name: getattr(Editing, name) for name in SCALES},
+    "paper": dict(zip(SCALES, (100, 1.5, 7.5), strict=True)),
+}
+"""Steps and scales of diffusers' guide, with which `ip2p-infer` edits, and of the paper, with which `evaluate` does."""
+Preset = Literal["guide", "paper"]
 
 
 @dataclasses.dataclass(frozen=True)

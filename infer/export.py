@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ..encode.base.console import say
+from ..encode.base.console import amount, say
 from ..encode.base.errors import EditError, SettingsError, explained
 from ..encode.base.files import check_file, whole
 from .editing import MODEL, PRECISION, Weights
@@ -65,5 +65,5 @@ def export(config: ExportConfig) -> int:
     failed = f"--output {config.output} cannot be written"
     with explained(EditError, failed, OSError, SafetensorError), whole(config.output) as unfinished:
         save_file(state, unfinished, {"format": "pt"})
-    say(f"{config.output}: {config.output.stat().st_size / 2**20:,.1f} MiB in {config.dtype}")
+    say(f"{config.output}: {amount(config.output.stat().st_size)} in {config.dtype}")
     return 0

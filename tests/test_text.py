@@ -155,7 +155,7 @@ def test_a_run_resumes_bit_for_bit(sd: Path, alone: Path, tmp_path: Path, capsys
     arguments = flags(sd, alone, tmp_path / "out", checkpointing_steps=2, **WATCHED)
     main(arguments)
     size = sum(weight.nbytes for weight in Checkpoint(sd).network("text_encoder", torch.float32).parameters())
-    expected = f"instructions are embedded batch by batch: their encoder takes {size / 2**20:,.0f} MiB of the cpu"
+    expected = f"instructions are embedded batch by batch: their encoder takes {size / 2**20:,.1f} MiB of the cpu"
     assert expected in capsys.readouterr().out
     whole = states(tmp_path / "out" / "checkpoint-4")
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

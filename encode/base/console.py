@@ -63,6 +63,11 @@ def warn(sentence: str) -> None:
         LOGGER.warning(sentence)
 
 
+def amount(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
 def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "tqdm[Any]":
     """A bar of tqdm over `items`, or one that is told of its progress; gone once done, unless `leave` is given.
 
@@ -72,10 +77,8 @@ def bar(items: Iterable[Any] | None, what: str, unit: str, **options: Any) -> "t
     return tqdm(items, desc=what, unit=unit, **options)
 
 
-LIBRARIES = (
-    "transformers.utils.logging",
-    "diffusers.utils.logging",
-)  # which draw bars while they load and save
+LIBRARIES = ("transformers.utils.logging", "diffusers.utils.logging")
+"""Those that draw bars while they load and save."""
 
 
 def quiet_libraries() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import google_crc32c
 
-from ..base.console import bar
+from ..base.console import amount, bar
 from ..base.errors import CacheError, CacheMismatch
 from ..base.files import unseal, whole_again
 from ..base.store import Place
@@ -28,7 +28,7 @@ class Copied(NamedTuple):
 
     def __str__(self) -> str:
         there = f", {self.skipped:,} were there already" if self.skipped else ""
-        return f"copied {self.files:,} files, {self.bytes / 2**20:,.1f} MiB{there}"
+        return f"copied {self.files:,} files, {amount(self.bytes)}{there}"
 
 
 def copy(source: Place, target: Place) -> Copied:

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
 
+from ..base.console import amount
 from ..base.errors import SettingsError
 from ..base.files import check_file
 from ..base.flags import Count, Whole, idle
@@ -32,9 +33,9 @@ def info(cache: Path, /, *, keep: str | None = None, quarantined: bool = False, 
         return 0
     status = found["samples"]
     samples = ", ".join(f"{count:,} {name}" for name, count in status.items())
-    print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {found['bytes'] / 2**20:,.1f} MiB")
+    print(f"{cache}: {samples}; views: {', '.join(opened.views)}; {amount(found['bytes'])}")
     for name, array in found["arrays"].items():
-        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {array['bytes'] / 2**20:,.1f} MiB")
+        print(f"  {name:<9} {' x '.join(map(str, array['shape'])):<28} {amount(array['bytes'])}")
     print("  shapes   ", ", ".join(f"{shape} px: {count:,}" for shape, count in found["shapes"].items()))
     if found["columns"]:
         print("  columns  ", ", ".join(f"{name} ({kind})" for name, kind in found["columns"].items()))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..base.console import say
+from ..base.console import amount, say
 from ..base.errors import CacheError, SourceError
 from ..base.files import file_record
 from ..base.system import cores
@@ -59,12 +59,12 @@ class Plan:
         if not pending:
             return
         free = shutil.disk_usage(config.cache).free
-        size = f"{needed / 2**20:,.0f} MiB ({needed / pending / 2**10:,.0f} KiB each)"
+        size = f"{amount(needed)} ({needed / pending / 2**10:,.0f} KiB each)"
         work = f"{pending:,} of {len(self.samples):,} samples to encode"
-        say(f"{work}: {size} in {config.cache}, {free / 2**30:,.1f} GiB free")
+        say(f"{work}: {size} in {config.cache}, {amount(free)} free")
         if needed > free:
             mend = "make space or move --cache"
-            raise CacheError(f"{config.cache} needs {size}, {free / 2**20:,.0f} MiB are free: {mend}")
+            raise CacheError(f"{config.cache} needs {size}, {amount(free)} are free: {mend}")
         if not config.run.vae_precision and self.manifest["encoding"]["vae_precision"] != config.run.mixed_precision:
             why = "since this one overflows in half precision (--vae_precision decides otherwise)"
             say(f"the VAE runs in float32, {why}")

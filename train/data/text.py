@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...encode.base.console import say
+from ...encode.base.console import amount, say
 from ...encode.cache.format import Cache
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.encoders import DTYPES, TextEncoders
@@ -24,7 +24,7 @@ class Texts:
         dtype = DTYPES[caches[0].manifest["encoding"]["mixed_precision"]]
         self.encoders = TextEncoders(checkpoint, device, dtype)
         size = sum(weight.nbytes for encoder in self.encoders.encoders for weight in encoder.parameters())
-        say(f"instructions are embedded batch by batch: their encoder takes {size / 2**20:,.0f} MiB of the {device}")
+        say(f"instructions are embedded batch by batch: their encoder takes {amount(size)} of the {device}")
 
     @classmethod
     def of(cls, caches: Sequence[Cache], checkpoint: Checkpoint, device: torch.device) -> "Texts | None":

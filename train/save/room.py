@@ -7,14 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ...encode.base.console import is_main_process, say, warn
+from ...encode.base.console import amount, is_main_process, say, warn
 from ...encode.models.checkpoint import Checkpoint
 from ...encode.models.weights import weight_files
 from ..config import TrainConfig
 from .averages import SNAPSHOTS
 from .checkpoint import PROGRESS, Parts, checkpoints
-
-MIB, GIB = 2**20, 2**30
 
 
 def announce(
@@ -73,8 +71,3 @@ def snapshot_bytes(config: TrainConfig, unet: Any) -> int:
     """Bytes of the snapshots of averages, two in float16 each time."""
     trained = sum(weight.numel() for weight in unet.parameters() if weight.requires_grad)
     return 2 * 2 * trained * (SNAPSHOTS - 1) * config.optimizer.ema_power
-
-
-def amount(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
