@@ -1,7 +1,8 @@
 """Samples per second of `ip2p-train` itself, whole processes, against the bare step of the UNet.
 
 The command runs twice in each round, to two numbers of steps. What they differ in is training alone: imports, loading,
-the checkpoint at the end and the export take part in both. The two take turns with the bare step of `step.py`.
+the checkpoint at the end and the export take part in both. The two take turns with the bare step of `step.py`, and
+with a run that edits and scores held-out pairs.
 """
 
 import argparse
@@ -33,7 +34,11 @@ def main() -> None:
         folder = Path(name)
         runs.model(folder, args.size)
         data = runs.cache(folder, args.size, args.resolution, 64 * args.batch_size)
-        cases = {"command": lambda: difference(args, folder, data), "bare": lambda: bare_rate(args, folder)}
+        cases = {
+            "scores": lambda: scored(args, folder, data),
+            "command": lambda: difference(args, folder, data),
+            "bare": lambda: bare_rate(args, folder),
+        }
         for rates in rounds_of(args.rounds, cases):
             results.add(*rows(rates, folder))
 
@@ -44,6 +49,8 @@ def rows(rates: dict[str, list[float]], folder: Path) -> Iterator[Row]:
     yield Row.of("the bare step", rates["bare"], "samples/s")
     yield Row.of("ip2p-train / bare", ratios(rates, "command", "bare"), "times", at_least=0.95)
     yield Row("share of its time that it waits for data", waiting, "of 1", at_most=0.01)
+    edits = ratios(rates, "command", "scores")
+    yield Row.of("a scored edit while it trains, as training", edits, "samples")
 
 
 def bare_rate(args: argparse.Namespace, folder: Path) -> float:
@@ -64,13 +71,22 @@ def difference(args: argparse.Namespace, folder: Path, data: Path) -> float:
     return args.more * args.batch_size / (long - short)
 
 
-def seconds(args: argparse.Namespace, folder: Path, data: Path, steps: int) -> float:
+def scored(args: argparse.Namespace, folder: Path, data: Path) -> float:
+    """Edits that a validation makes and scores in a second."""
+    edits = 4
+    seconds(args, folder, data, args.first, num_validation_samples=edits, score_samples=edits)
+    lines = map(json.loads, (folder / "out" / "metrics.jsonl").read_text().splitlines())
+    return edits / next(line["scoring_seconds"] for line in lines if "scoring_seconds" in line)
+
+
+def seconds(args: argparse.Namespace, folder: Path, data: Path, steps: int, **more: int) -> float:
     """Seconds that a whole run takes."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     began = time.perf_counter()
-    options = {
+    options: dict[str, object] = {
         "compile": bool(args.compile),
         "enable_xformers_memory_efficient_attention": args.attention == "xformers",
+        **more,
     }
     if runs.start(args, folder, data, max_train_steps=steps, **options).wait():
         raise runs.fail(folder)

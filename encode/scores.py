@@ -73,7 +73,7 @@ def judge_pairs(config: EncodeConfig, source: Pairs, state: PartialState) -> Sco
     there = samples.select(SCORES.names) if set(SCORES.names) <= set(samples.column_names) else None
     name = config.scores.clip_model or before.get("clip_model") or CLIP
     with state.main_process_first():
-        judge = Judge(name, None, str(state.device or "cpu"))
+        judge = Judge(name, None, str(state.device or "cpu"), cache_dir=config.model.cache_dir)
     same = before.get("clip") == judge.identity
     of, captions = identities(source, samples)
     blocks = _Blocks(cache, judge.identity)

@@ -109,6 +109,7 @@ def test_whole_runs_are_measured_to_their_first_step_and_between_two_numbers_of_
     assert rows["peak memory"]["value"] > 0
     rows = bench("train", f"{model} --first 1 --more 40")["rows"]
     assert rows["ip2p-train / bare"]["at_least"] == 0.95
+    assert rows["a scored edit while it trains, as training"]["value"] > 1
 
 
 def test_a_cache_of_repeated_shards_is_a_sound_one(tmp_path: Path) -> None:

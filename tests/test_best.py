@@ -469,11 +469,11 @@ def test_without_memory_for_edits_there_are_no_scores_and_the_run_goes_on(
 def test_processes_share_the_pairs(captioned: Path) -> None:
     """Each has some, in turns, and all of them together are those that one would have."""
     held, caches = Samples.of(Cache.open(captioned), None), [Cache.open(captioned)]
-    watching = train_config(num_validation_samples=7, score_samples=7).watching
+    config = train_config(num_validation_samples=7, score_samples=7)
 
     def rows(rank: int, processes: int) -> list[int]:
         alone: Any = type("Accelerator", (), {"process_index": rank, "num_processes": processes, "device": "cpu"})
-        found = score.Scores(watching, alone, caches, held)
+        found = score.Scores(config, alone, caches, held)
         assert found.count == 7
         return found.pairs.rows.tolist()
 

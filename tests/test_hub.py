@@ -22,6 +22,7 @@ from ip2p.encode.models.judge import Judge
 from ip2p.infer.__main__ import main as infer
 from ip2p.infer.kind import check_model
 from ip2p.train.__main__ import main
+from test_scores import tiny_judges
 from test_train import flags
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -219,4 +220,13 @@ def test_infer_keeps_downloads_where_cache_dir_says(standin: hub.Hub, tmp_path: 
     assert infer(tiny.arguments(flags | {"num_inference_steps": 1, "resolution": 16})) == 0
     assert {path.name.split("--")[-1] for path in place.glob("*--*")} >= {"edits"}
     assert any(place.rglob("*.arrow"))
+    assert not any((tmp_path / "cache").glob("models--*"))
+
+
+def test_clip_is_kept_where_cache_dir_says(standin: hub.Hub, tmp_path: Path) -> None:
+    """Its weights, its tokenizer and what decides how it sees; nothing lies where it would else."""
+    if not (folder := standin.folder / "models" / "someone" / "clip").exists():
+        tiny_judges(folder.parent)
+    Judge("someone/clip", None, "cpu", cache_dir=tmp_path / "downloads")
+    assert [path.name for path in (tmp_path / "downloads").glob("*--*")] == ["models--someone--clip"]
     assert not any((tmp_path / "cache").glob("models--*"))

@@ -180,7 +180,7 @@ def test_clip_comes_when_the_pictures_are_made(monkeypatch: pytest.MonkeyPatch) 
     scored = {"num_validation_samples": 1, "score_samples": 1}
     drawn = needed(config(**scored), TINY).validation
     for size in (GIB, 1):
-        monkeypatch.setattr(need, "clip_bytes", {"large": size}.__getitem__)
+        monkeypatch.setattr(need, "clip_bytes", lambda name, _, size=size: {"large": size}[name])
         assert needed(config(**scored, clip_model="large"), TINY).validation == max(size, drawn)
 
 

@@ -175,7 +175,7 @@ def test_what_lacks_a_model_is_left_out(judges: Judges, judge: Judge, edits: lis
     assert seen == {name: value for name, value in whole.items() if name != "dino"}
     assert measure(None, edits[:1]) == [{name: whole[name] for name in ("l1", "l2", "psnr")}]
     sizes = [weight.nbytes for weight in CLIPModel.from_pretrained(judges.clip).parameters()]
-    assert clip_bytes(judges.clip) == sum(sizes)
+    assert clip_bytes(judges.clip, None) == sum(sizes)
 
 
 def test_long_captions_are_cut_as_clip_does(judge: Judge) -> None:

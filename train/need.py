@@ -194,7 +194,7 @@ def needed(config: TrainConfig, model: Model) -> Need:
     if config.watching.image or config.watching.num_validation_samples:
         drawn = _simulated_picture(json.dumps(model), how, norms=not machine.compile)
         # CLIP comes when the pictures are made.
-        validation = max(drawn, clip_bytes(clip) if clip else 0) + several * gradients
+        validation = max(drawn, clip_bytes(clip, config.model.cache_dir) if clip else 0) + several * gradients
     kept = moments(found, flags.name, rounded=precision.rounded)
     return Need(found.static - masters, kept, average, model.text, gradients, found.peak - gradients, validation)
 

@@ -82,7 +82,7 @@ def _rejudged(
     if not samples:
         return {}
     name, worst = str(config.scores.clip_model), defaultdict[str, float](float)
-    judge, background = Judge(name, None), cache.manifest["encoding"]["background"]
+    judge, background = Judge(name, None, cache_dir=config.model.cache_dir), cache.manifest["encoding"]["background"]
     if judge.identity != cache.manifest["pair_scores"]["clip"]:
         raise CacheMismatch(f"{cache.folder} was not judged by {name}: name its CLIP with --clip_model")
     captions = source.captions(np.array([sample["position"] for sample in samples]))

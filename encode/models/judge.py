@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +33,24 @@ class Judge:
         device: "cuda", "mps", "cpu" …; default: the accelerator if there is one.
         published_range: show CLIP pixels from -1 to 1 instead of 0 to 1. The original project's metrics do:
             `metrics/compute_metrics.py` hands pictures from -1 to 1 to a module that expects 0 to 1.
+        cache_dir: where downloads are kept; default: the Hub's own cache.
 
     Raises:
         ModelError: a model cannot be loaded, or is of another kind.
     """
 
-    def __init__(self, clip: str, dino: str | None, device: str | None = None, published_range: bool = False):
-        self.device = find_device(device)
+    def __init__(
+        self,
+        clip: str,
+        dino: str | None,
+        device: str | None = None,
+        published_range: bool = False,
+        cache_dir: Path | None = None,
+    ):
+        self.device, self.cache_dir = find_device(device), cache_dir
         self.clip = self._model("clip_model", clip, CLIPModel)
-        self.tokenizer = _load("clip_model", clip, AutoTokenizer)
-        self.clip_processor = _load("clip_model", clip, CLIPImageProcessorPil)
+        self.tokenizer = _load("clip_model", clip, AutoTokenizer, cache_dir)
+        self.clip_processor = _load("clip_model", clip, CLIPImageProcessorPil, cache_dir)
         if published_range:  # pixels are scaled before the mean is taken away: 2x - 1 - mean
             self.clip_processor.rescale_factor *= 2
             self.clip_processor.image_mean = [1 + mean for mean in self.clip_processor.image_mean]
@@ -127,8 +136,9 @@ class Judge:
         return self.dino(**pixels.to(self.device)).last_hidden_state[:, 0].cpu()
 
     def _model(self, flag: str, name: str, kind: Any, **options: Any) -> Any:
-        _config(flag, name, kind)
-        model, found = _load(flag, name, kind, dtype=torch.float32, output_loading_info=True, **options)
+        _config(flag, name, kind, self.cache_dir)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, found = _load(flag, name, kind, self.cache_dir, **options)
         if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
             raise ModelError(f"--{flag} {name} is damaged: it lacks the weights {missing[0]}")
         return model.to(self.device).eval()
@@ -139,22 +149,22 @@ def _unit(vectors: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def clip_bytes(name: str) -> int:
+def clip_bytes(name: str, cache_dir: Path | None) -> int:
     """Bytes of a CLIP's weights in float32, by its configuration alone; raises as `Judge` does."""
-    config = _config("clip_model", name, CLIPModel)
+    config = _config("clip_model", name, CLIPModel, cache_dir)
     with torch.device("meta"):
         return sum(weight.nbytes for weight in CLIPModel(config).float().parameters())
 
 
-def _config(flag: str, name: str, kind: Any) -> Any:
-    config, expected = _load(flag, name, AutoConfig), kind.config_class.model_type
+def _config(flag: str, name: str, kind: Any, cache_dir: Path | None) -> Any:
+    config, expected = _load(flag, name, AutoConfig, cache_dir), kind.config_class.model_type
     if config.model_type != expected:
         raise ModelError(f"--{flag} {name} holds a model of type {config.model_type}, expected {expected}")
     return config
 
 
-def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
+def _load(flag: str, name: str, kind: Any, cache_dir: Path | None, **options: Any) -> Any:
     if not is_place(name):
         raise ModelError(f"--{flag} {name} is no model: expected a folder or a Hub id")
     with explained(ModelError, f"--{flag} {name} cannot be loaded"):  # whatever a foreign folder leads transformers to
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, cache_dir=cache_dir, **options)

@@ -63,7 +63,8 @@ def evaluate(config: EvaluateConfig) -> int:
     left_out = _missing_columns(jobs[0])
     if scoring.curve and "clip_direction" in left_out:
         raise EditError(f"--curve needs {left_out['clip_direction']}")
-    judge = Memory(scoring.clip_model, scoring.dino_model, config.loading.device, scoring.published_clip_range)
+    models, loading = (scoring.clip_model, scoring.dino_model), config.loading
+    judge = Memory(*models, loading.device, scoring.published_clip_range, loading.cache_dir)
     scored: list[tuple[str, float, dict[str, dict[str, Any]]]] = []
     with bar(None, "editing", "picture", total=len(config.model) * len(scales) * len(jobs)) as shown:
         for model in config.model:

@@ -21,7 +21,7 @@ from ...encode.data.columns import AFTER, BEFORE, ENDING, Role
 from ...encode.models.judge import Judge
 from ...infer.edit import Editor
 from ...infer.score.metrics import Edit, measure
-from ..config import Watching
+from ..config import TrainConfig
 
 CAPTIONED = {"clip_t": (AFTER,), "clip_direction": (BEFORE, AFTER)}
 """Scores that need captions, and which."""
@@ -40,7 +40,8 @@ class Scores:
         SettingsError: --keep_best goes by captions, and there are none.
     """
 
-    def __init__(self, flags: Watching, accelerator: Accelerator, caches: Sequence[Cache], held_out: Samples):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, caches: Sequence[Cache], held_out: Samples):
+        flags, self.cache_dir = config.watching, config.model.cache_dir
         chosen = held_out.spread(flags.score_samples)
         self.count, self.clip, self.device = len(chosen.rows), flags.clip_model, accelerator.device
         share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -49,8 +50,8 @@ class Scores:
         self.told = False
         if not self.clip or not self.count:
             return
-        with accelerator.main_process_first():
-            Judge(self.clip, None, "cpu")  # what is wrong with it is said before hours of training
+        with accelerator.main_process_first():  # what is wrong with it is said before hours of training
+            Judge(self.clip, None, "cpu", cache_dir=self.cache_dir)
         found = {role: find_captions(caches, chosen, role) for role in (BEFORE, AFTER)}
         lacking = [role for role in CAPTIONED.get(str(flags.keep_best), ()) if not found[role]]
         if lacking:
@@ -90,16 +91,17 @@ class Scores:
                 say(f"no {prefix}validation scores at step {step}: out of memory")
         seconds += time.perf_counter() - began
         if not self.told:
-            made = f"{len(edits) * self.count:,} edits and their scores"
+            made = f"scores of {len(edits) * self.count:,} edits at step {step:,}"
             less = "fewer --score_samples, or more --validation_steps between them, cost less"
-            say(f"{made} took {seconds:.1f} s at step {step:,}, and will at each validation: {less}")
+            say(f"{made} took {seconds:.1f} s, and will at each validation: {less}")
             self.told = True
         return values | {"scoring_seconds": seconds}
 
     def _records(self, edits: Sequence[Edit]) -> list[dict[str, float]]:
         """The scores of edits, one at a time; CLIP is there meanwhile alone."""
         try:
-            judge = Judge(self.clip, None, str(self.device)) if self.clip and edits else None
+            where = {"device": str(self.device), "cache_dir": self.cache_dir}
+            judge = Judge(self.clip, None, **where) if self.clip and edits else None
             return [scores for edit in edits for scores in measure(judge, [edit])]
         except torch.OutOfMemoryError:
             return []

@@ -122,7 +122,7 @@ class Validation:
     @functools.cached_property
     def scores(self) -> Scores:
         """What held-out pairs are edited and scored with; raises as that does."""
-        return Scores(self.config.watching, self.accelerator, self.reader.caches, self.held_out)
+        return Scores(self.config, self.accelerator, self.reader.caches, self.held_out)
 
     def edit(self, unet: UNet2DConditionModel) -> list[Edit]:
         """Edit the pairs that are scored, this process's share of them, at the size that they have in the cache."""
