@@ -5,6 +5,7 @@ import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower with more, and some tests start processes
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # readline sets it where there is no terminal, and bars would be cut
 
 from collections.abc import Callable
 from pathlib import Path

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 import tiny
 from ip2p.encode.cache.format import Cache
@@ -29,6 +30,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def readable() -> None:
+    """Skips tests for which the model has to be read: its text encoder's weights are called as by transformers 5.17."""
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig())
+    if hasattr(model, "text_model"):
+        pytest.skip("this version of transformers does not know the names of weights that later ones save")
+
+
+@pytest.mark.usefixtures("readable")
 @pytest.mark.parametrize("kind", ["plain", "average"])
 def test_its_checkpoints_are_resumed_by_its_own_settings(run: Path, kind: str) -> None:
     """To where that version got with the same steps: the order in which products are rounded is all that differs."""
@@ -47,6 +58,7 @@ def test_its_checkpoints_are_resumed_by_its_own_settings(run: Path, kind: str) -
         torch.testing.assert_close(new["shadow_params"], old["shadow_params"], rtol=0, atol=2e-6)
 
 
+@pytest.mark.usefixtures("readable")
 def test_its_cache_is_sound_and_grows(run: Path, encode: Callable[..., None]) -> None:
     """Nothing of it is encoded again, what is new comes to it, and the run that knew it goes on."""
     cache = run / "cache"
@@ -80,6 +92,7 @@ def test_verify_repair_makes_it_one_of_todays(run: Path) -> None:
     assert verify(run / "cache") == []
 
 
+@pytest.mark.usefixtures("readable")
 def test_its_settings_are_those_of_today(run: Path) -> None:
     """Each flag that it recorded is still one, and a new run can start from the file."""
     main(["--config", "average/train.yaml", "--output_dir", "again", "--max_train_steps", "1"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.exceptions import DatasetsError
 
 from ..base.errors import SampleError, SourceError, explained
 from ..base.files import file_state
@@ -118,7 +118,7 @@ def _opening(name: str, *errors: type[Exception]) -> Iterator[None]:
     with explained(SourceError, f"dataset {name} cannot be opened", *errors, hint=hint):
         try:
             yield
-        except (DatasetGenerationError, ValueError) as error:
+        except Exception as error:
             if line := _malformed(Path(name)):  # readers count rows from 0, in a block of the file
                 raise DatasetsError(line) from None
             raise error.__cause__ or error from None
