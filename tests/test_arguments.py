@@ -1,5 +1,6 @@
 """Files of flags, other names of flags, and presets stand for the flags that they say, on every command line."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_each_other_name_is_shown_once(verb: list[str], config: Any, capsys: pyt
         assert name not in flags_of(config)
         assert shown.split().count(f"--{name}") <= 1
         assert name in ("dataset", "table") or f"--{name}" in shown
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_is_wrapped_to_its_own_width(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not where the source breaks its lines: no line of a flag has room for the first word of the next."""
+    with pytest.raises(SystemExit):
+        parse(config, ["--help"], "ip2p-x")
+    lines = [line.removeprefix("│").removesuffix("│").rstrip() for line in capsys.readouterr().out.splitlines()]
+    texts = [(len(line) - len(line.lstrip()), line) for line in lines]
+    broken = [
+        (line, after)
+        for (indent, line), (same, after) in itertools.pairwise(texts)
+        if same == indent > 1 and not after.lstrip().startswith("-") and len(line) + 1 + len(after.split()[0]) < 78
+    ]
+    assert len(texts) > 10
+    assert broken == []
 
 
 def test_a_name_that_is_nearly_one_of_them_is_answered_with_it() -> None:

@@ -4,7 +4,9 @@ A configuration is a frozen dataclass whose fields are flags, or groups of flags
 docstrings `--help` shows them. Names are flat: `--learning_rate`, whichever group it belongs to.
 """
 
+import contextlib
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -28,6 +30,7 @@ Amount = Annotated[float, AtLeast(0)]
 Name = Annotated[str, AtLeast(1)]
 NUMBERS = {int: "a whole number", float: "a number"}
 EVERYWHERE = "--quiet leaves warnings and errors, --version tells the version."
+HELP = {"--help", "-h"}
 SECRET = {"secret": True}
 """Metadata of a field that is written nowhere."""
 
@@ -48,11 +51,35 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, refused: Mapping
     arguments = written_out(config, argv)
     check(config, arguments, prog, refused or {})
     options = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
-    cli = {"prog": prog, "description": f"{config.__doc__}\n\n{EVERYWHERE}", "use_underscores": True}
-    found = tyro.cli(config, args=arguments, config=options, **cli)
+    paragraphs = (" ".join(text.split()) for text in f"{config.__doc__}\n\n{EVERYWHERE}".split("\n\n"))
+    wrapped = [textwrap.indent(textwrap.fill(text, 78), "  ") for text in paragraphs]  # tyro leaves indented lines
+    cli = {"prog": prog, "description": "\n\n".join(wrapped), "use_underscores": True}
+    with _unbroken(config) if HELP & set(arguments) else contextlib.nullcontext():
+        found = tyro.cli(config, args=arguments, config=options, **cli)
     for sentence in getattr(found, "idle", tuple)():
         raise SettingsError(sentence)
     return found
+
+
+@contextlib.contextmanager
+def _unbroken(config: type) -> Iterator[None]:
+    """Meanwhile tyro wraps texts of flags to the width of the help: it would break them where the source does."""
+    import docstring_parser
+    import tyro
+
+    hints, before = get_type_hints(config, include_extras=True), config.__annotations__
+    classes = filter(dataclasses.is_dataclass, reversed(config.__mro__))
+    texts = [text for kind in classes for text in docstring_parser.parse_from_object(kind).params]
+    lines = {text.arg_name: " ".join((text.description or "").split()) for text in texts}
+    told = {name: Annotated[hints[name], tyro.conf.arg(help=line)] for name, line in lines.items() if name in hints}
+    with contextlib.ExitStack() as groups:
+        for hint in filter(dataclasses.is_dataclass, hints.values()):
+            groups.enter_context(_unbroken(hint))  # type: ignore[arg-type]
+        config.__annotations__ = before | told
+        try:
+            yield
+        finally:
+            config.__annotations__ = before
 
 
 def idle(group: Any, why: str, *names: str) -> Iterator[str]:
@@ -138,7 +165,7 @@ def check(config: type, arguments: Sequence[str], prog: str, refused: Mapping[st
     given: dict[str, list[str]] = {}
     name = ""
     for argument in arguments:
-        if argument in ("--help", "-h"):
+        if argument in HELP:
             return
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
