@@ -151,7 +151,7 @@ def test_an_estimate_is_a_table_and_trains_nothing(
     """A line for each set of flags, the given ones first."""
     main(flags(sd, cache, tmp_path / "out", estimate=True, mixed_precision="bf16"))
     title, head, first, *others = capsys.readouterr().out.splitlines()
-    assert "for 16 x 16 px, 2 samples in a batch" in title
+    assert "for 16 x 16 px, batches of 2" in title
     names = "weights moments average text gradients activations validation in all card of with"
     assert head.split() == names.split()
     assert first.endswith("8 GB  the flags that are given")

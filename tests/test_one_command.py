@@ -393,7 +393,7 @@ def test_an_estimate_goes_by_the_flags_and_encodes_nothing(
     arguments = command(sd, data, tmp_path / "out", num_validation_samples=2, **more)
     run([*arguments, "--estimate"])
     said = capsys.readouterr().out
-    assert "for 16 x 16 px, 2 samples in a batch" in said
+    assert "for 16 x 16 px, batches of 2" in said
     assert not caches.exists()
     assert not (tmp_path / "out").exists()
     encoding, config = read(arguments)

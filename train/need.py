@@ -109,7 +109,7 @@ def estimate(config: TrainConfig, encoding: EncodeConfig | None = None) -> None:
         model = Model.of(base, Reader(*caches, window=config.samples.room))
     height, width = (base.vae_scale_factor * side for side in model.shapes.latents[1:])
     batch = config.steps.train_batch_size
-    say(f"GiB of a GPU's memory at the most, for {width} x {height} px, {batch} samples in a batch:")
+    say(f"GiB of a GPU's memory at the most, for {width} x {height} px, batches of {batch}:")
     say(" ".join(f"{name:>{WIDTH}}" for name in (*Need._fields, "in all", "card of")) + "  with")
     for flags, other in changes(config):
         need = needed(other, model)
