@@ -255,6 +255,19 @@ def test_the_tables_of_the_page_are_those_of_the_results(path: Path) -> None:
     assert "Not measured yet" not in page
 
 
+def test_what_the_tables_show_was_measured_in_clean_trees() -> None:
+    """Whoever checks out the commit that a table names can measure it again."""
+    heads = [
+        re.findall(r"commit ([^(]*?)(?:, load [\d.]+)? \(`bench/results/(\w+)", page.read_text())
+        for page in summary.PAGES
+    ]
+    shown = {name: commits for head in heads for commits, name in head}
+    assert len(shown) > 10
+    assert [name for name, commits in shown.items() if "dirty" in commits] == [
+        "gpu"
+    ]  # with files of half an hour later
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_results_file_that_is_named_is_there(path: Path) -> None:
     """A figure in a document names a file that can be looked into."""
