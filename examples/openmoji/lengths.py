@@ -20,7 +20,7 @@ from recipe import DEMO, Recipe, edit, score, train
 
 LENGTHS = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2)
 PLAIN = 0.09  # of diffusers' average, while (1 + n) / (10 + n) is less than its decay
-RATES = {"as it is": (), "constant rate": ("--lr_scheduler", "constant_with_warmup")}
+RATES = {"cosine rate": (), "constant rate": ("--lr_scheduler", "constant_with_warmup")}
 SHOWN = {"loss": "loss on held-out pairs", "accuracy": "accuracy"}
 
 
