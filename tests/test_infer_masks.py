@@ -71,8 +71,8 @@ def test_a_mask_of_all_is_none_and_one_of_nothing_gives_the_picture_back(either:
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler])
-def test_in_each_step_latents_outside_are_those_of_the_picture(either: Editor, kind: Any) -> None:
-    """With as much of the same noise as the step has; so what is made inside fits to it."""
+def test_in_the_first_half_of_the_steps_latents_outside_are_those_of_the_picture(either: Editor, kind: Any) -> None:
+    """With as much of the same noise as the step has, but for places beside the mask; later none is set."""
     pipeline: Any = either.pipeline
     scheduler = pipeline.scheduler
     pipeline.scheduler = kind.from_config(scheduler.config)
@@ -80,15 +80,16 @@ def test_in_each_step_latents_outside_are_those_of_the_picture(either: Editor, k
     hook = pipeline.unet.register_forward_pre_hook(lambda _, given: seen.append(given[0][:1].clone()))
     right = np.arange(16)[None].repeat(16, axis=0) >= 8
     try:
-        either.edit(picture(1), "make it red", seed=4, masks=mask_of(right), **STEPS)
+        either.edit(picture(1), "make it red", seed=4, masks=mask_of(right), num_inference_steps=6)
         steps = pipeline.scheduler.timesteps.clone()
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-        for sample, step in zip(seen, steps, strict=True):
-            pipeline.scheduler.set_timesteps(3)  # which forgets the step that it was at
+        for number, (sample, step) in enumerate(zip(seen, steps, strict=True)):
+            pipeline.scheduler.set_timesteps(6)  # which forgets the step that it was at
             clean = sample[:, 4:] * pipeline.vae.config.scaling_factor
             noisy = pipeline.scheduler.scale_model_input(pipeline.scheduler.add_noise(clean, noise, step[None]), step)
-            torch.testing.assert_close(sample[:, :4, :, :4], noisy[..., :4])
-            assert not torch.allclose(sample[:, :4, :, 4:], noisy[..., 4:]) or step == steps[0]
+            assert torch.allclose(sample[:, :4, :, :3], noisy[..., :3], 1e-4, 1e-5) == (number < 3)
+            assert not torch.allclose(sample[:, :4, :, 3], noisy[..., 3], 1e-4, 1e-5)
+            assert not torch.allclose(sample[:, :4, :, 4:], noisy[..., 4:], 1e-4, 1e-5)
     finally:
         hook.remove()
         pipeline.scheduler = scheduler

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from ...encode.base.errors import EditError
 from ...encode.base.files import content_key
@@ -107,7 +108,8 @@ def denoise(
 ) -> Tensor:
     """Noise to latents (B, 4, h, w) of edited pictures, each with a random generator of its own, on the CPU.
 
-    Where a mask (B, 1, h, w) is 0, they are those of the picture itself in each step, with as much of the noise.
+    Where a mask (B, 1, h, w) is 0, they are those of the picture itself, with as much of the noise, in the first half
+    of the steps, which settle what is where. Later that would bend the edges of an edit to what was there before.
     """
     image, kind, scheduler = told.image[0], told.image[0].dtype, pipeline.scheduler
     scheduler.set_timesteps(steps, device=image.device)
@@ -119,12 +121,12 @@ def denoise(
         shift, scale = _range(pipeline.vae, image)
         kept = (image - shift) * scale
     for step, timestep in enumerate(pipeline.progress_bar(scheduler.timesteps)):
-        if mask is not None:
+        if mask is not None and step < len(scheduler.timesteps) // 2:
             latents = torch.lerp(scheduler.add_noise(kept, noise, timestep[None]), latents, mask)
         noisy = scheduler.scale_model_input(latents, timestep)
         found = guided(pipeline.unet, noisy, timestep, told, guidance.at(step, len(scheduler.timesteps))).to(kind)
         latents = scheduler.step(found, timestep, latents, **random, return_dict=False)[0].to(kind)
-    return latents if mask is None else torch.lerp(kept, latents, mask)
+    return latents
 
 
 def decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
@@ -152,12 +154,12 @@ def _range(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cells(tasks: Sequence[Task], latents: Tensor) -> Tensor | None:
-    """Which places of latents may change, (B, 1, h, w): those with any pixel that may; None where all may."""
+    """Which places of latents may change, (B, 1, h, w): with or beside any pixel that may; None where all may."""
     if all(task.shares is None for task in tasks):
         return None
     size, whole = (latents.shape[2], latents.shape[3]), np.ones((1, 1), np.float32)
     shares = [pooled(whole if task.shares is None else task.shares, size, (0, 0, 1, 1)) > 0 for task in tasks]
-    return torch.from_numpy(np.stack(shares)[:, None]).to(latents)
+    return max_pool2d(torch.from_numpy(np.stack(shares)[:, None]).to(latents), 3, stride=1, padding=1)
 
 
 def _finished(task: Task, edited: Image.Image, factor: int) -> Image.Image:
