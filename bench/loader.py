@@ -55,7 +55,7 @@ def main() -> None:
             },
         )
         cases = warm_cases(cache, args.batch_size, args.samples // args.batch_size)
-        # By itself: it leaves other things in the processor's caches, which whoever comes next would be slower for.
+        # By itself, so that what it leaves in the processor's caches is no matter of the others'.
         alone = {"zarr": cases.pop("zarr")}
         warm = take_turns(args.rounds, cases) | take_turns(args.rounds, alone)
         shaped = take_turns(3 * args.rounds, shaped_cases(cache, Path(folder), args))
